@@ -1,0 +1,165 @@
+"""Callback, the way to change training without touching the loop, and the one callback every run has."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from .events import EVENTS, nearest_event
+
+# What the loop itself keeps on the run. A callback reads these as its own; writing them needs `self.run.`.
+RUN_STATE = frozenset(
+    "learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger "
+    "stop_reason".split()
+)
+
+
+def camel2snake(name: str) -> str:
+    """`AvgStatsCallback` -> `avg_stats_callback`, `LR_Find` -> `lr_find` (course notebook 04)."""
+    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
+
+
+class Callback:
+    """Base of all callbacks: override the events you need, leave the rest.
+
+    - `_order` (int, default 0): callbacks run by ascending `_order`, those of equal order as they were given.
+    - `self.run` is the `Runner`; reading an attribute the callback does not have reads the run's, so `self.loss` is
+      the run's loss. Writing one of the run's own names (`self.loss = …`) raises: it would only shadow it.
+    - An event whose name is misspelt raises when the class is made, with the nearest event.
+    - Copies and pickles leave the run behind: they are callbacks to attach to another run.
+
+    Source: fast.ai course, part 2 (2019), notebooks 04, 05b and 09b.
+    """
+
+    _order = 0
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name, value in vars(cls).items():
+            if name in EVENTS or name.startswith("_") or not callable(value):
+                continue
+            if near := nearest_event(name):
+                raise TypeError(
+                    f"{cls.__name__}.{name}: a callback's methods named begin_… and after_… must be events, and "
+                    f"'{name}' is none, so it would never be called. Did you mean '{near}'? A helper method of this "
+                    f"name needs another one, such as '_{name}'."
+                )
+
+    # The events, in the order of a fit. Each is a no-op that the loop does not even call unless it is overridden.
+
+    def begin_fit(self):
+        """Once, before everything: models, loaders and numbers of epochs are known (`model`, `data`, `epochs`)."""
+
+    def begin_epoch(self):
+        """Before the training batches of an epoch (`epoch` counts from 0)."""
+
+    def begin_batch(self):
+        """A batch is there as `xb`, `yb`; replace it with `self.run.xb = …`. Also in validation (`in_train`)."""
+
+    def after_pred(self):
+        """`pred` holds the model's output; replace it with `self.run.pred = …`."""
+
+    def after_loss(self):
+        """`loss` holds the loss, a tensor on the model's device. In validation, `after_batch` comes next."""
+
+    def after_backward(self):
+        """Gradients are there, the step is not taken yet: the place to clip or inspect them."""
+
+    def after_step(self):
+        """Parameters have moved, gradients are still there."""
+
+    def after_batch(self):
+        """The batch is over, also when it was cancelled; `n_iter` still is this batch's number in the first handler."""
+
+    def begin_validate(self):
+        """Before the validation batches, under `torch.no_grad`."""
+
+    def after_epoch(self):
+        """After validation: the place to bring numbers to the host, print and write."""
+
+    def after_fit(self):
+        """Once, always: after the last epoch, a cancel, an error or Ctrl-C. Undo here what `begin_fit` did."""
+
+    def after_cancel_batch(self):
+        """A `CancelBatchException` was raised; `after_batch` follows."""
+
+    def after_cancel_epoch(self):
+        """A `CancelEpochException` was raised."""
+
+    def after_cancel_train(self):
+        """A `CancelTrainException` was raised; `after_fit` follows."""
+
+    @property
+    def name(self) -> str:
+        """What the run calls this callback: the class name in snake case without a final 'Callback'."""
+        name = re.sub(r"Callback$", "", type(self).__name__)
+        return camel2snake(name or "callback")
+
+    def set_runner(self, run) -> None:
+        """Attach to `run`; the runner calls this."""
+        self.__dict__["run"] = run
+
+    def __getattr__(self, attr):
+        # only reached when normal lookup failed; never ask the run for dunders, or copy and pickle recurse
+        cls = type(self).__name__
+        if attr.startswith("__"):
+            raise AttributeError(f"{cls} has no attribute '{attr}'")
+        run = self.__dict__.get("run")
+        if run is None:
+            raise AttributeError(
+                f"{cls} has no attribute '{attr}', and it is not attached to a run: what belongs to the run can be "
+                f"read once the callback was given to a Runner (Runner(cbs=[…]) or get_learn_run(…, cbs=[…]))"
+            )
+        try:
+            return getattr(run, attr)
+        except AttributeError:
+            known = [*vars(self), *(n for n in dir(type(self)) if not n.startswith("__")), *vars(run)]
+            near = difflib.get_close_matches(attr, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise AttributeError(f"neither {cls} nor its run has an attribute '{attr}'.{hint}") from None
+
+    def __setattr__(self, attr, value):
+        if attr in RUN_STATE:
+            raise AttributeError(
+                f"{type(self).__name__} may not set self.{attr}: '{attr}' is the run's, and a callback's own copy "
+                f"would hide it. To change the run write self.run.{attr} = …; for a value of your own take another "
+                f"name."
+            )
+        object.__setattr__(self, attr, value)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "run"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+    def __repr__(self):
+        return f"{type(self).__name__}()"
+
+
+class TrainEvalCallback(Callback):
+    """Puts the model into training or evaluation mode and counts: every Runner has one, in front.
+
+    `n_iter` numbers the training batches from 0 over the whole fit; `n_epochs` is the share of the fit behind us in
+    epochs (0.25: a quarter of the first one), which schedules read.
+    """
+
+    def begin_fit(self):
+        self.run.n_iter, self.run.n_epochs = 0, 0.0
+
+    def begin_epoch(self):
+        run = self.run
+        run.in_train, run.n_epochs = True, float(run.epoch)
+        run.model.train()
+
+    def after_batch(self):
+        run = self.run
+        if run.in_train:
+            run.n_iter += 1
+            if run.iters:
+                run.n_epochs = run.epoch + (run.iter + 1) / run.iters
+
+    def begin_validate(self):
+        self.run.in_train = False
+        self.run.model.eval()

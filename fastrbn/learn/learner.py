@@ -1,0 +1,23 @@
+"""Learner: what is trained. It outlives the run, and is what you save."""
+
+from __future__ import annotations
+
+
+class Learner:
+    """Model, optimiser, loss and data, together.
+
+    - `model`: an `nn.Module`.
+    - `opt`: a `torch.optim.Optimizer` over its parameters.
+    - `loss_func(pred, yb)`: returns a scalar tensor.
+    - `data`: has `train_dl` and `valid_dl` (None: no validation), loaders that yield `(xb, yb)`: `BatchLoader`s, torch
+      `DataLoader`s, or any iterable of pairs that can be iterated once an epoch.
+
+    Source: fast.ai course, part 2 (2019), notebook 04.
+    """
+
+    def __init__(self, model, opt, loss_func, data):
+        self.model, self.opt, self.loss_func, self.data = model, opt, loss_func, data
+
+    def __repr__(self):
+        loss = getattr(self.loss_func, "__name__", type(self.loss_func).__name__)
+        return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss})"

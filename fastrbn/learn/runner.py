@@ -1,0 +1,263 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+
+import torch
+
+from .callback import RUN_STATE, Callback, TrainEvalCallback
+from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
+
+_CANCEL = {"batch": CancelBatchException, "epoch": CancelEpochException, "train": CancelTrainException}
+_LENT = ("model", "opt", "loss_func", "data", "logger")  # callbacks may replace these for the length of a fit
+
+
+class Runner:
+    """Runs training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
+
+    - `cbs`: callbacks; `cb_funcs`: callables that make one each (classes, `partial`s), as the course has it. Either
+      takes both.
+    - Every callback is reachable as `run.<name>` (`run.recorder`, a second one as `run.recorder_2`).
+    - During a fit the run holds `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred
+      loss in_train logger stop_reason`. What callbacks replace of `model opt loss_func data logger` is put back after.
+    - `stop_reason`: None after a fit that ran to its end, else a sentence.
+
+    Source: fast.ai course, part 2 (2019), notebooks 04 and 09b. Unlike there, a handler's return value means nothing:
+    what a callback wants to stop, it stops by a `Cancel…Exception`.
+    """
+
+    def __init__(self, cbs=None, cb_funcs=None):
+        self.__dict__.update(dict.fromkeys(RUN_STATE), in_train=False, logger=print, cbs=[], _fitting=False)
+        made = [_make(cb) for cb in (*_as_list(cbs), *_as_list(cb_funcs))]
+        if not any(isinstance(cb, TrainEvalCallback) for cb in made):
+            made.insert(0, TrainEvalCallback())
+        self.add_cbs(made)
+
+    def add_cbs(self, cbs) -> None:
+        """Attach callbacks (or callables that make them). Added during a fit, they take part from the next one on."""
+        for cb in map(_make, _as_list(cbs)):
+            cb.set_runner(self)
+            setattr(self, self._free_name(cb), cb)
+            self.cbs.append(cb)
+        self.cbs.sort(key=lambda cb: cb._order)
+        if not self._fitting:
+            self._handlers = self._resolve()
+
+    def fit(self, epochs: int, learn=None) -> None:
+        """Train `learn` (default: the one trained last) for `epochs` passes over `learn.data.train_dl`.
+
+        `after_fit` fires once, whatever happens, for every callback. An error is raised again after it. Ctrl-C ends
+        the fit without an error, and `stop_reason` says so.
+        """
+        self._prepare(epochs, learn)
+        failed = False
+        try:
+            self._train()
+        except KeyboardInterrupt:
+            self.stop_reason = f"interrupted (Ctrl-C) {self._where()}"
+        except BaseException as e:
+            failed, self.stop_reason = True, f"{type(e).__name__} {self._where(e)}: {e}"
+            raise
+        finally:
+            self._finish(failed)
+
+    def _train(self) -> None:
+        try:
+            self._outside_epoch("begin_fit")
+            for self.epoch in range(self.epochs):
+                self._all_batches("begin_epoch", self.data.train_dl)
+                if self.data.valid_dl is not None:
+                    with torch.no_grad():
+                        self._all_batches("begin_validate", self.data.valid_dl)
+                self._outside_epoch("after_epoch")
+        except CancelTrainException:
+            self._cancelled("train")
+
+    def _all_batches(self, begin: str, dl) -> None:
+        self.dl, self.iters, self.iter = dl, _length(dl), None
+        try:
+            self._outside_batch(begin)
+            for self.iter, batch in enumerate(dl):
+                self._one_batch(batch)
+        except CancelEpochException:
+            self._cancelled("epoch")
+
+    # fmt: off
+    def _one_batch(self, batch) -> None:
+        try:
+            self.xb, self.yb = _pair(batch)
+            self("begin_batch")
+            self.pred = self.model(self.xb)
+            self("after_pred")
+            self.loss = self.loss_func(self.pred, self.yb)
+            self("after_loss")
+            if self.in_train:
+                self.loss.backward()
+                self("after_backward")
+                self.opt.step()
+                self("after_step")
+                self.opt.zero_grad()
+        except CancelBatchException:
+            self._cancelled("batch")
+        except (CancelEpochException, CancelTrainException):
+            self._outside_batch("after_batch")
+            raise
+        self._outside_batch("after_batch")
+    # fmt: on
+
+    def __call__(self, event: str) -> None:
+        """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""
+        try:
+            for handler in self._handlers[event]:
+                handler()
+        except CancelTrainException as e:
+            if self.stop_reason is None:
+                self.stop_reason = str(e) or f"cancelled by {type(handler.__self__).__name__} in {event}"
+            raise
+
+    # A cancel of something that is not under way has its after_cancel event, and the fit goes on.
+
+    def _outside_batch(self, event: str) -> None:
+        try:
+            self(event)
+        except CancelBatchException:
+            self._cancelled("batch")
+
+    def _outside_epoch(self, event: str) -> None:
+        try:
+            self._outside_batch(event)
+        except CancelEpochException:
+            self._cancelled("epoch")
+
+    def _cancelled(self, what: str) -> None:
+        try:
+            self(f"after_cancel_{what}")
+        except _CANCEL[what]:
+            pass  # it is cancelled already
+
+    def _prepare(self, epochs, learn) -> None:
+        if self._fitting:
+            raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"epochs must be a whole number, 0 or more; got {epochs!r}")
+        learn = self.learn if learn is None else learn
+        missing = [a for a in ("model", "opt", "loss_func", "data") if not hasattr(learn, a)]
+        if missing:
+            raise TypeError(
+                f"fit needs a Learner (it has model, opt, loss_func and data); got {type(learn).__name__} without "
+                f"{', '.join(missing)}: write run.fit(epochs, learn)"
+            )
+        self.epochs, self.learn, self.stop_reason = epochs, learn, None
+        self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
+        self.epoch, self.iter, self.iters, self.dl, self.n_iter, self.n_epochs = 0, None, None, None, 0, 0.0
+        self.xb = self.yb = self.pred = None
+        self.loss, self.in_train = torch.tensor(0.0), False
+        self._borrowed = {name: getattr(self, name) for name in _LENT}
+        for cb in self.cbs:
+            cb.set_runner(self)  # a callback may have been in another run since
+        self._handlers = self._resolve()
+        self.opt.zero_grad()  # an earlier fit may have been cut between backward and step
+        self._fitting = True
+
+    def _finish(self, failed: bool) -> None:
+        """Fire `after_fit` for every callback, whatever the others do, and put back what was lent; raise the first
+        error met here, unless the fit has `failed` and its own error is on the way."""
+        failures = []
+        for handler in self._handlers["after_fit"]:
+            try:
+                handler()
+            except CancelBatchException:
+                self._cancelled("batch")
+            except CancelEpochException:
+                self._cancelled("epoch")
+            except CancelTrainException:
+                self._cancelled("train")
+            except BaseException as e:
+                failures.append(e)
+        self._fitting = False
+        self.__dict__.update(self._borrowed)
+        for name in ("pred", "loss"):  # the last batch's graph is not kept
+            if isinstance(value := getattr(self, name), torch.Tensor):
+                setattr(self, name, value.detach())
+        first = None if failed or not failures else failures.pop(0)
+        for e in failures:  # only one error can be raised; the others are shown
+            print("fastrbn: one more error, in after_fit:", file=sys.stderr)
+            traceback.print_exception(type(e), e, e.__traceback__)
+        if first is not None:
+            self.stop_reason = f"{type(first).__name__} {self._where(first)}: {first}"
+            raise first
+
+    def _resolve(self) -> dict[str, tuple]:
+        """The handlers of each event, in order: only methods that are not the base class's no-op."""
+
+        def overrides(cb, event):
+            return event in vars(cb) or getattr(type(cb), event) is not getattr(Callback, event)
+
+        return {e: tuple(getattr(cb, e) for cb in self.cbs if overrides(cb, e)) for e in EVENTS}
+
+    def _free_name(self, cb) -> str:
+        name = cb.name
+        if name in RUN_STATE or hasattr(type(self), name):
+            raise ValueError(
+                f"a callback named {type(cb).__name__} would be run.{name}, which is the run's own: rename the class"
+            )
+        taken, n = name, 1
+        while taken in vars(self):
+            n += 1
+            taken = f"{name}_{n}"
+        return taken
+
+    def _where(self, error=None) -> str:
+        """In words: the callback an error came from, phase, epoch, batch."""
+        place = "in training" if self.in_train else "in validation"
+        if self.iter is None:
+            place = "before the first batch" if self.dl is None else f"{place} before its first batch"
+        else:
+            place = f"{place}, epoch {self.epoch}, batch {self.iter}"
+        for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
+            owner = frame.f_locals.get("self")
+            if frame.f_code.co_name in EVENTS and isinstance(owner, Callback):
+                return f"in {type(owner).__name__}.{frame.f_code.co_name}, {place}"
+        return place
+
+    def __getattr__(self, name):
+        near = None if name.startswith("_") else difflib.get_close_matches(name, vars(self), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise AttributeError(f"the run has no attribute '{name}', and no callback of that name.{hint}")
+
+    def __repr__(self):
+        return f"Runner([{', '.join(type(cb).__name__ for cb in self.cbs)}])"
+
+
+def _as_list(value) -> list:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _make(cb) -> Callback:
+    made = cb() if callable(cb) and not isinstance(cb, Callback) else cb
+    if not isinstance(made, Callback):
+        raise TypeError(f"callbacks derive from fastrbn.Callback; got {made!r} of type {type(made).__name__}")
+    return made
+
+
+def _length(dl) -> int | None:
+    try:
+        return len(dl)
+    except TypeError:  # an iterable data set has none; then positions within the epoch are unknown
+        return None
+
+
+def _pair(batch):
+    try:
+        xb, yb = batch
+    except (TypeError, ValueError):
+        shape = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+        raise TypeError(
+            f"a loader must yield pairs (xb, yb); got {type(batch).__name__}{shape}: wrap the data set or the loader"
+        ) from None
+    return xb, yb

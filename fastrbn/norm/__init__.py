@@ -1,0 +1,20 @@
+"""Running batch norm: the layer, its recipes and its functional form. Knows nothing of training."""
+
+from .dispatch import running_batch_norm
+from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
+from .recipes import RECIPES, Clamp, Recipe, Skip, get_recipe
+from .reference import NormState
+
+__all__ = [
+    "RECIPES",
+    "Clamp",
+    "NormState",
+    "Recipe",
+    "RunningBatchNorm",
+    "RunningBatchNorm1d",
+    "RunningBatchNorm2d",
+    "RunningBatchNorm3d",
+    "Skip",
+    "get_recipe",
+    "running_batch_norm",
+]

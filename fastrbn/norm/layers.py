@@ -1,0 +1,209 @@
+"""RunningBatchNorm and its 1d, 2d, 3d forms: the state, and what users do to a layer around its forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .dispatch import BACKENDS, check_input, choose, running_batch_norm
+from .recipes import Recipe, get_recipe, one_of
+from .reference import NormState
+
+ADDITIONS = tuple(
+    name for name in NormState._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
+)
+_OLD_ENOUGH = 20  # samples a layer with a past is taken to have seen at least: no early clamp
+
+
+class RunningBatchNorm(nn.Module):
+    """Batch norm that normalises with running statistics while it trains: right at every batch size, one included.
+
+    Input and output: (N, C, *), any rank from 2, any floating dtype and memory format; N = 0 passes through.
+
+    - `nf`: C, the number of channels.
+    - `mom` (0.1): how fast the statistics move, in PyTorch's sense: 0.1 means that the *new* values weigh a tenth
+      (Keras and the papers write 0.9 for it). How a batch size turns it into a rate is the recipe's: `default` takes
+      λ = bs/(bs + 4/mom), 0.17 at batch 8; `batch` takes mom itself, like nn.BatchNorm.
+    - `eps` (1e-5): added to the variance.
+    - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,).
+    - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.
+    - `device`, `dtype`: of the parameters. Statistics are float32 under any half precision, float64 in a float64 layer.
+    - `process_group`: merge statistics over its ranks.
+    - `backend` ("auto"): "reference" to force one; `explain(x)` says which is used.
+
+    Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
+    the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
+    they were. Training and evaluation normalise alike, with the running statistics.
+
+    Source: fast.ai course, part 2 (2019), notebook 07, and the forum thread "Running batch norm tweaks"; the averaged
+    backward after Moving Average Batch Normalization (ICLR 2020). Equations in `norm/reference.py`.
+    """
+
+    _ranks: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        nf: int,
+        mom: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        recipe: str | Recipe = "default",
+        device=None,
+        dtype=None,
+        process_group=None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        _check_settings(type(self).__name__, nf, mom, eps, affine, dtype)
+        one_of("backend", backend, BACKENDS)
+        self.num_features, self.mom, self.eps, self.affine = nf, mom, eps, affine
+        self.recipe, self.process_group, self.backend = get_recipe(recipe), process_group, backend
+        self.frozen = False
+        for name in ("weight", "bias"):
+            param = nn.Parameter(torch.empty(nf, device=device, dtype=dtype)) if affine else None
+            self.register_parameter(name, param)
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        for name, value in NormState.new(nf, device=device, dtype=wide)._asdict().items():
+            self.register_buffer(name, value)
+        self.reset_parameters()
+
+    @property
+    def state(self) -> NormState:
+        """The buffers, as the functional form takes them."""
+        buffers = self._buffers
+        return NormState(*(buffers[name] for name in NormState._fields))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.num_features, self._ranks, type(self).__name__)
+        return running_batch_norm(
+            x,
+            self.state,
+            self.weight,
+            self.bias,
+            training=self.training and not self.frozen,
+            mom=self.mom,
+            eps=self.eps,
+            recipe=self.recipe,
+            process_group=self.process_group,
+            backend=self.backend,
+        )
+
+    def freeze(self) -> RunningBatchNorm:
+        """Fix the statistics: from now on the layer normalises as in evaluation and learns none, whatever `train()`
+        says. Its weight and bias stay trainable; stop them with `requires_grad_(False)`. Returns the layer."""
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> RunningBatchNorm:
+        """Undo `freeze`. Returns the layer."""
+        self.frozen = False
+        return self
+
+    def explain(self, x: Tensor) -> str:
+        """Which backend works on `x`, and why, in a sentence."""
+        name, why = choose(x, self.backend)
+        return f"{name}: {why}"
+
+    def reset_running_stats(self) -> None:
+        """Forget all statistics: mean 0, variance 1, nothing counted."""
+        for name, buffer in self.state._asdict().items():
+            buffer.fill_(1 if name == "running_var" else 0)
+
+    def reset_parameters(self) -> None:
+        """Forget statistics, scale and shift."""
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        frozen = ", frozen" if self.frozen else ""
+        return (
+            f"{self.num_features}, mom={self.mom}, eps={self.eps}, affine={self.affine}, "
+            f"recipe={self.recipe.name}{frozen}"
+        )
+
+    def _apply(self, fn, recurse=True):
+        # half() and bfloat16() are for the parameters: statistics summed in half precision would be lost
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype.is_floating_point and new.dtype not in (torch.float32, torch.float64):
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+        # nn.BatchNorm's checkpoints have mean, variance and perhaps a count of batches: the rest starts anew, and
+        # statistics that come with a past are not thrown away by the next batch (count −1)
+        if f"{prefix}running_mean" in state_dict and not any(f"{prefix}{name}" in state_dict for name in ADDITIONS):
+            batches = state_dict.get(f"{prefix}num_batches_tracked")
+            fresh = batches is not None and int(batches) == 0
+            past = 0 if fresh else max(_OLD_ENOUGH, 0 if batches is None else int(batches))
+            for name in ADDITIONS:
+                state_dict[f"{prefix}{name}"] = torch.zeros_like(self._buffers[name])
+            state_dict[f"{prefix}running_count"].fill_(0 if fresh else -1)
+            state_dict[f"{prefix}num_samples_tracked"].fill_(past)
+            if batches is None:
+                state_dict[f"{prefix}num_batches_tracked"] = torch.zeros_like(self.num_batches_tracked)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+
+
+class _Ranked(RunningBatchNorm):
+    """nn.BatchNorm's argument order and rank check around RunningBatchNorm."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        mom: float = 0.1,
+        momentum: float | None = None,
+        recipe: str | Recipe = "default",
+        device=None,
+        dtype=None,
+        process_group=None,
+        backend: str = "auto",
+    ):
+        if momentum is not None:
+            mom = momentum
+        super().__init__(num_features, mom, eps, affine, recipe, device, dtype, process_group, backend)
+
+
+_RANKED_DOC = """Running batch norm over {shapes} input: a drop-in for nn.BatchNorm{d}d.
+
+    `num_features`, `eps`, `affine`, `momentum` (another name of `mom`, in the same sense) as there; everything else as
+    in `RunningBatchNorm`. Raises ValueError for input of another rank.
+    """
+
+
+class RunningBatchNorm1d(_Ranked):
+    __doc__ = _RANKED_DOC.format(d=1, shapes="(N, C) or (N, C, L)")
+    _ranks = (2, 3)
+
+
+class RunningBatchNorm2d(_Ranked):
+    __doc__ = _RANKED_DOC.format(d=2, shapes="(N, C, H, W)")
+    _ranks = (4,)
+
+
+class RunningBatchNorm3d(_Ranked):
+    __doc__ = _RANKED_DOC.format(d=3, shapes="(N, C, D, H, W)")
+    _ranks = (5,)
+
+
+def _check_settings(layer: str, nf, mom, eps, affine, dtype) -> None:
+    if isinstance(nf, bool) or not isinstance(nf, int) or nf < 1:
+        raise ValueError(f"{layer} needs a number of channels, 1 or more; got {nf!r}")
+    if not 0 < mom <= 1:
+        raise ValueError(f"mom is the weight of the new batch, above 0 and at most 1; got {mom!r}")
+    if not eps > 0:
+        raise ValueError(f"eps is added to the variance and must be above 0; got {eps!r}: the usual value is 1e-5")
+    if not isinstance(affine, bool):
+        raise ValueError(
+            f"affine must be True or False; got {affine!r}: nn.BatchNorm's third argument, momentum, is given by name "
+            f"here, as momentum={affine!r}"
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"{layer} needs a floating-point dtype; got {dtype}")

@@ -1,0 +1,165 @@
+"""Recipes: how fast the running statistics move, when, and how much of the gradient goes through them.
+
+A recipe is a handful of numbers; `norm/README.md` derives what they do. `RECIPES` has them by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+Rate = Callable[[float, int], float]  # (mom, batch size) -> averaging rate in (0, 1]
+
+
+def rate_fixed(mom: float, bs: int) -> float:
+    """λ = mom at every batch size: nn.BatchNorm's `momentum`."""
+    return mom
+
+
+def rate_course(mom: float, bs: int) -> float:
+    """λ = 1 − (1−mom)/√(bs−1): the course's rule (part 2, 2019, notebook 07). Batches of one take √1."""
+    return 1 - (1 - mom) / math.sqrt(max(bs - 1, 1))
+
+
+def rate_per_32_samples(mom: float, bs: int) -> float:
+    """λ = 1 − (1−mom)^(bs/32): mom is the share that 32 samples take (forum thread "Running batch norm tweaks")."""
+    return 1 - (1 - mom) ** (bs / 32)
+
+
+def rate_per_sample(mom: float, bs: int) -> float:
+    """λ = bs/(bs + 4/mom): a batch weighs as many samples as it has against a memory of 4/mom (40 at mom 0.1).
+
+    Measured on the course net, MNIST, batch 1 to 128: alive in every cell (`norm/README.md`, "Which rate").
+    """
+    return bs / (bs + 4 / mom)
+
+
+def rate_backward(mom: float, bs: int) -> float:
+    """λ_b = bs/(bs + 10/mom): as `rate_per_sample` with a memory of 100 samples at mom 0.1, since the reductions of a
+    batch's gradient are noisier than its statistics."""
+    return bs / (bs + 10 / mom)
+
+
+def one_of(what: str, value, allowed: tuple) -> None:
+    """Raise ValueError unless `value` is `allowed`, with the nearest one that is."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Leave the statistics alone on some iterations: where `on_multiples` is `every`, the multiples of `every`.
+
+    Iterations count from 1; nothing is skipped until more than `after` samples (this batch's included) were seen.
+    """
+
+    every: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Floor under what normalises in training while fewer than `samples` samples (this batch's included) were seen.
+
+    `variance` is a floor of V before ε is added, `deviation` one of √(V+ε); the other is None. No gradient goes
+    through a variance at its floor, and the state is not clamped.
+    """
+
+    samples: int = 20
+    variance: float | None = 0.01
+    deviation: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What distinguishes one running batch norm from another.
+
+    - `rate`: the averaging rate λ of the statistics from (mom, batch size).
+    - `statistics`: `"running"` normalises with the running statistics in training too; `"batch"` with the batch's own,
+      as nn.BatchNorm does, and keeps running ones for evaluation.
+    - `backward`: `"exact"` differentiates through this batch's share a of the statistics; `"averaged"` adds the share
+      `kappa` of the running averages of mean(dy) and mean(dy·x̂) for the rest 1−a; `"detached"` treats the statistics
+      as constants.
+    - `backward_rate`: the rate of those two averages (`averaged` only).
+    - `elements`: the statistics read whole samples until they have this many elements a channel; None reads all.
+    - `order`: which samples those are: `"first"` (contiguous memory; right for shuffled batches) or `"strided"` (spread
+      evenly over the batch; for batches sorted by class or time).
+    - `skip`, `clamp`: see `Skip`, `Clamp`; None for never.
+
+    Make variants with `recipe.but(kappa=0.5)`. Raises ValueError for a value outside its rule.
+    """
+
+    name: str
+    rate: Rate = rate_per_sample
+    statistics: str = "running"
+    backward: str = "exact"
+    kappa: float = 0.0
+    backward_rate: Rate = rate_backward
+    elements: int | None = None
+    order: str = "first"
+    skip: Skip | None = None
+    clamp: Clamp | None = None
+
+    def __post_init__(self):
+        one_of("statistics", self.statistics, ("running", "batch"))
+        one_of("backward", self.backward, ("exact", "averaged", "detached"))
+        one_of("order", self.order, ("first", "strided"))
+        if not 0 <= self.kappa <= 1:
+            raise ValueError(f"a recipe's kappa is a share from 0 to 1; got {self.kappa}")
+        if self.elements is not None and self.elements < 1:
+            raise ValueError(f"a recipe reads at least 1 element a channel, or None for all; got {self.elements}")
+
+    def but(self, **changes) -> Recipe:
+        """A copy with some fields changed, named after this one unless `name` is given."""
+        return replace(self, **{"name": f"{self.name}*", **changes})
+
+    def samples_read(self, bs: int, positions: int) -> int:
+        """How many of a batch's `bs` samples, of `positions` elements a channel each, the statistics read."""
+        if self.elements is None:
+            return bs
+        return min(bs, -(-self.elements // max(positions, 1)))
+
+
+_COURSE_CLAMP = Clamp()
+
+RECIPES = {
+    r.name: r
+    for r in (
+        # λ, κ and λ_b: the best of the cells measured so far at batch 1 to 128 (norm/README.md)
+        Recipe("default", backward="averaged", kappa=0.25, clamp=_COURSE_CLAMP),
+        Recipe("course", rate=rate_course, clamp=_COURSE_CLAMP),
+        Recipe(
+            "skip-alternate",
+            rate=rate_per_32_samples,
+            skip=Skip(every=2, after=1000),
+            clamp=Clamp(variance=None, deviation=0.1),
+        ),
+        Recipe("skip-tenth", rate=rate_course, skip=Skip(every=10, after=10_000), clamp=_COURSE_CLAMP),
+        Recipe("detached", rate=rate_course, backward="detached"),
+        Recipe("batch", rate=rate_fixed, statistics="batch"),
+    )
+}
+
+
+class Plan(NamedTuple):
+    """A recipe resolved for one batch: plain numbers, what a backend needs."""
+
+    recipe: Recipe
+    rate: float
+    backward_rate: float
+    eps: float
+    process_group: object = None
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of that name, or `recipe` itself. Raises ValueError with the nearest name for an unknown one."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        one_of("recipe", recipe, tuple(RECIPES))
+    return RECIPES[recipe]

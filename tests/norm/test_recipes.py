@@ -1,0 +1,173 @@
+"""The published recipes against the thread's arithmetic, and the rules of Recipe itself."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
+
+from fastrbn.norm import RECIPES, Recipe, RunningBatchNorm, get_recipe
+from fastrbn.norm.recipes import rate_backward, rate_per_sample
+
+SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
+
+
+def batches(shapes, nf=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for i, (bs, h, w) in enumerate(shapes):
+        x = torch.randn(bs, nf, h, w, generator=g, dtype=torch.float64) * (0.02 + i % 3) + 0.5 * i
+        yield x, torch.randn(bs, nf, h, w, generator=g, dtype=torch.float64)
+
+
+def step(layer, x, dy):
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(dy)
+    return {"y": y, "dx": x.grad, "dweight": layer.weight.grad.clone(), "dbias": layer.bias.grad.clone()}
+
+
+def pair(name, nf=3):
+    torch.manual_seed(1)
+    ours, oracle = RunningBatchNorm(nf, recipe=name, dtype=torch.float64), SumsOracle(nf, **PUBLISHED[name])
+    for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
+        a.data.normal_()
+        b.data.copy_(a.data)
+    return ours, oracle
+
+
+def assert_same(ours, oracle, data):
+    for i, (x, dy) in enumerate(data):
+        got, want = step(ours, x, dy), step(oracle, x, dy)
+        want["running_mean"], want["running_var"] = oracle.stats()
+        got["running_mean"], got["running_var"] = ours.running_mean, ours.running_var
+        for what in want:
+            assert relative_error(got[what], want[what]) < 1e-10, f"{what} at step {i}"
+        assert ours.running_count.item() == pytest.approx(oracle.count, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipe_equals_the_threads_sums_over_eight_changing_batches(name):
+    assert_same(*pair(name), batches(SHAPES))
+
+
+@pytest.mark.parametrize(("name", "first"), [("skip-alternate", 600), ("skip-tenth", 5200)])
+def test_skipping_begins_after_the_threshold_and_follows_the_iteration(name, first):
+    data = batches([(first, 1, 1), (first, 1, 1), *[(4, 2, 2)] * 10])
+    ours, oracle = pair(name)
+    assert_same(ours, oracle, data)
+    assert ours.num_batches_tracked == 12
+
+
+def test_a_skipped_step_leaves_mean_and_variance_alone_and_sends_no_gradient_through_them():
+    ours, _ = pair("skip-alternate")
+    ours(torch.randn(1001, 3, dtype=torch.float64))
+    before = copy.deepcopy(ours.state_dict())
+    x, dy = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    got = step(ours, x, dy)
+    for name in ("running_mean", "running_var", "running_count"):
+        assert torch.equal(ours.state_dict()[name], before[name])
+    assert torch.allclose(got["dx"], dy * ours.weight * (ours.running_var + ours.eps).rsqrt())
+
+
+@pytest.mark.parametrize("elements", [None, 20])
+@pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
+def test_averaged_backward_equals_the_closed_form(kappa, elements):
+    recipe = RECIPES["default"].but(kappa=kappa, elements=elements)
+    layer = RunningBatchNorm(3, recipe=recipe, dtype=torch.float64)
+    for p in layer.parameters():
+        p.data.normal_()
+    oracle = ClosedForm(3, layer.weight.data, layer.bias.data, kappa=kappa, averaged=True)
+    for i, (x, dy) in enumerate(batches(SHAPES)):
+        bs, positions = x.shape[0], x[0, 0].numel()
+        read = None if elements is None else slice(0, min(bs, -(-elements // positions)))
+        want = oracle.step(x, dy, rate_per_sample(0.1, bs), rate_backward(0.1, bs), read)
+        got = step(layer, x, dy)
+        for what, value in zip(got, want, strict=True):
+            assert relative_error(got[what], value) < 1e-10, f"{what} at step {i}"
+        for name, value in (("grad_mean", oracle.a_sum), ("grad_proj", oracle.b_sum)):
+            assert relative_error(getattr(layer, f"running_{name}"), value) < 1e-10, f"{name} at step {i}"
+
+
+def test_batch_recipe_is_batchnorm_in_training_and_in_evaluation():
+    torch.manual_seed(0)
+    ours = RunningBatchNorm(3, recipe="batch", dtype=torch.float64)
+    theirs = torch.nn.BatchNorm2d(3, dtype=torch.float64)
+    for x, dy in batches([s for s in SHAPES if s[0] * s[1] > 1]):
+        if x[:, 0].numel() == 1:
+            continue
+        got, want = step(ours, x, dy), step(theirs, x, dy)
+        for what in want:
+            assert relative_error(got[what], want[what]) < 1e-10, what
+    assert torch.allclose(ours.running_mean, theirs.running_mean, rtol=1e-12)
+    assert torch.allclose(ours.running_var, theirs.running_var, rtol=1e-12)
+    assert torch.allclose(ours.eval()(x), theirs.eval()(x), rtol=1e-10)
+
+
+def test_gradcheck_of_the_exact_backward_with_the_state_set_back_before_each_evaluation():
+    torch.manual_seed(0)
+    layer = RunningBatchNorm(2, recipe=RECIPES["course"].but(clamp=None), dtype=torch.float64)
+    layer(torch.randn(6, 2, 3, dtype=torch.float64) + 1)
+    frozen = {k: v.clone() for k, v in layer.state_dict().items()}
+
+    def f(x, weight, bias):
+        layer.load_state_dict(frozen)
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
+
+    args = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 4), (2,), (2,))]
+    assert torch.autograd.gradcheck(f, args)
+    assert torch.autograd.gradgradcheck(f, args)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", [(1, 2, 5, 5), (1, 2, 1, 1), (1, 2)])
+def test_a_batch_of_one_works_in_every_recipe(name, shape):
+    layer = RunningBatchNorm(2, recipe=name)
+    for _ in range(3):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(b.isfinite().all() for b in layer.buffers())
+
+
+def test_early_clamp_holds_only_while_young_and_spares_the_state():
+    layer = RunningBatchNorm(1, recipe="course")
+    x = torch.randn(10, 1, 3, 3) * 1e-3
+    assert layer(x).std() < 0.02  # divided by 0.1, not by 1e-3
+    assert layer.running_var.item() < 1e-5
+    assert layer(x).std() > 0.1  # twenty samples seen
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'skip-tenth'"):
+        get_recipe("skip-tent")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"backward": "exakt"}, {"kappa": 2.0}, {"elements": 0}, {"statistics": "lagged"}, {"order": "random"}]
+)
+def test_a_recipe_outside_its_rules_says_what_came(bad):
+    value = next(iter(bad.values()))
+    with pytest.raises(ValueError, match=str(value)):
+        Recipe("mine", **bad)
+
+
+def test_recipes_are_hashable_and_survive_pickling():
+    for recipe in RECIPES.values():
+        assert pickle.loads(pickle.dumps(recipe)) == recipe
+        assert len({recipe, recipe.but(), recipe.but()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("elements", "bs", "positions", "want"), [(None, 8, 4, 8), (4096, 512, 1024, 4), (10, 8, 4, 3), (99, 8, 4, 8)]
+)
+def test_statistics_read_whole_samples_until_they_have_enough(elements, bs, positions, want):
+    assert RECIPES["default"].but(elements=elements).samples_read(bs, positions) == want
+
+
+def test_strided_order_spreads_the_samples_over_the_batch():
+    layer = RunningBatchNorm(1, recipe=RECIPES["batch"].but(elements=2, order="strided"))
+    layer(torch.tensor([0.0, 10.0, 4.0, 10.0]).view(4, 1))
+    assert layer.running_mean.item() == pytest.approx(0.1 * 2.0)
