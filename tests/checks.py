@@ -91,7 +91,13 @@ class ClosedForm:
         self.mean, self.var = torch.zeros(nf, dtype=torch.float64), torch.ones(nf, dtype=torch.float64)
         self.count, self.samples = 0.0, 0
         self.a_sum, self.b_sum, self.w = torch.zeros_like(self.mean), torch.zeros_like(self.mean), 0.0
-        self.weight, self.bias, self.eps, self.kappa, self.averaged = weight.double(), bias.double(), eps, kappa, averaged
+        self.weight, self.bias, self.eps, self.kappa, self.averaged = (
+            weight.double(),
+            bias.double(),
+            eps,
+            kappa,
+            averaged,
+        )
 
     def step(self, x, dy, rate, backward_rate=None, read=None, floor_samples=20, floor=0.01):
         x, dy = x.detach().double(), dy.double()

@@ -85,7 +85,6 @@ class Runner:
         except CancelEpochException:
             self._cancelled("epoch")
 
-    # fmt: off
     def _one_batch(self, batch) -> None:
         try:
             self.xb, self.yb = _pair(batch)
@@ -106,7 +105,6 @@ class Runner:
             self._outside_batch("after_batch")
             raise
         self._outside_batch("after_batch")
-    # fmt: on
 
     def __call__(self, event: str) -> None:
         """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""

@@ -1,5 +1,6 @@
 """Running batch norm: the layer, its recipes and its functional form. Knows nothing of training."""
 
+from .convert import convert_batchnorm, fuse_conv_rbn, to_batchnorm
 from .dispatch import running_batch_norm
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 from .recipes import RECIPES, Clamp, Recipe, Skip, get_recipe
@@ -15,6 +16,9 @@ __all__ = [
     "RunningBatchNorm2d",
     "RunningBatchNorm3d",
     "Skip",
+    "convert_batchnorm",
+    "fuse_conv_rbn",
     "get_recipe",
     "running_batch_norm",
+    "to_batchnorm",
 ]

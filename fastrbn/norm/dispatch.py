@@ -6,22 +6,34 @@ as in `reference.py`. A new one is added to `_BACKENDS` and, when it is faster s
 
 from __future__ import annotations
 
+from collections import deque
+
+import torch
 from torch import Tensor
 
-from . import reference
+from . import fused, reference
 from .recipes import Plan, Recipe, get_recipe, one_of
 from .reference import NormState
 
-_BACKENDS = {"reference": reference}
+_BACKENDS = {"reference": reference, "fused": fused}
 BACKENDS = ("auto", *_BACKENDS)
 
 
-def choose(x: Tensor, backend: str = "auto") -> tuple[str, str]:
-    """The backend that works on `x`, and why, in words. Raises ValueError for an unknown name."""
+def choose(x: Tensor, state: NormState, process_group=None, backend: str = "auto") -> tuple[str, str]:
+    """The backend for `x`, and why, in words. Raises ValueError for an unknown name, or one that cannot serve."""
     one_of("backend", backend, BACKENDS)
+    why_not = None
+    if torch.compiler.is_compiling():
+        why_not = "torch.compile fuses the plain formulas itself"
+    elif process_group is not None:
+        why_not = "statistics are merged over a process group"
+    elif torch.promote_types(x.dtype, state.running_mean.dtype) != state.running_mean.dtype:
+        why_not = f"{x.dtype} input in a layer with {state.running_mean.dtype} statistics is computed in the wider one"
+    if backend == "fused" and why_not is not None:
+        raise ValueError(f"backend 'fused' cannot be used here: {why_not}; choose 'auto' or 'reference'")
     if backend != "auto":
         return backend, "asked for by name"
-    return "reference", "the only one there is so far"
+    return ("reference", why_not) if why_not else ("fused", "PyTorch's fused operators and a backward in closed form")
 
 
 def running_batch_norm(
@@ -36,6 +48,7 @@ def running_batch_norm(
     recipe: str | Recipe = "default",
     process_group=None,
     backend: str = "auto",
+    recent: deque | None = None,
 ) -> Tensor:
     """Running batch norm as a function of its state.
 
@@ -43,21 +56,21 @@ def running_batch_norm(
     - `state`: `NormState.new(C)`; moved in place when `training`, read otherwise. It never holds a graph.
     - `weight`, `bias`: γ and β, (C,) or None.
     - `mom`, `recipe`: see `Recipe`. `eps`: added to the variance.
+    - `process_group`: statistics are those of all its ranks' batches together; every rank must call.
+    - `recent`: a deque that belongs to the state (`deque(maxlen=32)`), needed under activation checkpointing alone.
 
     An empty batch passes through and leaves the state alone. Raises ValueError for a wrong rank, channel count or
     dtype.
     """
     check_input(x, state.running_mean.numel())
-    implementation = _BACKENDS[choose(x, backend)[0]]
-    if not training or x.numel() == 0:
+    implementation = _BACKENDS[choose(x, state, process_group, backend)[0]]
+    if not training or (x.numel() == 0 and process_group is None):
         return implementation.evaluate(x, weight, bias, state, eps)
-    recipe, bs = get_recipe(recipe), x.shape[0]
-    plan = Plan(recipe, recipe.rate(mom, bs), recipe.backward_rate(mom, bs), eps, process_group)
-    return implementation.normalize(x, weight, bias, state, plan)
+    return implementation.normalize(x, weight, bias, state, Plan(get_recipe(recipe), mom, eps, process_group, recent))
 
 
 def check_input(x: Tensor, num_features: int, ranks: tuple[int, ...] = (), name: str = "running_batch_norm") -> None:
-    """Raise ValueError unless x is a floating tensor (N, C, *) with C = num_features and one of `ranks` (any if none)."""
+    """Raise ValueError unless x is floating, (N, C, *) with `num_features` channels and one of `ranks` (none: any)."""
     if ranks and x.dim() not in ranks or x.dim() < 2:
         rule = " or ".join(f"{r}d" for r in ranks) if ranks else "(N, C, *), at least 2d,"
         raise ValueError(f"{name} needs {rule} input; got {x.dim()}d of shape {tuple(x.shape)}: {_advice(x, ranks)}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor, nn
 
 from .dispatch import BACKENDS, check_input, choose, running_batch_norm
+from .memory import REMEMBERED
 from .recipes import Recipe, get_recipe, one_of
 from .reference import NormState
 
@@ -29,7 +32,7 @@ class RunningBatchNorm(nn.Module):
     - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.
     - `device`, `dtype`: of the parameters. Statistics are float32 under any half precision, float64 in a float64 layer.
     - `process_group`: merge statistics over its ranks.
-    - `backend` ("auto"): "reference" to force one; `explain(x)` says which is used.
+    - `backend` ("auto"): "fused" or "reference" to force one; `explain(x)` says which is used.
 
     Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
     the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
@@ -58,7 +61,7 @@ class RunningBatchNorm(nn.Module):
         one_of("backend", backend, BACKENDS)
         self.num_features, self.mom, self.eps, self.affine = nf, mom, eps, affine
         self.recipe, self.process_group, self.backend = get_recipe(recipe), process_group, backend
-        self.frozen = False
+        self.frozen, self._recent = False, deque(maxlen=REMEMBERED)
         for name in ("weight", "bias"):
             param = nn.Parameter(torch.empty(nf, device=device, dtype=dtype)) if affine else None
             self.register_parameter(name, param)
@@ -86,6 +89,7 @@ class RunningBatchNorm(nn.Module):
             recipe=self.recipe,
             process_group=self.process_group,
             backend=self.backend,
+            recent=None if torch.compiler.is_compiling() else self._recent,
         )
 
     def freeze(self) -> RunningBatchNorm:
@@ -101,7 +105,7 @@ class RunningBatchNorm(nn.Module):
 
     def explain(self, x: Tensor) -> str:
         """Which backend works on `x`, and why, in a sentence."""
-        name, why = choose(x, self.backend)
+        name, why = choose(x, self.state, self.process_group, self.backend)
         return f"{name}: {why}"
 
     def reset_running_stats(self) -> None:
@@ -122,6 +126,9 @@ class RunningBatchNorm(nn.Module):
             f"{self.num_features}, mom={self.mom}, eps={self.eps}, affine={self.affine}, "
             f"recipe={self.recipe.name}{frozen}"
         )
+
+    def __getstate__(self):
+        return {**self.__dict__, "_recent": deque(maxlen=REMEMBERED)}  # what is in flight stays with this layer
 
     def _apply(self, fn, recurse=True):
         # half() and bfloat16() are for the parameters: statistics summed in half precision would be lost

@@ -6,12 +6,21 @@ A recipe is a handful of numbers; `norm/README.md` derives what they do. `RECIPE
 from __future__ import annotations
 
 import difflib
-import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-Rate = Callable[[float, int], float]  # (mom, batch size) -> averaging rate in (0, 1]
+import torch
+
+# (mom, batch size) -> averaging rate in (0, 1]. Over many processes the batch size is a tensor of shape (), so that
+# nobody waits for it: rates are plain arithmetic.
+Rate = Callable[[float, int], float]
+
+
+def at_least_one(n):
+    """max(n, 1) of a number or a tensor."""
+    return n.clamp_min(1) if isinstance(n, torch.Tensor) else max(n, 1)
 
 
 def rate_fixed(mom: float, bs: int) -> float:
@@ -21,7 +30,7 @@ def rate_fixed(mom: float, bs: int) -> float:
 
 def rate_course(mom: float, bs: int) -> float:
     """λ = 1 − (1−mom)/√(bs−1): the course's rule (part 2, 2019, notebook 07). Batches of one take √1."""
-    return 1 - (1 - mom) / math.sqrt(max(bs - 1, 1))
+    return 1 - (1 - mom) / at_least_one(bs - 1) ** 0.5
 
 
 def rate_per_32_samples(mom: float, bs: int) -> float:
@@ -53,13 +62,18 @@ def one_of(what: str, value, allowed: tuple) -> None:
 
 @dataclass(frozen=True)
 class Skip:
-    """Leave the statistics alone on some iterations: where `on_multiples` is `every`, the multiples of `every`.
+    """Leave the statistics alone on the iterations that are multiples of `every`.
 
-    Iterations count from 1; nothing is skipped until more than `after` samples (this batch's included) were seen.
+    Iterations count from 1; nothing is skipped until more than `after` samples (this batch's included) were seen. A
+    skipped step does not look at its batch at all.
     """
 
     every: int
     after: int
+
+    def now(self, samples, iteration):
+        """Whether to skip, given both counts with this batch's; numbers or tensors."""
+        return (samples > self.after) & (iteration % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -147,13 +161,13 @@ RECIPES = {
 
 
 class Plan(NamedTuple):
-    """A recipe resolved for one batch: plain numbers, what a backend needs."""
+    """How one step is taken: what a backend needs beside tensors."""
 
     recipe: Recipe
-    rate: float
-    backward_rate: float
+    mom: float
     eps: float
     process_group: object = None
+    recent: deque | None = None  # moments of the last forwards, for activation checkpointing
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

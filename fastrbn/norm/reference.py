@@ -20,21 +20,24 @@ mean(dy·x̂) stand in for it (as in Moving Average Batch Normalization, ICLR 20
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .recipes import Plan
+from .groups import merge_over_ranks, sum_over_ranks
+from .memory import Moment, recall, snapshot
+from .recipes import Plan, at_least_one
 
 
 class NormState(NamedTuple):
     """What a running batch norm remembers: tensors that a training step moves in place.
 
-    For C channels: `running_mean`, `running_var`, `running_grad_mean` (A·w), `running_grad_proj` (B·w) of shape (C,);
-    `running_count` (c, in elements a channel; −1: statistics taken over from elsewhere, as old as can be),
-    `running_grad_weight` (w) of shape (), float; `num_samples_tracked`, `num_batches_tracked` of shape (), int64.
-    Floats are float32, or float64 in a float64 layer.
+    For C channels: `running_mean`, `running_var` of shape (C,); `running_count` (c, in elements a channel; −1:
+    statistics taken over from elsewhere, as old as can be) of shape (); `running_grad` of shape (2, C), A and B times
+    their weight w, `running_grad_weight`, of shape (); all float32, or float64 in a float64 layer.
+    `num_samples_tracked`, `num_batches_tracked` of shape (), int64.
     """
 
     running_mean: Tensor
@@ -42,8 +45,7 @@ class NormState(NamedTuple):
     running_count: Tensor
     num_samples_tracked: Tensor
     num_batches_tracked: Tensor
-    running_grad_mean: Tensor
-    running_grad_proj: Tensor
+    running_grad: Tensor
     running_grad_weight: Tensor
 
     @classmethod
@@ -57,7 +59,7 @@ class NormState(NamedTuple):
             return torch.zeros((), device=device, dtype=torch.int64)
 
         c = num_features
-        return cls(full(0.0, c), full(1.0, c), full(0.0), integer(), integer(), full(0.0, c), full(0.0, c), full(0.0))
+        return cls(full(0.0, c), full(1.0, c), full(0.0), integer(), integer(), full(0.0, 2, c), full(0.0))
 
 
 def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, eps: float) -> Tensor:
@@ -65,90 +67,109 @@ def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormS
     wide = torch.promote_types(x.dtype, state.running_mean.dtype)
     # copies: a training step may move the state before this forward's backward
     mean, inv_std = state.running_mean.to(wide, copy=True), (state.running_var.to(wide) + eps).rsqrt()
-    x_hat = (x.to(wide) - _per_channel(mean, x)) * _per_channel(inv_std, x)
+    x_hat = (x.to(wide) - per_channel(mean, x)) * per_channel(inv_std, x)
     return _affine(x_hat, weight, bias).to(x.dtype)
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
-    """One training step: move `state` by this batch, normalise with it. x (N, C, *) with N ≥ 1, result like x.
+    """One training step: move `state` by this batch, normalise with it. x (N, C, *), result like x.
 
     A batch with NaN or Inf in what the statistics read leaves the whole state as it was, without asking the device;
     the result shows it.
     """
-    recipe = plan.recipe
-    wide = torch.promote_types(x.dtype, state.running_mean.dtype)
-    xw = x.to(wide)
-    m, v, n = _batch_statistics(xw, recipe)
-    if recipe.backward == "detached":
-        m, v = m.detach(), v.detach()
-    if recipe.statistics == "batch":
-        mean, var = m, v
-        share = torch.ones((), dtype=wide, device=x.device)
-        _track_as_batchnorm(state, m.detach(), v.detach(), n, x.shape[0], plan.rate)
-    else:
-        mean, var, share = _advance(state, m, v, n, x.shape[0], plan)
-    inv_std = _inverse_deviation(var, state, plan)
-    x_hat = (xw - _per_channel(mean, x)) * _per_channel(inv_std, x)
-    y = _affine(x_hat, weight, bias)
+    recipe, bs = plan.recipe, x.shape[0]
+    xw = x.to(torch.promote_types(x.dtype, state.running_mean.dtype))
+    m, v, n = batch_statistics(xw, recipe)
+    if plan.process_group is not None:
+        m, v, n, bs = merge_over_ranks(m, v, n, bs, plan.process_group)
+    with torch.no_grad():
+        moment = recall(plan.recent, m, v)
+        if moment is None:
+            moment = advance(state, m.detach(), v.detach(), n, bs, plan)
+            if plan.recent is not None:
+                plan.recent.append(moment)
+    y, x_hat, inv_std = apply(xw, weight, bias, m, v, moment, plan)
     if recipe.backward == "averaged" and x.requires_grad and torch.is_grad_enabled():
         scale = inv_std if weight is None else inv_std * weight
-        y = _RunningProjection.apply(y, xw, x_hat.detach(), scale.detach(), share, state, plan)
+        backward_rate = recipe.backward_rate(plan.mom, bs)
+        y = _RunningProjection.apply(y, xw, x_hat.detach(), scale.detach(), moment.share, state, backward_rate, plan)
     return y.to(x.dtype)
 
 
-def _batch_statistics(x: Tensor, recipe) -> tuple[Tensor, Tensor, int]:
+def apply(x: Tensor, weight, bias, m: Tensor, v: Tensor, moment: Moment, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise x with what `moment` left: y, x̂ and 1/σ, differentiable in x, weight, bias and in the batch's
+    statistics m and v as far as the recipe lets the gradient through them."""
+    if plan.recipe.statistics == "batch":
+        mean, var = m, v
+    elif plan.recipe.backward == "detached":
+        mean, var = moment.mean, moment.var
+    else:
+        # the values are the moment's; differences that are zero carry the gradient of M + a(m−M) and
+        # (1−a)V + a·v + a(1−a)(m−M)² in m and v, where (1−a)(m−M) is m − the new M
+        a = moment.share
+        dm, dv = (torch.where(moment.moves, t - t.detach(), 0.0) for t in (m, v))
+        mean = moment.mean + a * dm
+        off = torch.where(moment.moves, moment.m - moment.mean, 0.0)
+        var = moment.var + a * dv + a * dm * ((1 - a) * dm + 2 * off)
+    inv_std = inverse_deviation(var, moment.young, plan)
+    x_hat = (x - per_channel(mean, x)) * per_channel(inv_std, x)
+    return _affine(x_hat, weight, bias), x_hat, inv_std
+
+
+def batch_statistics(x: Tensor, recipe) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance a channel, and over how many elements."""
-    bs, positions = x.shape[0], x[0, 0].numel()
-    k = recipe.samples_read(bs, positions)
-    if k < bs:
-        x = x[:k] if recipe.order == "first" else x[:: bs // k][:k]
-    v, m = torch.var_mean(x, dim=_all_but_channel(x), correction=0)
+    bs, positions = x.shape[0], elements_per_sample(x)
+    x, k = x[rows_read(recipe, bs, positions)], recipe.samples_read(bs, positions)
+    if bs * positions == 0:  # an empty rank of a group: its weight in the merge is 0
+        zero = x.sum(all_but_channel(x))
+        return zero, zero, 0
+    v, m = torch.var_mean(x, dim=all_but_channel(x), correction=0)
     return m, v, k * positions
 
 
-def _advance(state: NormState, m: Tensor, v: Tensor, n: int, bs: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the state by a batch; return mean and variance, differentiable in m and v, and this batch's share a."""
-    with torch.no_grad():
-        finite = v.sum().isfinite()  # a NaN or Inf in x is one in v
-        state.num_samples_tracked.add_(finite * bs)
-        state.num_batches_tracked.add_(finite)
-        moves = finite
-        if (skip := plan.recipe.skip) is not None:
-            skipped = (state.num_samples_tracked > skip.after) & (state.num_batches_tracked % skip.every == 0)
-            moves = finite & ~skipped
-        count = state.running_count
-        moved = torch.where(count < 0, float(n), count + plan.rate * (n - count))
-        a = torch.where(moves, plan.rate * n / moved, 0.0).to(m.dtype)
-        state.running_count.copy_(torch.where(moves, moved, count))
-        old_mean, old_var = state.running_mean.to(m.dtype, copy=True), state.running_var.to(m.dtype, copy=True)
-    shift = torch.where(moves, m - old_mean, 0.0)
-    mean = old_mean + a * shift
-    var = old_var + a * torch.where(moves, v - old_var, 0.0) + a * (1 - a) * shift * shift
-    state.running_mean.copy_(mean.detach())
-    state.running_var.copy_(var.detach())
-    return mean, var, a
+def rows_read(recipe, bs: int, positions: int) -> slice:
+    """The samples of a batch that the statistics read."""
+    k = recipe.samples_read(bs, positions)
+    if k == bs:
+        return slice(None)
+    return slice(k) if recipe.order == "first" else slice(0, k * (bs // k), bs // k)
 
 
-def _track_as_batchnorm(state: NormState, m: Tensor, v: Tensor, n: int, bs: int, rate: float) -> None:
-    """nn.BatchNorm's running statistics: from mean 0 and variance 1, the variance unbiased (biased where n is 1)."""
-    finite = v.sum().isfinite()
-    unbiased = v * (n / max(n - 1, 1))
-    for running, new in ((state.running_mean, m), (state.running_var, unbiased)):
-        running.copy_(torch.where(finite, running + rate * (new - running), running))
-    state.running_count.copy_(torch.where(finite, float(n), state.running_count))
-    state.num_samples_tracked.add_(finite * bs)
-    state.num_batches_tracked.add_(finite)
+def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment:
+    """Move the state by a batch's statistics over n elements a channel of bs samples; call it without a graph."""
+    recipe, rate = plan.recipe, plan.recipe.rate(plan.mom, bs)
+    old_mean, old_var, count = snapshot(state.running_mean, state.running_var, state.running_count)
+    seen = v.sum().isfinite()  # a NaN or Inf in x is one in v
+    moves = seen
+    if (skip := recipe.skip) is not None:
+        skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
+        seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch
+    state.num_samples_tracked.add_((seen * bs).to(torch.int64))
+    state.num_batches_tracked.add_(seen)
+    young = None if recipe.clamp is None else state.num_samples_tracked < recipe.clamp.samples
+    if recipe.statistics == "batch":  # nn.BatchNorm's: from mean 0, variance 1, the variance unbiased where it can be
+        a, moved = torch.ones_like(count), torch.zeros_like(count) + n
+        mean = old_mean + rate * (m - old_mean)
+        var = old_var + rate * (v * (n / at_least_one(n - 1)) - old_var)
+    else:
+        moved = torch.where(count < 0, torch.zeros_like(count) + n, count + rate * (n - count))
+        a = torch.where(moves, rate * n / moved, 0.0)
+        mean = old_mean + a * (m - old_mean)
+        var = (1 - a) * old_var + a * v + a * (1 - a) * (m - old_mean).square()
+    mean, var = torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
+    state.running_mean.copy_(mean)
+    state.running_var.copy_(var)
+    state.running_count.copy_(torch.where(moves, moved, count))
+    return Moment(m, v, mean.to(m.dtype), var.to(m.dtype), a.to(m.dtype), moves, young)
 
 
-def _inverse_deviation(var: Tensor, state: NormState, plan: Plan) -> Tensor:
+def inverse_deviation(var: Tensor, young: Tensor | None, plan: Plan) -> Tensor:
     """1/√(V+ε), with the recipe's floor while the layer is young."""
     clamp = plan.recipe.clamp
     if clamp is None:
         return (var + plan.eps).rsqrt()
-    young = state.num_samples_tracked < clamp.samples
     if clamp.variance is not None:
-        var = torch.where(young, var.clamp_min(clamp.variance), var)
-        return (var + plan.eps).rsqrt()
+        return (torch.where(young, var.clamp_min(clamp.variance), var) + plan.eps).rsqrt()
     return torch.where(young, (var + plan.eps).clamp_min(clamp.deviation**2), var + plan.eps).rsqrt()
 
 
@@ -159,48 +180,50 @@ class _RunningProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, x, x_hat, scale, share, state, plan):
+    def forward(ctx, y, x, x_hat, scale, share, state, rate, plan):
         ctx.save_for_backward(x_hat, scale, share)
-        ctx.state, ctx.plan = state, plan
+        ctx.state, ctx.rate, ctx.plan = state, rate, plan
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy):
         x_hat, scale, share = ctx.saved_tensors
         with torch.no_grad():
-            rate, kappa = ctx.plan.backward_rate, ctx.plan.recipe.kappa
-            dims = _all_but_channel(dy)
-            dy_mean, dy_proj = dy.mean(dims), (dy * x_hat).mean(dims)
-            a, b, w = average_gradients(ctx.state, dy_mean, dy_proj, rate)
-            past = kappa * (1 - share) * scale / w
-            extra = _per_channel(-past * a, dy) - x_hat * _per_channel(past * b, dy)
-        return dy, extra, None, None, None, None, None
+            dims, n = all_but_channel(dy), dy.shape[0] * elements_per_sample(dy)
+            sums = torch.stack([dy.sum(dims), (dy * x_hat).sum(dims)])
+            if ctx.plan.process_group is not None:
+                sums, n = sum_over_ranks(sums, n, ctx.plan.process_group)
+            average, w = average_gradients(ctx.state, sums / n, ctx.rate)
+            past = ctx.plan.recipe.kappa * (1 - share) * scale / w * average
+            extra = per_channel(-past[0], dy) - x_hat * per_channel(past[1], dy)
+        return dy, extra, None, None, None, None, None, None
 
 
-def average_gradients(state: NormState, dy_mean: Tensor, dy_proj: Tensor, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the averages of the gradient's reductions by this batch's, unless those are not finite; return A·w, B·w, w."""
-    finite = (dy_mean.sum() + dy_proj.sum()).isfinite()
-    pairs = (
-        (state.running_grad_mean, dy_mean),
-        (state.running_grad_proj, dy_proj),
-        (state.running_grad_weight, torch.ones_like(state.running_grad_weight)),
-    )
-    for running, new in pairs:
-        running.copy_(torch.where(finite, running + rate * (new - running), running))
-    a, b, w = (running.to(dy_mean.dtype, copy=True) for running, _ in pairs)
-    return a, b, w.clamp_min(torch.finfo(w.dtype).tiny)
+def average_gradients(state: NormState, new: Tensor, rate) -> tuple[Tensor, Tensor]:
+    """Move the averages of the gradient's reductions (2, C) by a batch's, unless those are not finite; return them
+    times their weight, and the weight."""
+    finite = new.sum().isfinite()
+    for running, value in ((state.running_grad, new), (state.running_grad_weight, 1.0)):
+        running.copy_(torch.where(finite, running + rate * (value - running), running))
+    average, w = (running.to(new.dtype, copy=True) for running in (state.running_grad, state.running_grad_weight))
+    return average, w.clamp_min(torch.finfo(w.dtype).tiny)
 
 
 def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
-        x_hat = x_hat * _per_channel(weight, x_hat)
-    return x_hat if bias is None else x_hat + _per_channel(bias, x_hat)
+        x_hat = x_hat * per_channel(weight, x_hat)
+    return x_hat if bias is None else x_hat + per_channel(bias, x_hat)
 
 
-def _all_but_channel(x: Tensor) -> tuple[int, ...]:
+def all_but_channel(x: Tensor) -> tuple[int, ...]:
     return (0, *range(2, x.dim()))
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def elements_per_sample(x: Tensor) -> int:
+    """Elements a channel in one sample of x (N, C, *)."""
+    return math.prod(x.shape[2:])
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,) shaped to broadcast over x (N, C, *)."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))

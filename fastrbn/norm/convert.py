@@ -1,0 +1,196 @@
+"""Surgery on models: from nn.BatchNorm to running batch norm and back, and folding it away for inference."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch.distributed as dist
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
+from .recipes import Recipe, get_recipe
+
+_RUNNING = {
+    nn.BatchNorm1d: RunningBatchNorm1d,
+    nn.BatchNorm2d: RunningBatchNorm2d,
+    nn.BatchNorm3d: RunningBatchNorm3d,
+    nn.SyncBatchNorm: RunningBatchNorm,
+}
+_BATCH = {RunningBatchNorm1d: nn.BatchNorm1d, RunningBatchNorm2d: nn.BatchNorm2d, RunningBatchNorm3d: nn.BatchNorm3d}
+_ANY_RANK = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.Module:
+    """Replace every nn.BatchNorm1d/2d/3d and SyncBatchNorm in `model` by running batch norm, in place.
+
+    Parameters stay the same objects (an optimiser made before goes on), statistics, eps, mode and device are kept, so
+    evaluation gives what it gave. `momentum` becomes `mom` (None, the cumulative average, becomes 0.1). A layer used in
+    several places is converted once. A SyncBatchNorm keeps its process group. Returns the model, or the new layer when
+    `model` is itself a BatchNorm. Warns when there was nothing to convert, and when a layer kept no statistics.
+    """
+    recipe, found = get_recipe(recipe), []
+
+    def running(old):
+        kind = next((new for base, new in _RUNNING.items() if isinstance(old, base)), None)
+        if kind is None:
+            return None
+        found.append(old)
+        mom = 0.1 if old.momentum is None else old.momentum
+        like = old.weight if old.affine else old.running_mean
+        where = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        group = getattr(old, "process_group", None)
+        if isinstance(old, nn.SyncBatchNorm) and group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        new = kind(
+            old.num_features, eps=old.eps, mom=mom, affine=old.affine, recipe=recipe, process_group=group, **where
+        )
+        if old.running_mean is not None:
+            new.load_state_dict(old.state_dict())
+        else:
+            warnings.warn(
+                f"{type(old).__name__}({old.num_features}) kept no running statistics (track_running_stats=False): its "
+                f"replacement starts without any and must be trained before evaluation",
+                stacklevel=4,
+            )
+        new.weight, new.bias = old.weight, old.bias
+        return new.train(old.training)
+
+    model = _replace(model, running)
+    if not found:
+        _warn_nothing("convert_batchnorm", "nn.BatchNorm or SyncBatchNorm", model)
+    return model
+
+
+def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
+    """Replace every running batch norm in `model` by nn.BatchNorm, in place; evaluation gives what it gave.
+
+    RunningBatchNorm1d/2d/3d become nn.BatchNorm1d/2d/3d; RunningBatchNorm, which takes any rank, becomes the one for
+    `dims` (1, 2 or 3; default 2, images). Training then normalises with each batch's own statistics and forgets the
+    recipe. Returns the model, or the new layer when `model` is itself one. Warns when there was nothing to replace.
+    """
+    if dims not in _ANY_RANK:
+        raise ValueError(f"dims is the number of spatial dimensions, 1, 2 or 3; got {dims!r}")
+    found = []
+
+    def batch(old):
+        if not isinstance(old, RunningBatchNorm):
+            return None
+        found.append(old)
+        kind = next((new for base, new in _BATCH.items() if isinstance(old, base)), _ANY_RANK[dims])
+        like = old.weight if old.affine else old.running_mean
+        new = kind(
+            old.num_features, eps=old.eps, momentum=old.mom, affine=old.affine, device=like.device, dtype=like.dtype
+        )
+        new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()})
+        new.weight, new.bias = old.weight, old.bias
+        return new.train(old.training)
+
+    model = _replace(model, batch)
+    if not found:
+        _warn_nothing("to_batchnorm", "running batch norm", model)
+    return model
+
+
+def fuse_conv_rbn(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose evaluation-mode running batch norms are folded into the convolution or linear before.
+
+    A layer is folded when it alone reads the output of a convolution (also transposed) or linear; `nn.Identity` takes
+    its place. One that comes after anything else, such as the ReLU of `conv_rbn`, stays. Which layer follows which is
+    found by `torch.fx`; where a model cannot be traced, within each `nn.Sequential`. Outputs agree to rounding.
+
+    Raises ValueError for layers in training mode, whose statistics still move. Warns when nothing could be folded.
+    """
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    moving = [name for name, m in modules.items() if isinstance(m, RunningBatchNorm) and m.training and not m.frozen]
+    if moving:
+        raise ValueError(
+            f"only layers in evaluation mode can be folded, and '{moving[0]}' is in training mode: call "
+            f"model.eval() first"
+        )
+    pairs = _pairs(model)
+    for before, after in pairs:
+        conv, norm = modules[before], modules[after]
+        fuse = fuse_linear_bn_weights if isinstance(conv, nn.Linear) else fuse_conv_bn_weights
+        extra = {"transpose": True} if getattr(conv, "transposed", False) else {}
+        conv.weight, conv.bias = fuse(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, **extra
+        )
+        parent, _, name = after.rpartition(".")
+        setattr(modules[parent], name, nn.Identity())
+    if not pairs:
+        _warn_nothing("fuse_conv_rbn", "running batch norm directly after a convolution or linear", model)
+    return model
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m, name):
+        return isinstance(m, (RunningBatchNorm, *_CONVS, nn.Linear)) or super().is_leaf_module(m, name)
+
+
+def _pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of (convolution or linear, running batch norm that alone reads it)."""
+    modules = dict(model.named_modules())
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as e:  # whatever a model's Python does under tracing
+        warnings.warn(
+            f"fuse_conv_rbn could not trace {type(model).__name__} ({type(e).__name__}: {e}) and looks into each "
+            f"nn.Sequential only",
+            stacklevel=3,
+        )
+        return _neighbours(model)
+    calls = [n for n in graph.nodes if n.op == "call_module"]
+    times = {n.target: sum(c.target == n.target for c in calls) for n in calls}
+    return [
+        (n.args[0].target, n.target)
+        for n in calls
+        if isinstance(modules[n.target], RunningBatchNorm)
+        and isinstance(before := n.args[0], fx.Node)
+        and before.op == "call_module"
+        and _foldable(modules[before.target], modules[n.target])
+        and len(before.users) == 1
+        and times[n.target] == times[before.target] == 1
+    ]
+
+
+def _neighbours(model: nn.Module) -> list[tuple[str, str]]:
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return [
+        (names[a][0], names[b][0])
+        for seq in model.modules()
+        if isinstance(seq, nn.Sequential)
+        for a, b in zip(seq, list(seq)[1:], strict=False)
+        if _foldable(a, b) and len(names[a]) == len(names[b]) == 1
+    ]
+
+
+def _foldable(before: nn.Module, after: nn.Module) -> bool:
+    return isinstance(after, RunningBatchNorm) and isinstance(before, (*_CONVS, nn.Linear))
+
+
+def _replace(model: nn.Module, make) -> nn.Module:
+    """Put `make(module)` in the place of every module for which it gives one; the same one wherever a module recurs."""
+    made = {}
+
+    def swap(module):
+        if module not in made:
+            made[module] = make(module)
+        return made[module]
+
+    if (new := swap(model)) is not None:
+        return new
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is not None and (new := swap(child)) is not None:
+                module._modules[name] = new
+    return model
+
+
+def _warn_nothing(function: str, what: str, model: nn.Module) -> None:
+    warnings.warn(f"{function} found no {what} in {type(model).__name__}; nothing was changed", stacklevel=3)
