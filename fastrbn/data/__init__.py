@@ -1,0 +1,38 @@
+"""Data: sets by name or folder as bytes in memory, digits drawn from fonts, and batches cut by index on the device.
+
+`load_dataset` gives an `ImageData`, `image_databunch` makes loaders of it. `get_data`, `normalize_to`, `Dataset` and
+`get_dls` are the course's way, with tensors of one's own.
+"""
+
+from .batches import BatchLoader, Dataset
+from .bunch import DataBunch, get_dls
+from .download import data_root
+from .errors import BadDataError, DataError, DataNotFoundError, DownloadError
+from .folder import load_folder
+from .glyphs import glyphs
+from .image_data import ImageData, image_databunch
+from .sets import NAMES, get_data, load_dataset
+from .transforms import RandomCrop, RandomFlip, normalize_to, view_tfm
+
+__all__ = [
+    "NAMES",
+    "BadDataError",
+    "BatchLoader",
+    "DataBunch",
+    "DataError",
+    "DataNotFoundError",
+    "Dataset",
+    "DownloadError",
+    "ImageData",
+    "RandomCrop",
+    "RandomFlip",
+    "data_root",
+    "get_data",
+    "get_dls",
+    "glyphs",
+    "image_databunch",
+    "load_dataset",
+    "load_folder",
+    "normalize_to",
+    "view_tfm",
+]

@@ -1,0 +1,170 @@
+"""torchvision's data sets on disk: found, checked, and fetched whole or not at all."""
+
+import contextlib
+import io
+import math
+import os
+import queue
+import shutil
+import socket
+import sys
+import tarfile
+import tempfile
+import threading
+import urllib.request
+import zlib
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from .errors import BadDataError, DataNotFoundError, DownloadError
+
+__all__ = ["data_root", "torchvision_set"]
+
+PROBE_SECONDS = 10  # after that without an answer there is no network to speak of
+STALL_SECONDS = 30  # no byte for that long during a download
+
+
+def data_root(root=None):
+    """The folder of the data sets, in torchvision's layout: `root`, else $FASTRBN_DATA, else ~/.cache/fastrbn/data.
+
+    It need not exist. BadDataError when it is a file."""
+    path = Path(root or os.environ.get("FASTRBN_DATA") or "~/.cache/fastrbn/data").expanduser()
+    if path.exists() and not path.is_dir():
+        raise BadDataError(f"the data folder must be a folder; {path} is a file. Pass another root "
+                           "(--data-dir, or FASTRBN_DATA).")
+    return path
+
+
+def torchvision_set(cls, root, train, download):
+    """`cls(root, train=train)`, one of torchvision's MNIST, FashionMNIST, CIFAR10 or CIFAR100, downloaded if missing.
+
+    DataNotFoundError when it is missing and `download` is False, DownloadError when it cannot be had, BadDataError
+    naming the file when one is truncated or damaged: it is left there, since only its owner can say that it may go.
+    """
+    files = _Files.of(cls, root)
+    if not all(f.is_file() for f in files.wanted):
+        _fetch(cls, files, root, download)
+    for path, md5 in files.wanted.items():
+        _check_idx(path) if md5 is None else _check_md5(path, md5)
+    return cls(root, train=train, download=False)
+
+
+@dataclass
+class _Files:
+    wanted: dict  # path -> md5, or None for idx files, which carry their own sizes
+    archives: dict  # path -> md5
+    urls: list
+
+    @classmethod
+    def of(cls, tv, root):
+        if hasattr(tv, "resources"):
+            folder, names = root / tv.__name__ / "raw", dict(tv.resources)
+            first = next(iter(names))
+            return cls({folder / Path(n).stem: None for n in names}, {folder / n: m for n, m in names.items()},
+                       [mirror + first for mirror in tv.mirrors])
+        folder = root / tv.base_folder
+        wanted = dict(tv.train_list + tv.test_list + [[tv.meta["filename"], tv.meta["md5"]]])
+        return cls({folder / n: m for n, m in wanted.items()}, {root / tv.filename: tv.tgz_md5}, [tv.url])
+
+
+def _fetch(cls, files, root, download):
+    from torchvision.datasets.utils import check_integrity
+
+    here = [a for a, md5 in files.archives.items() if check_integrity(a, md5)]
+    if len(here) < len(files.archives):
+        if not download:
+            missing = [str(f) for f in files.wanted if not f.is_file()]
+            raise DataNotFoundError(f"{cls.__name__} is not in {root}: no file {missing[0]}. Allow the download, or "
+                                    "pass the folder that has it (root, --data-dir or FASTRBN_DATA).")
+        _probe(cls.__name__, files.urls)
+        print(f"downloading {cls.__name__} to {root}", file=sys.stderr)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # into a folder beside, then renamed file by file: an interrupted download or unpacking leaves nothing that a
+        # later run would take for data
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as tmp, _quiet(), _stall_limit():
+            tmp = Path(tmp)
+            for archive in here:
+                (tmp / archive.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(archive, tmp / archive.relative_to(root))
+            cls(tmp, download=True)
+            for path in files.wanted:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(tmp / path.relative_to(root), path)
+    except (OSError, RuntimeError, ValueError, EOFError, HTTPException, tarfile.TarError, zlib.error) as e:
+        raise DownloadError(f"{cls.__name__} could not be downloaded to {root}: {e or type(e).__name__}. Nothing was "
+                            "kept; run again, or lay the files there yourself in torchvision's layout.") from e
+
+
+def _probe(name, urls):
+    """Ask every mirror at once and return when one answers; torchvision would try them in turn, without a time limit."""
+    answers = queue.SimpleQueue()
+
+    def ask(url):
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS):
+                answers.put(None)
+        except (OSError, HTTPException, ValueError) as e:
+            answers.put(f"{url}: {e}")
+
+    for url in urls:
+        threading.Thread(target=ask, args=(url,), daemon=True).start()
+    failures = []
+    while len(failures) < len(urls):
+        try:
+            failure = answers.get(timeout=PROBE_SECONDS)
+        except queue.Empty:
+            failures.append(f"no answer within {PROBE_SECONDS} s")
+            break
+        if failure is None:
+            return
+        failures.append(failure)
+    raise DownloadError(f"{name} could not be downloaded: {'; '.join(failures)}. Check the network, or pass a folder "
+                        "that has it (root, --data-dir or FASTRBN_DATA).")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Progress bars only where someone watches: in a log file they are thousands of lines."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+
+
+@contextlib.contextmanager
+def _stall_limit():
+    # torchvision passes no timeout to urlopen; the process-wide default is the only way to set one
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _check_idx(path):
+    """MNIST's format: two zero bytes, 8 for unsigned bytes, the rank, then each dimension as a big-endian 32-bit integer."""
+    rank = 3 if "idx3" in path.name else 1
+    with open(path, "rb") as f:
+        header = f.read(4 + 4 * rank)
+    size, shape = path.stat().st_size, [int.from_bytes(header[4 * i:4 * i + 4], "big") for i in range(1, rank + 1)]
+    expected = [60000 if path.name.startswith("train") else 10000, 28, 28][:rank]
+    if header[:4] != bytes([0, 0, 8, rank]) or shape != expected:
+        raise BadDataError(f"{path} is not the idx file it should be (unsigned bytes of shape {expected}): it begins "
+                           f"with {header.hex(' ', 4) or 'nothing'}. Delete it and run again to download it.")
+    wanted = len(header) + math.prod(shape)
+    if size != wanted:
+        raise BadDataError(f"{path} is {'truncated' if size < wanted else 'too long'}: {size} bytes where its header "
+                           f"promises {wanted}. Delete it and run again to download it.")
+
+
+def _check_md5(path, md5):
+    from torchvision.datasets.utils import calculate_md5
+
+    came = calculate_md5(path)
+    if came != md5:
+        raise BadDataError(f"{path} is damaged: its md5 sum is {came}, not {md5}. Delete it and run again to "
+                           "download it.")

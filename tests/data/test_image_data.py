@@ -1,0 +1,72 @@
+"""ImageData's statistics, and the normalised, perhaps augmented loaders made of it."""
+
+import pickle
+
+import pytest
+import torch
+
+from fastrbn.data import Dataset, ImageData, RandomCrop, RandomFlip, image_databunch
+
+
+def some_images(name="some", n=1000, c=3):
+    g = torch.Generator().manual_seed(0)
+    x = (torch.rand(n, c, 8, 8, generator=g) * torch.tensor([255.0, 100, 30])[:c, None, None]).to(torch.uint8)
+    y = torch.arange(n) % 5
+    return ImageData(name, Dataset(x[200:], y[200:]), Dataset(x[:200], y[:200]), tuple("abcde"))
+
+
+def test_statistics_are_those_of_the_training_images():
+    data = some_images()
+    x = data.train.x.double() / 255
+    torch.testing.assert_close(torch.tensor(data.mean).double(), x.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(data.std).double(), x.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
+
+
+def test_image_data_is_frozen_and_says_what_it_is():
+    data = some_images()
+    with pytest.raises(AttributeError):
+        data.name = "other"
+    assert repr(data) == "ImageData('some', 800 training and 200 validation images of (3, 8, 8), 5 classes)"
+    assert len(pickle.loads(pickle.dumps(data)).train) == 800
+
+
+def test_a_bunch_is_normalised_per_channel_by_the_training_set():
+    data = image_databunch(some_images(), 100)
+    x = torch.cat([xb for xb, _ in data.train_dl]).double()
+    assert x.mean((0, 2, 3)).abs().max() < 1e-5 and (x.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+    (xb, yb), *_ = data.valid_dl
+    assert xb.shape == (200, 3, 8, 8) and xb.dtype == torch.float32 and yb.dtype == torch.int64
+    assert (data.c, data.c_in, data.train_dl.bs, data.valid_dl.bs) == (5, 3, 100, 200)
+
+
+@pytest.mark.parametrize("name, augment, kinds", [
+    ("cifar10", None, [RandomCrop, RandomFlip]), ("cifar100", None, [RandomCrop, RandomFlip]),
+    ("mnist", None, []), ("glyphs", None, []), ("cifar10", False, []), ("mnist", True, [RandomCrop, RandomFlip]),
+    ("mnist", [RandomCrop(2)], [RandomCrop]),
+])
+def test_augmentation_suits_the_set_unless_told(name, augment, kinds):
+    data = image_databunch(some_images(name), 8, augment=augment)
+    assert [type(t) for t in data.train_dl.tfms] == kinds and data.valid_dl.tfms == ()
+
+
+@pytest.mark.parametrize("limit, n_train, n_valid", [(80, 80, 150), (1, 1, 150), (400, 400, 150), (10**6, 1500, 300)])
+def test_a_limit_keeps_the_first_images_and_validation_in_proportion(limit, n_train, n_valid, monkeypatch):
+    monkeypatch.setattr("fastrbn.data.image_data.LEAST_VALID", 150)
+    whole = some_images(n=1800)
+    whole = ImageData("some", Dataset(*whole.train[:1500]), Dataset(*whole.train[1300:1600]), whole.classes)
+    data = image_databunch(whole, 8, limit=limit)
+    assert (len(data.train_ds), len(data.valid_ds)) == (n_train, n_valid)
+    assert torch.equal(data.train_ds.x, whole.train.x[:limit])
+    assert data.train_dl.normalize == image_databunch(whole, 8).train_dl.normalize
+
+
+def test_options_of_the_bunch_reach_the_loaders():
+    data = image_databunch(some_images(), 9, valid_bs=7, seed=5, drop_last=True, device="meta")
+    assert (data.valid_dl.bs, data.train_dl.seed, data.train_dl.drop_last) == (7, 5, True)
+    assert data.train_dl.device.type == data.valid_dl.device.type == "meta"
+
+
+@pytest.mark.parametrize("kwargs, words", [({"bs": 0}, "batch size"), ({"bs": 8, "limit": 0}, "at least 1; got 0")])
+def test_a_bunch_refuses_senseless_sizes(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        image_databunch(some_images(), **kwargs)
