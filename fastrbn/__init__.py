@@ -1,0 +1,214 @@
+"""fastrbn: training with callbacks, built around running batch norm: batch norm for every batch size down to one."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from ._version import __version__ as __version__
+
+__all__ = [  # noqa: RUF022 - in groups
+    # the loop
+    "EVENTS",
+    "Callback",
+    "CancelBatchException",
+    "CancelEpochException",
+    "CancelTrainException",
+    "Learner",
+    "Runner",
+    "TrainEvalCallback",
+    "camel2snake",
+    # the layer
+    "RECIPES",
+    "NormState",
+    "Recipe",
+    "RunningBatchNorm",
+    "RunningBatchNorm1d",
+    "RunningBatchNorm2d",
+    "RunningBatchNorm3d",
+    "convert_batchnorm",
+    "fuse_conv_rbn",
+    "running_batch_norm",
+    "to_batchnorm",
+    # models
+    "GeneralRelu",
+    "Lambda",
+    "Residual",
+    "conv_bn",
+    "conv_gn",
+    "conv_layer",
+    "conv_rbn",
+    "flatten",
+    "get_cnn_layers",
+    "get_cnn_model",
+    "init_cnn",
+    "make_norm",
+    "resnet9",
+    # from sizes to (learn, run)
+    "get_learn_run",
+    "get_runner",
+    "listify",
+    # data
+    "BadDataError",
+    "BatchLoader",
+    "DataBunch",
+    "DataError",
+    "DataNotFoundError",
+    "Dataset",
+    "DownloadError",
+    "ImageData",
+    "RandomCrop",
+    "RandomFlip",
+    "data_root",
+    "get_data",
+    "get_dls",
+    "glyphs",
+    "image_databunch",
+    "load_dataset",
+    "load_folder",
+    "normalize_to",
+    "view_tfm",
+    # callbacks
+    "ActivationStats",
+    "AvgStats",
+    "AvgStatsCallback",
+    "BatchTransformXCallback",
+    "CSVLogger",
+    "CudaCallback",
+    "HaltOnNaN",
+    "Hook",
+    "Hooks",
+    "LR_Find",
+    "ListContainer",
+    "NonFiniteError",
+    "NonFiniteReport",
+    "ParamMagnitudes",
+    "ParamScheduler",
+    "ProgressCallback",
+    "Recorder",
+    "accuracy",
+    "annealer",
+    "append_stats",
+    "children",
+    "combine_scheds",
+    "cos_1cycle_anneal",
+    "sched_cos",
+    "sched_exp",
+    "sched_lin",
+    "sched_no",
+]
+
+# A name is imported when it is first used (PEP 562), and with it torch: `fastrbn --help` does without. The imports
+# below are what editors and type checkers read; tests/test_architecture.py holds them against __all__.
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks")
+
+if TYPE_CHECKING:
+    from .build import get_learn_run, get_runner, listify
+    from .callbacks import (
+        ActivationStats,
+        AvgStats,
+        AvgStatsCallback,
+        BatchTransformXCallback,
+        CSVLogger,
+        CudaCallback,
+        HaltOnNaN,
+        Hook,
+        Hooks,
+        ListContainer,
+        LR_Find,
+        NonFiniteError,
+        NonFiniteReport,
+        ParamMagnitudes,
+        ParamScheduler,
+        ProgressCallback,
+        Recorder,
+        accuracy,
+        annealer,
+        append_stats,
+        children,
+        combine_scheds,
+        cos_1cycle_anneal,
+        sched_cos,
+        sched_exp,
+        sched_lin,
+        sched_no,
+    )
+    from .data import (
+        BadDataError,
+        BatchLoader,
+        DataBunch,
+        DataError,
+        DataNotFoundError,
+        Dataset,
+        DownloadError,
+        ImageData,
+        RandomCrop,
+        RandomFlip,
+        data_root,
+        get_data,
+        get_dls,
+        glyphs,
+        image_databunch,
+        load_dataset,
+        load_folder,
+        normalize_to,
+        view_tfm,
+    )
+    from .learn import (
+        EVENTS,
+        Callback,
+        CancelBatchException,
+        CancelEpochException,
+        CancelTrainException,
+        Learner,
+        Runner,
+        TrainEvalCallback,
+        camel2snake,
+    )
+    from .models import (
+        GeneralRelu,
+        Lambda,
+        Residual,
+        conv_bn,
+        conv_gn,
+        conv_layer,
+        conv_rbn,
+        flatten,
+        get_cnn_layers,
+        get_cnn_model,
+        init_cnn,
+        make_norm,
+        resnet9,
+    )
+    from .norm import (
+        RECIPES,
+        NormState,
+        Recipe,
+        RunningBatchNorm,
+        RunningBatchNorm1d,
+        RunningBatchNorm2d,
+        RunningBatchNorm3d,
+        convert_batchnorm,
+        fuse_conv_rbn,
+        running_batch_norm,
+        to_batchnorm,
+    )
+
+
+def __getattr__(name):
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f".{home}", __name__)
+            if name in module.__all__:
+                value = globals()[name] = getattr(module, name)
+                return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):  # fastrbn.norm, as with plain imports
+        return import_module(f".{name}", __name__)
+    near = difflib.get_close_matches(name, __all__, n=1)
+    raise AttributeError(f"fastrbn has no public name '{name}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+
+
+def __dir__():
+    return sorted({*globals(), *__all__, *_HOMES})

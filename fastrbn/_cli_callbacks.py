@@ -1,0 +1,145 @@
+"""Callbacks by name: what `--cb NAME[:ARG=VALUE,…]` finds, built in or a plug-in, and what `fastrbn callbacks` lists."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+
+from . import callbacks as built_in_package
+from ._cli_args import BAD_ARGUMENTS, CliError, nearest
+from .learn import Callback
+
+GROUP = "fastrbn.callbacks"
+
+
+def built_in() -> dict[str, type[Callback]]:
+    """The built-in callbacks by class name."""
+    public = (getattr(built_in_package, name) for name in built_in_package.__all__)
+    return {c.__name__: c for c in public if inspect.isclass(c) and issubclass(c, Callback) and c is not Callback}
+
+
+def plug_ins() -> dict[str, importlib.metadata.EntryPoint]:
+    """The installed plug-ins' entry points by name, not loaded: one that is broken harms only who asks for it."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+def make_callback(spec: str) -> Callback:
+    """The callback that `NAME[:ARG=VALUE,…]` describes. CliError when there is none such, or not with these arguments."""
+    name, _, rest = spec.partition(":")
+    factory = _find(name.strip(), spec)
+    kwargs = _arguments(rest, spec)
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as e:
+        unknown = [k for k in kwargs if k not in signature.parameters]
+        hint = nearest(unknown[0], signature.parameters) if unknown else ""
+        raise CliError(f"--cb {spec}: {e}; {name} takes {_takes(signature)}.{hint}", BAD_ARGUMENTS) from None
+    try:
+        made = factory(**kwargs)
+    except (TypeError, ValueError, OSError) as e:
+        raise CliError(f"--cb {spec}: {e}", BAD_ARGUMENTS) from e
+    if not isinstance(made, Callback):
+        raise CliError(f"--cb {spec}: a callback derives from fastrbn.Callback; {name} made a {type(made).__name__}")
+    return made
+
+
+def listing() -> list[str]:
+    """Lines that name every callback, its arguments and the first line of its documentation."""
+    lines = ["Built in:"]
+    for name, cls in sorted(built_in().items()):
+        lines += _entry(name, cls)
+    points = plug_ins()
+    lines += ["", f"Plug-ins (entry points of the group {GROUP}):"] if points else ["", "Plug-ins: none installed"]
+    for name, point in sorted(points.items()):
+        try:
+            lines += _entry(name, _load(point))
+        except CliError as e:
+            lines.append(f"  {e}")
+    return lines
+
+
+def _find(name: str, spec: str):
+    known, points = built_in(), plug_ins()
+    by_form = {form: cls for cls_name, cls in known.items() for form in _forms(cls_name)}
+    if _plain(name) in by_form:
+        return by_form[_plain(name)]
+    if name in points:
+        return _load(points[name])
+    names = [*sorted(known), *sorted(points)]
+    raise CliError(
+        f"--cb {spec}: there is no callback '{name}'.{nearest(name, names)} There are: {', '.join(names)}",
+        BAD_ARGUMENTS,
+    )
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _forms(cls_name: str) -> tuple[str, str]:
+    """AvgStatsCallback goes by that name, avg_stats_callback, AvgStats and avg_stats."""
+    return _plain(cls_name), _plain(cls_name.removesuffix("Callback"))
+
+
+def _load(point):
+    """What the entry point names. A plug-in is somebody else's code: whatever it raises is told with its name."""
+    dist = f" of {point.dist.name} {point.dist.version}" if getattr(point, "dist", None) else ""
+    try:
+        loaded = point.load()
+    except Exception as e:
+        raise CliError(
+            f"the plug-in '{point.name}' ({point.value}{dist}) cannot be loaded: {type(e).__name__}: {e}"
+        ) from e
+    if not callable(loaded):
+        raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) must be a callback class; it is {loaded!r}")
+    return loaded
+
+
+def _arguments(text: str, spec: str) -> dict:
+    """`every=5,stats=('max','rms')` as a dictionary. Values are Python literals; what is none is taken as text."""
+    kwargs = {}
+    for part in _split(text):
+        name, equals, value = (s.strip() for s in part.partition("="))
+        if not equals or not name.isidentifier():
+            raise CliError(
+                f"--cb {spec}: arguments are written ARG=VALUE, separated by commas; got '{part}'", BAD_ARGUMENTS
+            )
+        if name in kwargs:
+            raise CliError(f"--cb {spec}: '{name}' is given twice", BAD_ARGUMENTS)
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[name] = value
+    return kwargs
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for ch in text:
+        if quote:
+            quote = "" if ch == quote else quote
+        elif ch in "'\"":
+            quote = ch
+        depth += 0 if quote else (ch in "([{") - (ch in ")]}")
+        if ch == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += ch
+    return [part for part in parts if part.strip()]
+
+
+def _takes(signature: inspect.Signature) -> str:
+    return ", ".join(str(p) for p in signature.parameters.values()) or "no arguments"
+
+
+def _entry(name: str, factory) -> list[str]:
+    """One line of name and arguments, one of documentation."""
+    try:
+        takes = ", ".join(str(p) for p in inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):  # some callables have no signature
+        takes = "…"
+    doc = (inspect.getdoc(factory) or "").strip()
+    return [f"  {name}({takes})", *([f"      {doc.splitlines()[0]}"] if doc else [])]

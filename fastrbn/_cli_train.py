@@ -1,0 +1,274 @@
+"""`fastrbn train`: from the arguments to a trained net and its results, whatever happens on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+import sys
+import time
+import traceback
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from . import _cli_results as results
+from ._cli_args import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, LAYERS, CliError, default_lr, nearest
+from ._cli_callbacks import make_callback
+from ._version import __version__
+from .build import get_learn_run, get_runner
+from .callbacks import (
+    AvgStatsCallback,
+    CSVLogger,
+    HaltOnNaN,
+    ParamMagnitudes,
+    ParamScheduler,
+    ProgressCallback,
+    Recorder,
+    accuracy,
+    combine_scheds,
+    cos_1cycle_anneal,
+    sched_cos,
+    sched_lin,
+)
+from .data import DataError, DataNotFoundError, DownloadError, image_databunch, load_dataset
+from .models import conv_bn, conv_gn, conv_rbn, resnet9
+from .norm import RECIPES, get_recipe
+
+NFS = [8, 16, 32, 64, 64]  # the course's net
+BUILDERS = {"conv_rbn": conv_rbn, "conv_bn": conv_bn, "conv_gn": conv_gn}
+MAGNITUDES = 500  # about as many moments as params.png has columns
+
+
+def train(args) -> int:
+    """Run `fastrbn train` and return the exit status. CliError where nothing was trained."""
+    results.check_folder(args.out, args.force)  # what can be known to be wrong is said before anything is loaded
+    norm_kwargs, device = _norm_kwargs(args), _device(args.device)
+    added = [make_callback(spec) for spec in args.cb]
+    images = _images(args)
+    torch.manual_seed(args.seed)
+    data = image_databunch(images, args.bs, seed=args.seed, device=device, limit=args.limit)
+    lr = default_lr(args.bs) if args.lr is None else args.lr
+    folder = results.claim_folder(_folder(args, images.name))
+    cbs = _callbacks(args, lr, folder, len(data.train_dl), added)
+    try:
+        learn, run = _build(args, data, lr, cbs, norm_kwargs)
+        learn.model.to(device)
+    except (ValueError, RuntimeError) as e:
+        raise CliError(f"{args.model} cannot be made for {images}: {e}") from e
+    config = _config(args, images, data, lr, device, learn, run)
+    results.write_config(folder, config)
+    _announce(images, data, config, folder)
+    return _fit(args, learn, run, folder, config)
+
+
+def _fit(args, learn, run, folder, config) -> int:
+    """Train, write the results whatever happened, and say so in a sentence."""
+    began, error = time.perf_counter(), None
+    try:
+        run.fit(args.epochs, learn)
+    except Exception as e:  # noqa: BLE001 - a callback's or the model's: the way there is shown, and what was learnt is kept
+        traceback.print_exc()
+        error = e
+    seconds = time.perf_counter() - began
+    stats, recorder, magnitudes = (_of(run, cls) for cls in (AvgStatsCallback, Recorder, ParamMagnitudes))
+    halt = _of(run, HaltOnNaN)
+    report = halt.report if halt is not None else None
+    status, sentence = _outcome(args, run, error, report, stats, seconds)
+    failures = results.write_results(folder, learn.model, stats, recorder, magnitudes, report)
+    config["result"] = {"status": status, "reason": run.stop_reason, "seconds": round(seconds, 2), "steps": run.n_iter}
+    results.write_config(folder, config)
+    if failures and status == DONE:
+        status = ERROR
+    print(f"{sentence}; results in {folder}", file=sys.stdout if status == DONE else sys.stderr)
+    for failure in failures:
+        print(f"fastrbn train: error: {failure}", file=sys.stderr)
+    return status
+
+
+def _outcome(args, run, error, report, stats, seconds) -> tuple[int, str]:
+    """Exit status, and what happened."""
+    if error is not None:
+        return ERROR, f"error: {run.stop_reason or f'{type(error).__name__}: {error}'}"
+    if report is not None:
+        return HALTED, f"halted: {run.stop_reason}"
+    if run.stop_reason is not None and run.stop_reason.startswith("interrupted"):
+        return INTERRUPTED, run.stop_reason
+    if run.stop_reason is not None:
+        return DONE, f"ended early: {run.stop_reason}"
+    last = stats.history[-1] if stats.history else {}
+    reached = f", validation accuracy {last['valid_accuracy']:.2%}" if last.get("valid_accuracy") is not None else ""
+    return DONE, f"done: {_count(args.epochs, 'epoch')} in {seconds:.1f} s{reached}"
+
+
+def _images(args):
+    """The data set; without a name MNIST, or where that cannot be had, glyphs."""
+    root = args.data_dir
+    if root is not None and root.exists() and not root.is_dir():
+        raise CliError(f"--data-dir must be a folder; {root} is a file", BAD_ARGUMENTS)
+    try:
+        if args.data is not None:
+            return load_dataset(args.data, root)
+        try:
+            return load_dataset("mnist", root)
+        except (DownloadError, DataNotFoundError):
+            print("MNIST is neither here nor to be downloaded (`fastrbn train mnist` says why): training on glyphs")
+            return load_dataset("glyphs")
+    except DownloadError as e:
+        raise CliError(f"{e} `fastrbn train glyphs` needs no download.") from e
+    except DataNotFoundError as e:
+        raise CliError(str(e), BAD_ARGUMENTS) from e
+    except DataError as e:
+        raise CliError(str(e)) from e
+
+
+def _norm_kwargs(args) -> dict:
+    if args.recipe is None:
+        return {}
+    if args.layer != "conv_rbn":
+        raise CliError(f"--recipe is for conv_rbn, and --layer is {args.layer}: leave one of them out", BAD_ARGUMENTS)
+    if args.recipe not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise CliError(
+            f"--recipe must be one of {known}; got '{args.recipe}'.{nearest(args.recipe, RECIPES)}", BAD_ARGUMENTS
+        )
+    return {"recipe": args.recipe}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # a device that can be named need not be there
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        why = str(e).strip().splitlines()[0]
+        raise CliError(
+            f"--device must be auto, cpu, or an accelerator of this machine such as cuda, cuda:1 or mps; got '{name}': "
+            f"{why}",
+            BAD_ARGUMENTS,
+        ) from e
+    return device
+
+
+def _folder(args, name) -> Path:
+    if args.out is not None:
+        return args.out
+    return results.free_folder(Path("runs") / f"{name}-{args.layer}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _schedule(args, lr):
+    return {
+        "none": None,
+        "lin": sched_lin(lr, lr / 10),
+        "cos": sched_cos(lr, lr / 10),
+        "1cycle": combine_scheds([0.3, 0.7], cos_1cycle_anneal(lr / 10, lr, lr / 100)),
+    }[args.sched]
+
+
+def _callbacks(args, lr, folder, steps, added) -> list:
+    """The command's own callbacks and the added ones; one that is added takes the place of its own of that class."""
+    own = [Recorder(), AvgStatsCallback(accuracy), ProgressCallback()]
+    own.append(ParamMagnitudes(every=max(1, steps * args.epochs // MAGNITUDES)))
+    if not args.no_halt:
+        own.append(HaltOnNaN())
+    classes = {type(cb) for cb in added}
+    own = [cb for cb in own if type(cb) not in classes]
+    own.append(CSVLogger(folder / "history.csv"))  # beside one that is added: that has its own path
+    if (sched := _schedule(args, lr)) is not None:
+        own.append(ParamScheduler("lr", sched))
+    return own + added
+
+
+def _build(args, data, lr, cbs, norm_kwargs):
+    if args.model == "cnn":
+        return get_learn_run(NFS, data, lr, BUILDERS[args.layer], cbs=cbs, **norm_kwargs)
+    model = resnet9(c_in=data.c_in, c_out=data.c, norm=LAYERS[args.layer], **norm_kwargs)
+    return get_runner(model, data, lr=lr, cbs=cbs)
+
+
+def _of(run, cls):
+    return next((cb for cb in run.cbs if type(cb) is cls), None)
+
+
+def _config(args, images, data, lr, device, learn, run) -> dict:
+    """All that the run depends on, resolved, as JSON can hold it."""
+    import torchvision
+
+    recipe = args.recipe or "default" if args.layer == "conv_rbn" else None
+    return {
+        "command": shlex.join(["fastrbn", *(args.argv or [])]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "data": {
+            "name": images.name,
+            "train": len(data.train_ds),
+            "valid": len(data.valid_ds),
+            "shape": list(images.train.x.shape[1:]),
+            "classes": list(images.classes),
+            "mean": list(images.mean),
+            "std": list(images.std),
+            "limit": args.limit,
+            "data_dir": args.data_dir and str(args.data_dir),
+        },
+        "model": args.model,
+        "nfs": NFS if args.model == "cnn" else None,
+        "layer": args.layer,
+        "recipe": recipe,
+        "recipe_settings": recipe and _plain(dataclasses.asdict(get_recipe(recipe))),
+        "parameters": sum(p.numel() for p in learn.model.parameters()),
+        "bs": args.bs,
+        "lr": lr,
+        "sched": args.sched,
+        "epochs": args.epochs,
+        "optimiser": type(learn.opt).__name__,
+        "seed": args.seed,
+        "halt_on_nan": _of(run, HaltOnNaN) is not None,
+        "callbacks": [repr(cb) for cb in run.cbs],
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {
+            "fastrbn": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _plain(value):
+    """What JSON can hold; a function is its name."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _announce(images, data, config, folder) -> None:
+    shape = "×".join(map(str, config["data"]["shape"]))
+    print(
+        f"{images.name}: {config['data']['train']} training and {config['data']['valid']} validation images of "
+        f"{shape}, {data.c} classes"
+    )
+    lr = config["lr"]
+    path = {
+        "none": f"{lr:.4g}",
+        "lin": f"{lr:.4g} → {lr / 10:.4g} (linear)",
+        "cos": f"{lr:.4g} → {lr / 10:.4g} (cosine)",
+        "1cycle": f"{lr / 10:.4g} → {lr:.4g} → {lr / 100:.4g} (one cycle)",
+    }[config["sched"]]
+    recipe = f" (recipe {config['recipe']})" if config["recipe"] else ""
+    print(
+        f"{config['model']} of {config['layer']}{recipe}, {config['parameters']} parameters, batch size {config['bs']}, "
+        f"learning rate {path}, {_count(config['epochs'], 'epoch')}, on {config['device']}"
+    )
+    print(f"results in {folder}", flush=True)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

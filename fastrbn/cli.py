@@ -1,0 +1,42 @@
+"""The command line: `fastrbn train`, `fastrbn callbacks`; `python -m fastrbn` is the same.
+
+Exit status: 0 done, 1 error, 2 bad arguments, 3 halted on NaN or Inf, 130 interrupted; each with one sentence that says
+what happened and, once training has begun, where the results are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ._cli_args import DONE, ERROR, INTERRUPTED, CliError, parser
+
+__all__ = ["main"]
+
+
+def main(argv=None) -> int:
+    """Run the command line on `argv` (default: the process's arguments) and return the exit status."""
+    try:
+        args = parser().parse_args(argv)
+        args.argv = sys.argv[1:] if argv is None else list(argv)
+    except SystemExit as e:  # argparse has printed help, or what is wrong
+        return e.code
+    try:
+        if args.command == "train":  # imported here: --help and wrong arguments need no torch
+            from ._cli_train import train
+
+            return train(args)
+        from ._cli_callbacks import listing
+
+        print("\n".join(listing()))
+        sys.stdout.flush()  # so that a closed pipe shows here and not at exit
+        return DONE
+    except CliError as e:
+        print(f"fastrbn {args.command}: error: {e}", file=sys.stderr)
+        return e.status
+    except KeyboardInterrupt:
+        print(f"fastrbn {args.command}: interrupted (Ctrl-C)", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `fastrbn callbacks | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR

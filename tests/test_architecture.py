@@ -1,0 +1,249 @@
+"""The house rules that can be read off the source: who imports whom, what a module carries, what an import does."""
+
+import ast
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastrbn
+
+PACKAGE = Path(fastrbn.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+SUBPACKAGES = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
+LONGEST = 450  # lines of a file
+
+# What each part may import of the package, itself apart. Parts that are not here (build, cli, …) put the others together.
+MAY_IMPORT = {
+    "norm": [],
+    "learn": [],
+    "data": [],
+    "callbacks": ["learn.callback", "learn.events", "files", "snapshot"],
+    "plots": [],
+    "files": [],
+    "snapshot": [],
+    "graph": [],
+    "models": ["norm"],
+    "build": ["learn", "models", "norm"],
+}
+PLOT_FROM_INSIDE_FUNCTIONS = {"callbacks", "graph"}  # so that training does not load matplotlib
+DRAW = {"plots", "basics"}  # may import matplotlib.pyplot
+
+
+def module_name(file: Path) -> str:
+    """`norm.layers` for fastrbn/norm/layers.py; `norm` for its `__init__`, `` for the package's."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, module: str, is_package: bool = False):
+    """(absolute name, inside a function?) of everything that `source`, module `fastrbn.<module>`, imports."""
+
+    def walk(node, inside):
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, inside) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = ["fastrbn", *filter(None, module.split("."))]
+                here = here[: len(here) + is_package - node.level]
+                base = ".".join([*here, *filter(None, [node.module])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}", inside
+
+    return list(walk(ast.parse(source), False))
+
+
+def _is_or_under(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
+def forbidden_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What `fastrbn.<module>` imports against the rules."""
+    part = module.split(".")[0]
+    wrong = []
+    for name, inside in imports(source, module, is_package):
+        if _is_or_under(name, "matplotlib") and part not in DRAW:
+            allowed = module == "data.glyphs" and not _is_or_under(name, "matplotlib.pyplot")
+            wrong += [] if allowed else [name]
+        if not _is_or_under(name, "fastrbn") or part not in MAY_IMPORT:
+            continue
+        inner = name.removeprefix("fastrbn").removeprefix(".")
+        own = _is_or_under(inner, part)
+        if part == "callbacks":  # one callback module does not know another; private helpers and the package's list may
+            own = own and (is_package or inner.removeprefix("callbacks.").startswith("_"))
+        plots = inside and part in PLOT_FROM_INSIDE_FUNCTIONS and _is_or_under(inner, "plots")
+        if not own and not plots and not any(_is_or_under(inner, ok) for ok in MAY_IMPORT[part]):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_each_module_imports_only_what_its_place_allows(file):
+    assert forbidden_imports(file.read_text(), module_name(file), file.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("norm.layers", "from ..learn import Callback"),
+        ("norm.layers", "import fastrbn.learn.runner"),
+        ("norm.layers", "def f():\n    from fastrbn import Learner"),
+        ("learn.runner", "from ..norm.layers import RunningBatchNorm"),
+        ("learn.runner", "from .. import callbacks"),
+        ("data.image", "from ..learn.callback import Callback"),
+        ("data.image", "import matplotlib.font_manager"),
+        ("data.glyphs", "import matplotlib.pyplot as plt"),
+        ("data.glyphs", "from matplotlib import pyplot"),
+        ("callbacks.record", "from ..learn.runner import Runner"),
+        ("callbacks.record", "from ..learn import Runner"),
+        ("callbacks.record", "from .hooks import Hook"),
+        ("callbacks.record", "from . import hooks"),
+        ("callbacks.record", "from ..plots import lines"),
+        ("callbacks.record", "class C:\n    import fastrbn.plots"),
+        ("callbacks.record", "import matplotlib.pyplot"),
+        ("models", "from .learn import Learner"),
+        ("plots", "from .callbacks.record import Recorder"),
+        ("graph", "from .norm import RunningBatchNorm"),
+        ("build", "from .callbacks import Recorder"),
+        ("cli", "import matplotlib.pyplot as plt"),
+    ],
+)
+def test_the_rule_catches(module, source):
+    assert forbidden_imports(source, module) != []
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("norm.layers", "import torch\nfrom .recipes import Recipe\nfrom . import reference"),
+        ("data.glyphs", "from matplotlib import font_manager"),
+        ("callbacks.record", "from ..learn.callback import Callback\nfrom ..learn.events import CancelTrainException"),
+        ("callbacks.record", "def plot():\n    from .. import plots\n    from ..plots import lines"),
+        ("callbacks.record", "from ._files import whole"),
+        ("models", "from .norm import RunningBatchNorm"),
+        ("plots", "import matplotlib.pyplot as plt"),
+        ("cli", "from .learn.runner import Runner"),
+    ],
+)
+def test_the_rule_allows(module, source):
+    assert forbidden_imports(source, module) == []
+
+
+def test_the_packages_own_list_may_import_its_modules():
+    assert forbidden_imports("from .record import Recorder", "callbacks", is_package=True) == []
+    assert forbidden_imports("from ..learn import Runner", "callbacks", is_package=True) != []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_each_module_has_a_docstring_no_star_import_and_a_bearable_length(file):
+    source = file.read_text()
+    tree = ast.parse(source)
+    stars = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
+    assert stars == [], f"star imports in lines {stars}"
+    assert len(source.splitlines()) <= LONGEST
+    if file.name != "_version.py":  # setuptools reads that one
+        assert (ast.get_docstring(tree) or "").strip(), "no docstring"
+
+
+@pytest.mark.parametrize("name", ["", *SUBPACKAGES, "basics"])
+def test_each_package_lists_names_that_exist_once_each(name):
+    package = importlib.import_module(f"fastrbn.{name}" if name else "fastrbn")
+    assert len(set(package.__all__)) == len(package.__all__)
+    assert [n for n in package.__all__ if getattr(package, n, None) is None] == []
+
+
+def test_the_subpackages_are_all_there_and_say_what_they_hold():
+    assert {"norm", "learn", "callbacks", "data"} <= set(SUBPACKAGES)
+    folders = {p.parent for p in FILES}
+    assert [str(f) for f in folders if not (f / "__init__.py").is_file()] == [], "a folder without __init__.py"
+
+
+def test_every_module_can_be_imported():
+    names = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "fastrbn.") if not m.name.endswith("__main__")]
+    assert len(names) == len(FILES) - 2, "the package's __init__ and __main__ apart"
+    for name in names:
+        if "triton" not in name:  # imported only when chosen, and only where Triton is
+            importlib.import_module(name)
+
+
+def _run(code: str, *flags: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+
+def test_importing_every_public_name_changes_no_setting_and_warns_of_nothing():
+    code = """if True:
+        import random, threading, torch, numpy as np
+        def world():
+            return (torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype(),
+                    torch.random.get_rng_state().sum().item(), hash(random.getstate()),
+                    hash(np.random.get_state()[1].tobytes()), torch.is_grad_enabled(), threading.active_count(),
+                    str(np.geterr()), torch.backends.cudnn.benchmark)
+        before = world()
+        from fastrbn import *
+        import fastrbn
+        assert all(name in globals() for name in fastrbn.__all__)
+        assert world() == before, (before, world())
+        print("same")
+    """
+    done = _run(code, "-W", "error")
+    assert (done.stdout, done.stderr, done.returncode) == ("same\n", "", 0)
+
+
+def test_importing_the_package_and_its_names_leaves_pyplot_out():
+    code = "import sys; from fastrbn import *; print([m for m in ('matplotlib.pyplot', 'IPython') if m in sys.modules])"
+    done = _run(code)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from fastrbn.cli import main; main(['train', '--help']); print('torch' in sys.modules)"
+    done = _run(code)
+    assert done.stdout.splitlines()[-1] == "False" and done.stderr == ""
+
+
+def test_what_editors_see_of_the_package_is_what_it_exports():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert sorted(seen) == sorted(fastrbn.__all__)
+    for name, home in seen.items():
+        assert getattr(fastrbn, name) is getattr(importlib.import_module(f"fastrbn.{home}"), name)
+
+
+# public in their part only: too general a name for `from fastrbn import *`, or for those who build recipes
+KEPT_INSIDE = {"NAMES", "Clamp", "Skip", "get_recipe"}
+
+
+@pytest.mark.parametrize("home", fastrbn._HOMES)
+def test_what_a_part_makes_public_the_package_does_too(home):
+    names = set(importlib.import_module(f"fastrbn.{home}").__all__) - KEPT_INSIDE
+    assert sorted(names - set(fastrbn.__all__)) == []
+
+
+def test_a_misspelt_name_gets_the_nearest_and_submodules_are_attributes():
+    with pytest.raises(AttributeError, match="no public name 'RuningBatchNorm'. Did you mean 'RunningBatchNorm'?"):
+        fastrbn.RuningBatchNorm  # noqa: B018
+    done = _run(
+        "import fastrbn; print(fastrbn.norm.RunningBatchNorm is fastrbn.RunningBatchNorm, 'Learner' in dir(fastrbn))"
+    )
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+def test_basics_gives_a_notebook_all_it_uses():
+    code = """if True:
+        from fastrbn.basics import *
+        import fastrbn
+        missing = [n for n in fastrbn.__all__ if n not in globals()]
+        used = [torch, nn, F, optim, init, tensor, partial, math, np, plt, Path, DataLoader]
+        print(missing, len(used), F.relu(tensor([-1.0])).item())
+    """
+    done = _run(code, "-W", "error")
+    assert (done.stdout, done.stderr) == ("[] 12 0.0\n", "")
