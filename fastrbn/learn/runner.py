@@ -87,22 +87,26 @@ class Runner:
 
     def _one_batch(self, batch) -> None:
         try:
-            self.xb, self.yb = _pair(batch)
-            self("begin_batch")
-            self.pred = self.model(self.xb)
-            self("after_pred")
-            self.loss = self.loss_func(self.pred, self.yb)
-            self("after_loss")
-            if self.in_train:
-                self.loss.backward()
-                self("after_backward")
-                self.opt.step()
-                self("after_step")
-                self.opt.zero_grad()
-        except CancelBatchException:
-            self._cancelled("batch")
-        except (CancelEpochException, CancelTrainException):
+            try:
+                self.xb, self.yb = _pair(batch)
+                self("begin_batch")
+                self.pred = self.model(self.xb)
+                self("after_pred")
+                self.loss = self.loss_func(self.pred, self.yb)
+                self("after_loss")
+                if self.in_train:
+                    self.loss.backward()
+                    self("after_backward")
+                    self.opt.step()
+                    self("after_step")
+                    self.opt.zero_grad()
+            except CancelBatchException:
+                self._cancelled("batch")
+        except CancelEpochException:
             self._outside_batch("after_batch")
+            raise
+        except CancelTrainException:
+            self._outside_epoch("after_batch")  # whatever it cancels, it is the fit that ends
             raise
         self._outside_batch("after_batch")
 
@@ -113,7 +117,8 @@ class Runner:
                 handler()
         except CancelTrainException as e:
             if self.stop_reason is None:
-                self.stop_reason = str(e) or f"cancelled by {type(handler.__self__).__name__} in {event}"
+                owner = getattr(handler, "__self__", handler)  # a function set on an instance has no owner
+                self.stop_reason = str(e) or f"cancelled by {type(owner).__name__} in {event}"
             raise
 
     # A cancel of something that is not under way has its after_cancel event, and the fit goes on.
@@ -131,8 +136,10 @@ class Runner:
             self._cancelled("epoch")
 
     def _cancelled(self, what: str) -> None:
+        """Fire `after_cancel_<what>`. What is raised in it to cancel the same or a part of it has nothing to end."""
+        fire = {"batch": self, "epoch": self._outside_batch, "train": self._outside_epoch}[what]
         try:
-            self(f"after_cancel_{what}")
+            fire(f"after_cancel_{what}")
         except _CANCEL[what]:
             pass  # it is cancelled already
 
@@ -166,13 +173,7 @@ class Runner:
         failures = []
         for handler in self._handlers["after_fit"]:
             try:
-                handler()
-            except CancelBatchException:
-                self._cancelled("batch")
-            except CancelEpochException:
-                self._cancelled("epoch")
-            except CancelTrainException:
-                self._cancelled("train")
+                self._last_call(handler)
             except BaseException as e:
                 failures.append(e)
         self._fitting = False
@@ -187,6 +188,14 @@ class Runner:
         if first is not None:
             self.stop_reason = f"{type(first).__name__} {self._where(first)}: {first}"
             raise first
+
+    def _last_call(self, call) -> None:
+        """Call it after the end, when there is nothing left to cancel: a cancel has its event, and that is all."""
+        try:
+            call()
+        except tuple(_CANCEL.values()) as e:
+            what = next(what for what, kind in _CANCEL.items() if isinstance(e, kind))
+            self._last_call(lambda: self._cancelled(what))  # which lets only larger cancels out
 
     def _resolve(self) -> dict[str, tuple]:
         """The handlers of each event, in order: only methods that are not the base class's no-op."""

@@ -1,0 +1,273 @@
+"""What a fit writes down: loss and learning rate of each step, averages of each epoch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+
+import torch
+
+from fastrbn.learn.callback import Callback
+
+_CHUNK = 64  # scalars kept one by one before they are joined on their device: more are slower, they leave the cache
+
+
+class _Tape:
+    """Rows of scalars that stay on their device until someone reads them, then come over in one go."""
+
+    def __init__(self, width):
+        self._new, self._joined, self._columns = [], [[] for _ in range(width)], [[] for _ in range(width)]
+
+    def add(self, row) -> None:
+        self._new.append(row)
+        if len(self._new) >= _CHUNK:
+            self._join()
+
+    def _join(self):
+        for joined, column in zip(self._joined, zip(*self._new)):
+            tensors = [v if isinstance(v, torch.Tensor) else torch.tensor(float(v)) for v in column]
+            joined.append(torch.stack(tensors).flatten())
+        self._new = []
+
+    def read(self) -> list[list[float]]:
+        """A list for each column."""
+        self._join()
+        for joined, column in zip(self._joined, self._columns):
+            if joined:
+                column.extend(torch.cat(joined).tolist())
+                joined.clear()
+        return self._columns
+
+    def __getstate__(self):
+        return {"_new": [], "_joined": [[] for _ in self._columns], "_columns": self.read()}
+
+
+class Recorder(Callback):
+    """Keeps loss and learning rates of each training step; a batch that was cancelled before its loss leaves none.
+
+    - `.losses`: a float for each step. They stay on the device during an epoch; reading them waits for it.
+    - `.lrs`: for each param group a list with a rate for each step.
+
+    Both begin anew with each fit and survive its errors.
+
+    Source: fast.ai course, part 2 (2019), notebooks 05 and 05b.
+    """
+
+    def __init__(self):
+        self._tape, self._lrs, self._lrs_on_device = _Tape(1), [], False
+
+    def begin_fit(self):
+        groups = self.run.opt.param_groups
+        self._tape, self._lrs = _Tape(1), [[] for _ in groups]
+        self._lrs_on_device = any(isinstance(g["lr"], torch.Tensor) for g in groups)
+
+    def after_loss(self):
+        run = self.run
+        if run.in_train:
+            self._tape.add((run.loss.detach(),))
+            for lrs, group in zip(self._lrs, run.opt.param_groups):
+                lr = group["lr"]
+                lrs.append(lr.clone() if self._lrs_on_device and isinstance(lr, torch.Tensor) else lr)
+
+    def after_epoch(self):
+        self._tape.read()
+
+    def after_fit(self):
+        self._tape.read()
+
+    @property
+    def losses(self) -> list[float]:
+        return self._tape.read()[0]
+
+    @property
+    def lrs(self) -> list[list[float]]:
+        if self._lrs_on_device:  # a compiled or captured optimiser keeps its rate in a tensor
+            for lrs in self._lrs:
+                lrs[:] = map(float, lrs)
+        return self._lrs
+
+    def plot_lr(self, pgid=-1):
+        """Learning rate of param group `pgid` over the steps. Returns the matplotlib Figure."""
+        from fastrbn import plots
+
+        return plots.plot_lr(self._group(pgid))
+
+    def plot_loss(self, skip_last=0):
+        """Loss over the steps, without the last `skip_last`. Returns the matplotlib Figure."""
+        from fastrbn import plots
+
+        return plots.plot_loss(self.losses[: max(len(self.losses) - skip_last, 0)])
+
+    def plot(self, skip_last=0, pgid=-1):
+        """Loss against learning rate, as after `LR_Find`. Returns the matplotlib Figure."""
+        from fastrbn import plots
+
+        n = max(len(self.losses) - skip_last, 0)
+        return plots.plot_lr_find(self._group(pgid)[:n], self.losses[:n])
+
+    def _group(self, pgid):
+        if not self._lrs:
+            raise ValueError("the Recorder has nothing to plot: it has not been part of a fit yet")
+        return self.lrs[pgid]
+
+
+def accuracy(out, yb):
+    """Share of rows of `out` (N, classes, *) whose largest entry is at the target `yb` (N, *): float scalar tensor.
+
+    Source: fast.ai course, part 2 (2019), notebook 03.
+    """
+    guess = out.argmax(dim=1)
+    if guess.shape != yb.shape:
+        raise ValueError(
+            f"accuracy needs a class for each row of the output; got an output of shape {tuple(out.shape)} and "
+            f"targets of shape {tuple(yb.shape)}"
+        )
+    return (guess == yb).mean(dtype=torch.float32)
+
+
+class AvgStats:
+    """Averages of loss and metrics over a pass, each batch weighted by its size.
+
+    - `metrics`: a function `(pred, yb) -> scalar`, or a list of them.
+    - `in_train`: whether it is the training pass, for the text.
+
+    `.avg_stats` is `[loss, metric, …]` in floats, `.names` what they are, `.count` the number of samples.
+
+    Source: fast.ai course, part 2 (2019), notebook 04.
+    """
+
+    def __init__(self, metrics=None, in_train=True):
+        metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [] if metrics is None else [metrics]
+        for m in metrics:
+            if not callable(m):
+                raise TypeError(f"a metric is a function of (pred, yb) such as accuracy; got {m!r}")
+        self.metrics, self.in_train = metrics, in_train
+        self.names = ["loss", *_unique([_metric_name(m) for m in metrics])]
+        self.reset()
+
+    def reset(self) -> None:
+        self._sizes, self._tape = [], _Tape(len(self.names))
+
+    def accumulate(self, run) -> None:
+        """Take the run's current batch: `pred`, `yb` and `loss`."""
+        xb, pred = run.xb, run.pred
+        row = [run.loss.detach()]
+        if self.metrics:
+            pred = pred.detach() if isinstance(pred, torch.Tensor) else pred
+            row += [_measure(name, metric, pred, run.yb) for name, metric in zip(self.names[1:], self.metrics)]
+        self._sizes.append(xb.shape[0] if isinstance(xb, torch.Tensor) else _batch_size(xb))
+        self._tape.add(row)
+
+    @property
+    def count(self) -> int:
+        return sum(self._sizes)
+
+    @property
+    def all_stats(self) -> list[float]:
+        """The sums that `avg_stats` divides by `count`."""
+        return [math.fsum(v * n for v, n in zip(column, self._sizes)) for column in self._tape.read()]
+
+    @property
+    def avg_stats(self) -> list[float]:
+        count = self.count
+        return [total / count for total in self.all_stats] if count else []
+
+    def __repr__(self):
+        if not self.count:
+            return ""
+        return f"{'train' if self.in_train else 'valid'}: [{', '.join(f'{v:.6g}' for v in self.avg_stats)}]"
+
+
+class AvgStatsCallback(Callback):
+    """Averages loss and metrics over each pass, prints them after each epoch and keeps them.
+
+    - `metrics`: a function `(pred, yb) -> scalar`, or a list of them.
+    - `.history`: for each epoch a dictionary with `epoch train_loss train_<metric> valid_loss valid_<metric> lr time`;
+      `lr` is the last param group's, `time` the epoch's in seconds, None what was not measured (no validation).
+
+    Prints `train: [loss, metric…]` and `valid: […]` through `run.logger`; a logger with an attribute `table = True`
+    (`ProgressCallback`'s) gets a header and rows, lists of strings. Values stay on the device until the epoch ends.
+
+    Source: fast.ai course, part 2 (2019), notebooks 04 and 09c.
+    """
+
+    def __init__(self, metrics=None):
+        self.train_stats, self.valid_stats = AvgStats(metrics, True), AvgStats(metrics, False)
+        self.history = []
+
+    @property
+    def columns(self) -> list[str]:
+        """The keys of a row of `history`."""
+        names = self.train_stats.names
+        return ["epoch", *(f"train_{n}" for n in names), *(f"valid_{n}" for n in names), "lr", "time"]
+
+    def begin_fit(self):
+        self.history = []
+        if getattr(self.run.logger, "table", False):
+            self.run.logger([c for c in self.columns if c != "lr"])
+
+    def begin_epoch(self):
+        self.train_stats.reset()
+        self.valid_stats.reset()
+        self._start = time.perf_counter()
+
+    def after_loss(self):
+        run = self.run
+        (self.train_stats if run.in_train else self.valid_stats).accumulate(run)
+
+    def after_epoch(self):
+        run, row = self.run, {"epoch": self.run.epoch}
+        for stats, which in ((self.train_stats, "train"), (self.valid_stats, "valid")):
+            values = stats.avg_stats or [None] * len(stats.names)
+            row.update({f"{which}_{name}": value for name, value in zip(stats.names, values)})
+        # the averages above waited for the device: only now is the epoch's work done
+        row.update(lr=float(run.opt.param_groups[-1]["lr"]), time=time.perf_counter() - self._start)
+        self.history.append(row)
+        if getattr(run.logger, "table", False):
+            run.logger([_cell(k, v) for k, v in row.items() if k != "lr"])
+        else:
+            for text in filter(None, map(repr, (self.train_stats, self.valid_stats))):
+                run.logger(text)
+
+    def __repr__(self):
+        return f"AvgStatsCallback({', '.join(self.train_stats.names[1:])})"
+
+
+def _batch_size(xb) -> int:
+    while isinstance(xb, (list, tuple, dict)):  # several inputs: they are equally many
+        xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
+    return len(xb)
+
+
+def _metric_name(metric) -> str:
+    while isinstance(metric, functools.partial):
+        metric = metric.func
+    return getattr(metric, "__name__", type(metric).__name__).strip("<>")
+
+
+def _unique(names):
+    return [n if names.count(n) == 1 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
+
+
+def _measure(name, metric, pred, yb):
+    try:
+        value = metric(pred, yb)
+    except Exception as e:
+        raise RuntimeError(f"the metric '{name}' failed: {type(e).__name__}: {e}") from e
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.numel() != 1:
+        raise ValueError(f"the metric '{name}' must return one number for a batch; got shape {tuple(value.shape)}")
+    return value.detach()
+
+
+def _cell(name, value) -> str:
+    if value is None:
+        return "-"
+    if name == "time":
+        minutes, seconds = divmod(round(value), 60)
+        return f"{minutes:02d}:{seconds:02d}"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.6f}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.3e}"

@@ -1,0 +1,228 @@
+"""Pictures. The only place that draws: everything here takes lists, tensors or arrays and returns a matplotlib Figure.
+
+matplotlib is imported when the first picture is made. Outside notebooks no window opens and no backend is chosen: save
+the figure with `fig.savefig("loss.png")`. In a notebook it shows itself, once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+_INK, _ACCENT = "#1f4e79", "#c8553d"
+
+
+def in_notebook() -> bool:
+    """Whether pictures and bars can be shown in the cell that is running (Jupyter, Colab)."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell" or (shell is not None and "google.colab" in sys.modules)
+
+
+def new_figure(width=7.0, height=4.0):
+    """An empty Figure, in inches. In a notebook pyplot knows it, and so it is shown at the end of the cell."""
+    if not in_notebook():
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=(width, height), layout="constrained")
+    import matplotlib.pyplot as plt
+
+    fig = plt.figure(figsize=(width, height), layout="constrained")
+    # A cell that ends in the figure would show it twice: as its value and as pyplot's open figure.
+    fig._ipython_display_ = lambda: _show_and_close(fig)
+    return fig
+
+
+def _show_and_close(fig):
+    import io
+
+    import matplotlib.pyplot as plt
+    from IPython.display import Image, display
+
+    png = io.BytesIO()
+    fig.savefig(png, format="png", bbox_inches="tight")
+    plt.close(fig)
+    display(Image(png.getvalue()))
+
+
+def plot_loss(losses):
+    """Loss over training steps; from 60 steps on with its running mean over a thirtieth of them."""
+    fig = new_figure()
+    _draw_loss(_axes(fig, xlabel="step", ylabel="loss"), _floats(losses))
+    return fig
+
+
+def plot_lr(lrs):
+    """Learning rate over training steps."""
+    fig = new_figure()
+    _draw_lr(_axes(fig, xlabel="step", ylabel="learning rate"), _floats(lrs))
+    return fig
+
+
+def plot_run(losses, lrs, history):
+    """A fit at a glance: loss and learning rate over steps, then averages over epochs (`AvgStatsCallback.history`)."""
+    names = _measured(history)
+    columns = 2 if not names else max(2, min(len(names), 4))
+    rows = 1 + -(-len(names) // columns)
+    fig = new_figure(4.6 * columns, 3.4 * rows)
+    _draw_loss(_axes(fig, rows, columns, 1, xlabel="step", ylabel="loss"), _floats(losses))
+    _draw_lr(_axes(fig, rows, columns, 2, xlabel="step", ylabel="learning rate"), _floats(lrs))
+    for i, name in enumerate(names):
+        _draw_history(_axes(fig, rows, columns, columns + i + 1, xlabel="epoch", ylabel=name), history, name)
+    return fig
+
+
+def plot_history(history):
+    """The rows of `AvgStatsCallback.history`: a panel for the loss and one for each metric, over epochs."""
+    names = _measured(history)
+    fig = new_figure(4.6 * max(len(names), 1), 3.4)
+    for i, name in enumerate(names):
+        _draw_history(_axes(fig, 1, len(names), i + 1, xlabel="epoch", ylabel=name), history, name)
+    return fig
+
+
+def plot_lr_find(lrs, losses, suggestion=None):
+    """Loss against learning rate (logarithmic), a mark at `suggestion`. The axis ends where the loss explodes."""
+    lrs, losses = _floats(lrs), _floats(losses)
+    fig = new_figure()
+    ax = _axes(fig, xlabel="learning rate", ylabel="loss")
+    ax.plot(lrs, losses, color=_INK, lw=1.6)
+    if lrs and min(lrs) > 0:
+        ax.set_xscale("log")
+    finite = sorted(v for v in losses if math.isfinite(v))
+    if finite:
+        low, start = finite[0], losses[0] if math.isfinite(losses[0]) else finite[0]
+        early = [v for v in losses[: len(losses) // 2] if math.isfinite(v)]  # there the rates are small still
+        top = max([start + 0.6 * (start - low), *early])
+        if top > low:
+            ax.set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
+    if suggestion is not None:
+        ax.axvline(suggestion, color=_ACCENT, lw=1.2, ls="--", label=f"suggestion: {suggestion:.2g}")
+        ax.legend(frameon=False)
+    return fig
+
+
+def plot_magnitudes(values, names, steps, title="magnitude"):
+    """Magnitudes of parameters over steps: `values` (steps, names), a row for each name, colour the logarithm.
+
+    What is 0 or not finite stays blank. Names in the order of the model, from top to bottom.
+    """
+    values = torch.as_tensor(values).float().reshape(len(steps), len(names))
+    drawn = (values > 0) & values.isfinite()
+    fig = new_figure(8.0, max(2.4, 1.2 + 0.22 * len(names)))
+    ax = _axes(fig, xlabel="step", grid=False)
+    if drawn.any():
+        first, last = steps[0], steps[-1]
+        half = (last - first) / max(len(steps) - 1, 1) / 2 or 0.5
+        image = ax.imshow(
+            torch.where(drawn, values, torch.nan).T.numpy(),
+            norm="log",
+            aspect="auto",
+            interpolation="nearest",
+            extent=(first - half, last + half, len(names) - 0.5, -0.5),
+        )
+        fig.colorbar(image, ax=ax, pad=0.02, label=title)
+    ax.set_facecolor("#e9ecef")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.tick_params(axis="y", length=0)
+    return fig
+
+
+def plot_activations(means, stds, near_zero, names, steps):
+    """Statistics of module outputs over steps, each (steps, names): a panel for mean, deviation, share near zero."""
+    fig = new_figure(12.0, 3.8)
+    colors = _colors(len(names))
+    panels = (("mean", means), ("standard deviation", stds), ("share near zero", near_zero))
+    for i, (label, values) in enumerate(panels):
+        ax = _axes(fig, 1, 3, i + 1, xlabel="step", ylabel=label)
+        values = torch.as_tensor(values).float().reshape(len(steps), len(names))
+        for column, (name, color) in enumerate(zip(names, colors)):
+            ax.plot(steps, values[:, column].numpy(), color=color, lw=1.2, label=name)
+        if label != "mean":
+            ax.set_ylim(bottom=0)
+    lines, labels = ax.get_legend_handles_labels()
+    if labels:
+        fig.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8, title="module")
+    return fig
+
+
+def plot_histograms(hists, names, steps, value_range):
+    """Histograms of module outputs over steps, `hists` (steps, names, bins): an image for each module, colour
+    log(1 + count), values upwards."""
+    hists = torch.as_tensor(hists).float()
+    columns = min(len(names), 4) or 1
+    rows = -(-len(names) // columns) or 1
+    fig = new_figure(3.2 * columns + 0.6, 2.3 * rows + 0.4)
+    for i, name in enumerate(names):
+        last_row = i + columns >= len(names)
+        label = "value" if i % columns == 0 else None
+        ax = _axes(fig, rows, columns, i + 1, xlabel="step" if last_row else None, ylabel=label, grid=False)
+        extent = (steps[0] - 0.5, steps[-1] + 0.5, *value_range) if len(steps) else None
+        ax.imshow(hists[:, i].log1p().T.numpy(), origin="lower", aspect="auto", cmap="magma", extent=extent)
+        ax.set_title(name, fontsize=9)
+    return fig
+
+
+def _draw_loss(ax, losses):
+    smoothed = _running_mean(losses) if len(losses) >= 60 and all(map(math.isfinite, losses)) else None
+    ax.plot(losses, color=_INK, lw=0.8 if smoothed else 1.4, alpha=0.35 if smoothed else 1, label="each step")
+    if smoothed:
+        ax.plot(smoothed, color=_INK, lw=1.8, label="running mean")
+        ax.legend(frameon=False)
+    finite = [v for v in losses if math.isfinite(v)]
+    if finite and min(finite) > 0 and max(finite) / min(finite) > 50:
+        ax.set_yscale("log")
+
+
+def _draw_lr(ax, lrs):
+    ax.plot(lrs, color=_INK, lw=1.8)
+    ax.set_ylim(bottom=0)
+
+
+def _draw_history(ax, history, name):
+    for which, color in (("train", _INK), ("valid", _ACCENT)):
+        points = [(row["epoch"] + 1, row[f"{which}_{name}"]) for row in history]
+        points = [p for p in points if p[1] is not None]
+        if points:
+            ax.plot(*zip(*points), color=color, lw=1.8, marker="o", ms=3, label=which)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False)
+
+
+def _measured(history):
+    return [key.removeprefix("train_") for key in (history[0] if history else ()) if key.startswith("train_")]
+
+
+def _axes(fig, rows=1, columns=1, index=1, xlabel=None, ylabel=None, grid=True):
+    ax = fig.add_subplot(rows, columns, index)
+    ax.spines[["top", "right"]].set_visible(False)
+    if xlabel:
+        ax.set_xlabel(xlabel)
+    if ylabel:
+        ax.set_ylabel(ylabel)
+    if grid:
+        ax.grid(alpha=0.25, lw=0.6)
+    return ax
+
+
+def _colors(n):
+    import matplotlib
+
+    shades = matplotlib.colormaps["viridis"]
+    return [shades(0.92 * i / max(n - 1, 1)) for i in range(n)]
+
+
+def _floats(values) -> list[float]:
+    return torch.as_tensor(values, dtype=torch.float64).flatten().tolist() if len(values) else []
+
+
+def _running_mean(values):
+    half = len(values) // 60
+    total, sums = 0.0, [0.0]
+    for v in values:
+        total += v
+        sums.append(total)
+    spans = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
+    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]

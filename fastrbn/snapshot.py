@@ -1,0 +1,120 @@
+"""Snapshots of all that training changes: model, optimiser, random states. To try something and take it back."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+
+import torch
+
+_PLAIN = (bool, int, float, str, type(None))  # attributes of a module that count or switch, such as `training`
+
+
+class RandomState:
+    """The states of PyTorch's generators (CPU and every accelerator in use), Python's and NumPy's.
+
+    `loaders`: their own generators, those of their samplers too, and what their `state_dict` holds belong to it.
+    """
+
+    def __init__(self, loaders=()):
+        self._torch = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        self._devices = [(m, m.get_rng_state_all()) for m in (torch.cuda, torch.xpu) if _in_use(m)]
+        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        self._generators = [(g, g.get_state()) for g in _generators(loaders)]
+        self._loaders = [(dl, dl.state_dict()) for dl in loaders if hasattr(dl, "load_state_dict")]
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        for module, states in self._devices:
+            module.set_rng_state_all(states)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)
+        for generator, state in self._generators:
+            generator.set_state(state)
+        for loader, state in self._loaders:
+            loader.load_state_dict(state)
+
+
+class Snapshot:
+    """Parameters, buffers and plain attributes of `model`, state and groups of `opt`, and the random states.
+
+    `restore` puts all of it back, bit for bit, into the same objects where they still are what they were: what else
+    refers to a parameter or to a group keeps referring to it. A model that was moved to another device stays there.
+    """
+
+    def __init__(self, model, opt, loaders=()):
+        self._random = RandomState(loaders)
+        self._modules = [(m, *_module_state(m)) for m in model.modules()]
+        self._opt = opt
+        self._state = {p: copy.deepcopy(s) for p, s in opt.state.items()}
+        self._groups = [
+            {k: list(v) if k == "params" else copy.deepcopy(v) for k, v in g.items()} for g in opt.param_groups
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, tensors, plain in self._modules:
+            _restore_module(module, tensors, plain)
+        self._opt.state.clear()
+        self._opt.state.update({p: copy.deepcopy(s) for p, s in self._state.items()})
+        del self._opt.param_groups[len(self._groups) :]
+        for group, saved in zip(self._opt.param_groups, self._groups):
+            group.clear()
+            group.update({k: list(v) if k == "params" else copy.deepcopy(v) for k, v in saved.items()})
+        self._random.restore()
+
+
+def _in_use(module) -> bool:
+    return module.is_available() and module.is_initialized()
+
+
+def _generators(loaders):
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            yield from (v for v in getattr(holder, "__dict__", {}).values() if isinstance(v, torch.Generator))
+
+
+def _tables(module):
+    return {"_parameters": module._parameters, "_buffers": module._buffers, "": vars(module)}
+
+
+def _module_state(module):
+    tensors = {
+        (table, name): (value, value.detach().clone())
+        for table, values in _tables(module).items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    missing = {(t, n): None for t, values in _tables(module).items() for n in values if t and values[n] is None}
+    return {**tensors, **missing}, plain
+
+
+def _restore_module(module, tensors, plain):
+    for table, values in _tables(module).items():
+        known = {n for t, n in tensors if t == table} | (set() if table else set(plain))
+        for name, value in list(values.items()):
+            if isinstance(value, (torch.Tensor, *_PLAIN)) and name not in known:
+                del values[name]  # it was made since
+        for (t, name), kept in tensors.items():
+            if t == table:
+                values[name] = None if kept is None else _filled(*kept, values.get(name))
+    vars(module).update(plain)
+
+
+def _filled(original, saved, current):
+    """The tensor to put back: the original object, unless the model was moved since."""
+    moved = isinstance(current, torch.Tensor) and current.device != original.device
+    target = current if moved and current.shape == saved.shape else original
+    if target.shape != saved.shape:
+        target.data = saved.to(target.device)
+    else:
+        target.copy_(saved)
+    return target

@@ -1,0 +1,128 @@
+"""Where batches and models go. What needs an accelerator uses the meta device, which any machine has."""
+
+import copy
+from collections import namedtuple
+
+import pytest
+import torch
+
+from fastrbn.callbacks import BatchTransformXCallback, CudaCallback
+from fastrbn.learn import Callback, CancelBatchException, Runner
+
+
+class Sees(Callback):
+    _order = 3
+
+    def begin_fit(self):
+        self.batches = []
+
+    def begin_batch(self):
+        self.batches.append((self.run.xb, self.run.yb))
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_batches_that_are_there_already_are_left_alone(make_learn, device):
+    learn = make_learn()
+    run = Runner([CudaCallback(device), Sees])
+    run.fit(1, learn)
+    given = [*learn.data.train_dl, *learn.data.valid_dl]
+    assert all(a is b for seen, pair in zip(run.sees.batches, given) for a, b in zip(seen, pair))
+
+
+def test_batches_elsewhere_are_moved(make_learn):
+    learn = make_learn(n_train=2, n_valid=0)
+    Pair = namedtuple("Pair", "a b")
+    run = Runner([CudaCallback("meta"), Sees, StopsAfter()])
+    x, y = learn.data.train_dl[0]
+    for xb in (x, (x, [x]), {"a": x, "b": (x, "text")}, Pair(x, x)):
+        learn.data.train_dl = [(xb, y)]
+        run.fit(1, copy.deepcopy(learn))
+        moved = run.sees.batches[0][0]
+        assert type(moved) is type(xb)
+        assert devices(moved) == {"meta"}
+        assert devices(run.sees.batches[0][1]) == {"meta"}
+    assert devices(x) == {"cpu"}, "the loader's own batch was changed"
+
+
+class StopsAfter(Callback):
+    _order = 9
+
+    def begin_batch(self):
+        raise CancelBatchException
+
+
+def devices(value):
+    if isinstance(value, torch.Tensor):
+        return {value.device.type}
+    if isinstance(value, dict):
+        value = value.values()
+    return set().union(*map(devices, value)) if not isinstance(value, str) else set()
+
+
+def test_a_loader_that_can_be_moved_is_moved_once(make_learn):
+    class Loader(list):
+        moves = ()
+
+        def to(self, device):
+            self.moves = [*self.moves, str(device)]
+            return self
+
+    learn = make_learn()
+    learn.data.train_dl = learn.data.valid_dl = both = Loader(learn.data.train_dl)
+    Runner([CudaCallback("cpu")]).fit(2, learn)
+    assert both.moves == ["cpu"]
+
+
+def test_model_and_optimiser_state_move_and_the_optimiser_keeps_its_parameters(make_learn):
+    learn = make_learn(opt=torch.optim.Adam)
+    Runner().fit(1, learn)
+    Runner([CudaCallback("meta"), StopsAfter()]).fit(1, learn)
+    assert devices(list(learn.model.parameters())) == {"meta"}
+    assert [id(p) for p in learn.opt.param_groups[0]["params"]] == [id(p) for p in learn.model.parameters()]
+    states = [learn.opt.state[p] for p in learn.model.parameters()]
+    assert {s["exp_avg"].device.type for s in states} == {"meta"}
+    assert {s["step"].device.type for s in states} == {"cpu"}, "Adam keeps its counter on the host"
+    assert len(learn.opt.state) == len(states), "the state of the parameters before the move was kept"
+
+
+@pytest.mark.parametrize("option", ["capturable", "fused"])
+def test_counters_move_where_the_optimiser_counts_on_the_device(make_learn, option):
+    learn = make_learn(opt=torch.optim.Adam)
+    Runner().fit(1, learn)
+    learn.opt.param_groups[0][option] = True
+    Runner([CudaCallback("meta"), StopsAfter()]).fit(1, learn)
+    assert {learn.opt.state[p]["step"].device.type for p in learn.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpux", "xpu:7"])
+def test_a_device_that_is_not_there_says_which_are(make_learn, device):
+    with pytest.raises(ValueError, match=f"there is no device '{device}' here: there is cpu"):
+        Runner([CudaCallback(device)]).fit(1, make_learn())
+
+
+def test_without_a_name_the_best_device_is_taken(make_learn):
+    best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    learn = make_learn()
+    Runner([CudaCallback]).fit(1, learn)
+    assert devices(list(learn.model.parameters())) == {best}
+
+
+def test_a_transform_replaces_xb_in_training_and_validation(make_learn):
+    learn = make_learn(n_train=2, n_valid=1)
+    run = Runner([BatchTransformXCallback(lambda x: x * 0 + 7), Sees])
+    run.fit(1, learn)
+    assert len(run.sees.batches) == 3
+    assert all((x == 7).all() for x, _ in run.sees.batches)
+
+
+def test_transforms_follow_one_another_after_the_move(make_learn):
+    double, add = BatchTransformXCallback(lambda x: x * 2), BatchTransformXCallback(lambda x: x + 1)
+    learn = make_learn(n_train=1, n_valid=0)
+    run = Runner([double, add, CudaCallback("cpu"), Sees])
+    run.fit(1, learn)
+    assert torch.equal(run.sees.batches[0][0], learn.data.train_dl[0][0] * 2 + 1)
+
+
+def test_a_transform_must_be_a_function():
+    with pytest.raises(TypeError, match="needs a function of xb; got 3"):
+        BatchTransformXCallback(3)

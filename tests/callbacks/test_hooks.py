@@ -1,0 +1,300 @@
+"""Hooks that go when they should, and statistics of what modules put out."""
+
+import copy
+import gc
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastrbn.callbacks import ActivationStats, Hook, Hooks, ListContainer, append_stats, children
+from fastrbn.learn import Callback, Runner
+
+
+def hooks_on(model):
+    return sum(len(m._forward_hooks) for m in model.modules())
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+# --- ListContainer
+
+
+def test_a_list_container_takes_every_kind_of_index():
+    c = ListContainer(range(10, 20))
+    assert (c[0], c[-1], c[2:4], c[[1, 3]], len(c)) == (10, 19, [12, 13], [11, 13], 10)
+    assert c[[True] + [False] * 8 + [True]] == [10, 19]
+    assert c[[]] == []
+    c[0] = 7
+    del c[1]
+    assert list(c)[:2] == [7, 12]
+    assert ListContainer(3).items == [3]
+    assert ListContainer("ab").items == ["ab"]
+
+
+def test_a_mask_of_another_length_is_an_error():
+    with pytest.raises(IndexError, match="a bool for each of 3 items; got 2"):
+        ListContainer([1, 2, 3])[[True, False]]
+
+
+def test_a_list_container_prints_its_length_and_first_ten():
+    assert repr(ListContainer(range(3))) == "ListContainer (3 items)\n[0, 1, 2]"
+    assert repr(ListContainer(range(12))) == "ListContainer (12 items)\n[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …]"
+
+
+def test_children_are_the_direct_ones():
+    model = nn.Sequential(net(), nn.ReLU())
+    assert children(model) == [model[0], model[1]]
+
+
+# --- Hook, Hooks
+
+
+def test_a_hook_calls_with_itself_module_input_and_output():
+    seen = []
+    m, x = nn.Linear(4, 2), torch.randn(3, 4)
+    hook = Hook(m, lambda *args: seen.append(args))
+    out = m(x)
+    ((h, module, inp, outp),) = seen
+    assert h is hook
+    assert module is m
+    assert inp[0] is x
+    assert outp is out
+    hook.remove()
+    hook.remove()
+    m(x)
+    assert len(seen) == 1
+    assert hooks_on(m) == 0
+
+
+def test_a_hook_is_a_context_manager_and_goes_on_an_error():
+    m = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match="inside"), Hook(m, lambda *a: None):
+        assert hooks_on(m) == 1
+        raise ValueError("inside")
+    assert hooks_on(m) == 0
+
+
+@pytest.mark.parametrize("cls", [Hook, Hooks])
+def test_a_hook_that_is_deleted_is_gone(cls):
+    model = net()
+    hook = cls(model, lambda *a: None)
+    assert hooks_on(model) > 0
+    del hook
+    gc.collect()
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize("cls", [Hook, Hooks])
+def test_what_failed_to_be_made_can_be_deleted(cls):
+    broken = cls.__new__(cls)
+    broken.remove()
+    del broken
+    with pytest.raises((AttributeError, TypeError)):
+        cls(3, lambda *a: None)
+
+
+def test_hooks_of_a_model_are_its_childrens_as_in_the_course():
+    model = net()
+    with Hooks(model, append_stats) as hooks:
+        model(torch.randn(5, 4))
+        assert hooks_on(model) == len(hooks) == 3
+        means, stds, hists = hooks[0].stats
+        model.eval()
+        model(torch.randn(5, 4))
+        assert (len(means), len(stds), len(hists)) == (1, 1, 1), "evaluation was counted"
+    assert hooks_on(model) == 0
+    assert hists[0].shape == (40,)
+
+
+def test_append_stats_takes_mean_deviation_and_histogram():
+    model = nn.Sequential(nn.Identity())
+    x = torch.rand(6, 4) * 10
+    with Hooks(children(model), append_stats) as hooks:
+        model(x)
+        means, stds, hists = hooks[0].stats
+    torch.testing.assert_close((means[0], stds[0], hists[0]), (x.mean(), x.std(), x.histc(40, 0, 10)))
+
+
+def test_deleting_an_item_removes_its_hook():
+    model = net()
+    hooks = Hooks(model, append_stats)
+    del hooks[0]
+    assert (hooks_on(model), len(hooks)) == (2, 2)
+    del hooks[:]
+    assert hooks_on(model) == 0
+
+
+# --- ActivationStats
+
+
+class Copies(Callback):
+    """Outputs of the modules in training, taken by hand."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def begin_fit(self):
+        self.outs = {n: [] for n in self.names}
+        self._handles = [
+            self.run.model.get_submodule(n).register_forward_hook(
+                lambda m, i, o, n=n: self.outs[n].append(o.detach().clone()) if m.training else None
+            )
+            for n in self.names
+        ]
+
+    def after_fit(self):
+        for h in self._handles:
+            h.remove()
+
+
+def test_the_statistics_are_those_of_the_outputs(make_learn):
+    run = Runner([ActivationStats(bins=20, value_range=(-2, 2), near=0.1), Copies("0", "2")])
+    run.fit(2, make_learn(n_train=3))
+    stats = run.activation_stats
+    assert stats.names == ["0", "1", "2", "3"]
+    assert stats.steps == list(range(6))
+    assert stats.means.shape == stats.stds.shape == stats.near_zero.shape == (6, 4)
+    assert stats.hists.shape == (6, 4, 20)
+    for name, column in (("0", 0), ("2", 2)):
+        for step, out in enumerate(run.copies.outs[name]):
+            torch.testing.assert_close(stats.means[step, column], out.mean())
+            torch.testing.assert_close(stats.stds[step, column], out.std(correction=0))
+            torch.testing.assert_close(stats.near_zero[step, column], (out.abs() < 0.1).float().mean())
+            torch.testing.assert_close(stats.hists[step, column], out.histc(20, -2, 2))
+
+
+def test_validation_costs_no_look(make_learn):
+    class Counts(Callback):
+        _order = 5
+
+        def after_pred(self):
+            assert bool(self.run.activation_stats._found) is self.run.in_train
+
+    Runner([ActivationStats, Counts]).fit(1, make_learn())
+
+
+def test_a_module_that_is_frozen_in_evaluation_mode_is_looked_at(make_learn):
+    class Freezes(Callback):
+        _order = 5
+
+        def begin_epoch(self):
+            self.run.model[1].eval()
+
+    run = Runner([ActivationStats, Freezes])
+    run.fit(1, make_learn())
+    assert run.activation_stats.means.isfinite().all()
+
+
+def test_without_histograms_none_are_kept(make_learn):
+    run = Runner([ActivationStats(hist=False)])
+    run.fit(1, make_learn())
+    assert run.activation_stats.hists.shape[-1] == 0
+    assert len(run.activation_stats.means) == 4
+    with pytest.raises(ValueError, match="make it with hist=True"):
+        run.activation_stats.plot_hist()
+
+
+def test_an_only_child_is_looked_into(make_learn):
+    run = Runner([ActivationStats])
+    run.fit(1, make_learn(model=nn.Sequential(nn.Sequential(net()))))
+    assert run.activation_stats.names == ["0.0.0", "0.0.1", "0.0.2"]
+
+
+def test_a_model_without_children_is_looked_at_itself(make_learn):
+    run = Runner([ActivationStats])
+    run.fit(1, make_learn(model=nn.Linear(4, 3)))
+    assert run.activation_stats.names == ["model"]
+    assert run.activation_stats.means.isfinite().all()
+
+
+def test_modules_can_be_given_as_such_or_by_name(make_learn):
+    model = net()
+    run = Runner([ActivationStats([model[2], "1"])])
+    run.fit(1, make_learn(model=model))
+    assert run.activation_stats.names == ["2", "1"]
+    run = Runner([ActivationStats("0")])
+    run.fit(1, make_learn(model=model))
+    assert run.activation_stats.names == ["0"]
+
+
+@pytest.mark.parametrize("wrong", ["7", nn.ReLU()], ids=["name", "module"])
+def test_a_module_of_another_model_is_an_error(make_learn, wrong):
+    with pytest.raises(ValueError, match="ActivationStats needs modules of the model.*There are: 0, 1, 2, 3"):
+        Runner([ActivationStats([wrong])]).fit(1, make_learn())
+
+
+class Odd(nn.Module):
+    """A child that returns a tuple, one that is not called each time, one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.rare, self.act, self.out = nn.LSTM(4, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x, _ = self.lstm(x)
+        if self.calls % 2:
+            x = self.rare(x)
+        return self.out(self.act(self.act(x) + 1))
+
+
+def test_odd_children_are_passed_over_or_counted_once(make_learn):
+    run = Runner([ActivationStats(["lstm", "rare", "act", "out"])])
+    run.fit(1, make_learn(n_train=4, model=Odd()))
+    means = run.activation_stats.means
+    assert means[:, 0].isnan().all()
+    assert means[:, 1].isnan().tolist() == [False, True, False, True]
+    assert (means[:, 2] >= 1).all(), "of two calls the last one counts"
+    assert means[:, 3].isfinite().all()
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=repr)
+def test_hooks_go_and_statistics_stay_whatever_ends_the_fit(make_learn, error):
+    class Ends(Callback):
+        def after_loss(self):
+            if self.run.n_iter == 2:
+                raise error
+
+    learn = make_learn()
+    run = Runner([ActivationStats, Ends])
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="broken"):
+            run.fit(1, learn)
+    else:
+        run.fit(1, learn)
+    assert hooks_on(learn.model) == 0
+    stats = run.activation_stats
+    assert len(stats.means) == len(stats.steps) >= 2
+
+
+def test_a_second_fit_begins_anew(make_learn):
+    run, learn = Runner([ActivationStats]), make_learn(n_train=2)
+    run.fit(2, learn)
+    run.fit(1, learn)
+    assert len(run.activation_stats.means) == len(run.activation_stats.steps) == 2
+
+
+def test_it_waits_for_the_device_once_an_epoch(make_learn, monkeypatch):
+    waits = []
+    for name in ("item", "tolist", "cpu", "__float__", "__bool__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, _r=real: (waits.append(1), _r(self, *a))[1])
+    Runner([ActivationStats]).fit(2, make_learn(n_valid=0))
+    assert len(waits) == 2
+
+
+def test_a_copy_of_the_model_within_a_fit_works_on_its_own(make_learn):
+    class Copy(Callback):
+        def after_pred(self):
+            if self.run.in_train:
+                pickle.loads(pickle.dumps(copy.deepcopy(self.run.model)))(self.run.xb * math.nan)
+
+    run = Runner([ActivationStats, Copy])
+    run.fit(1, make_learn())
+    assert run.activation_stats.means.isfinite().all()

@@ -1,0 +1,353 @@
+"""Recorder, metrics and averages."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastrbn.callbacks import AvgStats, AvgStatsCallback, ParamScheduler, Recorder, accuracy, sched_lin
+from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
+
+
+class At(Callback):
+    """Raises `error` in `event` of the training batch `n_iter == at`."""
+
+    def __init__(self, event, error, at=1, order=-5):
+        self._order = order
+        vars(self)[event] = lambda: self._raise(error, at)
+
+    def _raise(self, error, at):
+        if self.run.in_train and self.run.n_iter == at:
+            raise error
+
+
+class Losses(Callback):
+    """The losses as a callback may read them, one wait a step."""
+
+    def begin_fit(self):
+        self.train, self.valid = [], []
+
+    def after_loss(self):
+        (self.train if self.run.in_train else self.valid).append(self.run.loss.item())
+
+
+def make_silent(run):
+    run.lines = []
+    run.logger = run.lines.append
+    return run
+
+
+# --- Recorder
+
+
+def test_recorder_keeps_loss_and_rate_of_each_step(make_learn):
+    run = Runner([ParamScheduler("lr", sched_lin(0.1, 0.5)), Recorder, Losses])
+    run.fit(2, make_learn(n_train=4))
+    assert run.recorder.losses == run.losses.train
+    assert len(run.recorder.lrs) == 1
+    assert run.recorder.lrs[0] == pytest.approx([0.1 + 0.4 * i / 8 for i in range(8)])
+    assert all(type(v) is float for v in run.recorder.losses)
+
+
+def test_recorder_keeps_the_rates_of_each_group(make_learn):
+    def groups(params):
+        first, *rest = params
+        return torch.optim.SGD([{"params": [first], "lr": 0.5}, {"params": rest}], lr=0.1)
+
+    run = Runner([Recorder])
+    run.fit(1, make_learn(n_train=3, opt=groups))
+    assert run.recorder.lrs == [[0.5] * 3, [0.1] * 3]
+
+
+def test_recorder_can_be_read_within_an_epoch(make_learn):
+    class Reads(Callback):
+        _order = 5
+
+        def begin_fit(self):
+            self.lengths = []
+
+        def after_batch(self):
+            self.lengths.append(len(self.run.recorder.losses))
+
+    run = Runner([Recorder, Reads])
+    run.fit(1, make_learn(n_train=4, n_valid=1))
+    assert run.reads.lengths == [1, 2, 3, 4, 4]
+
+
+def test_recorder_waits_for_the_device_once_an_epoch(make_learn, monkeypatch):
+    waits = []
+    for name in ("item", "tolist", "cpu", "__float__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _real=real, _name=name: (waits.append(_name), _real(self, *a))[1]
+        )
+    run = make_silent(Runner([Recorder, functools.partial(AvgStatsCallback, [accuracy, accuracy])]))
+    run.fit(1, make_learn(n_train=150, n_valid=3, bs=2))
+    assert waits == ["tolist"] * 7  # a column each: the recorder's, three of training, three of validation
+
+
+@pytest.mark.parametrize("n", [63, 64, 65, 200])
+def test_recorder_loses_nothing_where_scalars_are_joined(make_learn, n):
+    run = Runner([Recorder, Losses])
+    run.fit(1, make_learn(n_train=n, bs=2))
+    assert run.recorder.losses == run.losses.train
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), CancelTrainException()], ids=repr)
+def test_the_record_survives_what_ends_the_fit(make_learn, error):
+    run = Runner([Recorder, At("after_backward", error, at=2)])
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="broken"):
+            run.fit(1, make_learn())
+    else:
+        run.fit(1, make_learn())
+    assert len(run.recorder.losses) == len(run.recorder.lrs[0]) == 3
+
+
+def test_a_second_fit_starts_a_new_record(make_learn):
+    run, learn = Runner([Recorder]), make_learn(n_train=4)
+    run.fit(2, learn)
+    run.fit(1, learn)
+    assert len(run.recorder.losses) == len(run.recorder.lrs[0]) == 4
+
+
+def test_a_batch_that_is_cancelled_before_its_loss_leaves_none(make_learn):
+    run = Runner([Recorder, Losses, At("begin_batch", CancelBatchException())])
+    run.fit(1, make_learn(n_train=4))
+    assert run.recorder.losses == run.losses.train
+    assert len(run.recorder.losses) == len(run.recorder.lrs[0]) == 3
+
+
+def test_a_rate_in_a_tensor_is_recorded_as_it_was(make_learn):
+    learn = make_learn(n_train=2, opt=lambda p: torch.optim.SGD(p, lr=torch.tensor(0.5)))
+    run = Runner([ParamScheduler("lr", sched_lin(0.5, 0.25)), Recorder])
+    run.fit(1, learn)
+    assert run.recorder.lrs == [[0.5, 0.375]]
+    assert all(type(v) is float for v in run.recorder.lrs[0])
+
+
+def test_no_graph_hangs_on_the_record(make_learn):
+    class Looks(Callback):
+        _order = 5
+
+        def after_batch(self):
+            assert not any(v.requires_grad for row in self.run.recorder._tape._new for v in row)
+
+    Runner([Recorder, Looks]).fit(1, make_learn())
+
+
+def test_a_recorder_without_a_fit_says_so():
+    assert Recorder().losses == []
+    with pytest.raises(ValueError, match="not been part of a fit"):
+        Recorder().plot_lr()
+
+
+# --- accuracy and averages
+
+
+def test_accuracy_is_the_share_of_rows_that_are_right():
+    out = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    value = accuracy(out, torch.tensor([1, 0, 0, 1]))
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    assert value.item() == 0.5
+
+
+def test_accuracy_works_for_each_pixel():
+    out = torch.zeros(2, 3, 4, 4)
+    out[:, 2] = 1
+    assert accuracy(out, torch.full((2, 4, 4), 2)).item() == 1.0
+
+
+def test_accuracy_does_not_broadcast_targets_of_another_shape():
+    with pytest.raises(ValueError, match=r"output of shape \(5, 3\) and targets of shape \(5, 1\)"):
+        accuracy(torch.randn(5, 3), torch.zeros(5, 1, dtype=torch.long))
+
+
+def test_averages_are_weighted_by_batch_size(make_learn):
+    learn = make_learn(n_train=2, n_valid=0)
+    (xa, ya), (xb, yb) = learn.data.train_dl
+    learn.data.train_dl = [(xa, ya), (xb[:1], yb[:1])]
+    learn.model = nn.Linear(4, 3)
+    learn.opt = torch.optim.SGD(learn.model.parameters(), lr=0.0)
+    run = make_silent(Runner([AvgStatsCallback(accuracy)]))
+    run.fit(1, learn)
+    x, y = torch.cat([xa, xb[:1]]), torch.cat([ya, yb[:1]])
+    pred = learn.model(x)
+    row = run.avg_stats.history[0]
+    assert row["train_loss"] == pytest.approx(F.cross_entropy(pred, y).item(), rel=1e-6)
+    assert row["train_accuracy"] == pytest.approx(accuracy(pred, y).item(), rel=1e-6)
+    assert run.avg_stats.train_stats.count == 7
+
+
+def test_a_row_of_history_holds_what_its_columns_say(make_learn):
+    run = make_silent(Runner([functools.partial(AvgStatsCallback, accuracy)]))
+    run.fit(3, make_learn())
+    rows = run.avg_stats.history
+    names = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "lr", "time"]
+    assert [list(r) for r in rows] == [names] * 3
+    assert run.avg_stats.columns == names
+    assert [r["epoch"] for r in rows] == [0, 1, 2]
+    assert all(r["lr"] == 0.1 and r["time"] > 0 for r in rows)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_without_validation_its_columns_hold_none(make_learn):
+    run = make_silent(Runner([AvgStatsCallback(accuracy)]))
+    run.fit(1, make_learn(n_valid=0))
+    row = run.avg_stats.history[0]
+    assert (row["valid_loss"], row["valid_accuracy"]) == (None, None)
+    assert len(run.lines) == 1
+
+
+def test_it_prints_as_the_course_does(make_learn):
+    run = make_silent(Runner([AvgStatsCallback([accuracy])]))
+    run.fit(2, make_learn())
+    assert [line.split(":")[0] for line in run.lines] == ["train", "valid"] * 2
+    row = run.avg_stats.history[1]
+    assert run.lines[2] == f"train: [{row['train_loss']:.6g}, {row['train_accuracy']:.6g}]"
+    assert run.lines[3] == f"valid: [{row['valid_loss']:.6g}, {row['valid_accuracy']:.6g}]"
+
+
+def test_it_writes_rows_to_a_logger_that_wants_a_table(make_learn):
+    lines = []
+
+    def table(line):
+        lines.append(line)
+
+    table.table = True
+    run = Runner([AvgStatsCallback(accuracy)])
+    run.logger = table
+    run.fit(1, make_learn(n_valid=0))
+    assert lines[0] == ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "time"]
+    assert len(lines) == 2
+    assert [type(c) for c in lines[1]] == [str] * 6
+    assert (lines[1][0], lines[1][3], lines[1][5]) == ("0", "-", "00:00")
+    assert float(lines[1][1]) == pytest.approx(run.avg_stats.history[0]["train_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("event", ["begin_batch", "after_pred"])
+def test_a_batch_that_is_cancelled_before_its_loss_does_not_count(make_learn, event):
+    run = make_silent(Runner([AvgStatsCallback(accuracy), Losses, At(event, CancelBatchException())]))
+    run.fit(1, make_learn(n_train=4))
+    assert run.avg_stats.train_stats.count == 3 * 6
+    assert run.avg_stats.history[0]["train_loss"] == pytest.approx(sum(run.losses.train) / 3)
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), CancelTrainException()], ids=repr)
+def test_history_survives_what_ends_the_fit(make_learn, error):
+    run = make_silent(Runner([AvgStatsCallback(accuracy), At("after_loss", error, at=10)]))
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="broken"):
+            run.fit(5, make_learn(n_train=4))
+    else:
+        run.fit(5, make_learn(n_train=4))
+    assert [r["epoch"] for r in run.avg_stats.history] == [0, 1]
+    assert run.avg_stats.train_stats.count == 2 * 6, "the averages of the epoch that was cut are there too"
+
+
+def test_a_second_fit_starts_a_new_history(make_learn):
+    run, learn = make_silent(Runner([AvgStatsCallback(accuracy)])), make_learn()
+    run.fit(2, learn)
+    run.fit(1, learn)
+    assert len(run.avg_stats.history) == 1
+
+
+def broken_metric(pred, yb):
+    return pred @ yb
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "message"),
+    [
+        (broken_metric, RuntimeError, "the metric 'broken_metric' failed: RuntimeError"),
+        (functools.partial(broken_metric), RuntimeError, "the metric 'broken_metric' failed"),
+        (lambda p, y: p, ValueError, r"the metric 'lambda' must return one number for a batch; got shape \(6, 3\)"),
+    ],
+)
+def test_a_metric_that_fails_is_named(make_learn, metric, error, message):
+    with pytest.raises(error, match=message):
+        Runner([AvgStatsCallback(metric)]).fit(1, make_learn())
+
+
+@pytest.mark.parametrize("wrong", [3, "accuracy", [accuracy, 3]], ids=repr)
+def test_what_is_no_metric_is_an_error_at_once(wrong):
+    with pytest.raises(TypeError, match="a metric is a function of"):
+        AvgStatsCallback(wrong)
+
+
+def test_metrics_may_return_plain_numbers_and_see_no_graph(make_learn):
+    def constant(pred, yb):
+        assert not pred.requires_grad
+        return 2
+
+    run = make_silent(Runner([AvgStatsCallback([constant, constant])]))
+    run.fit(1, make_learn())
+    assert run.avg_stats.history[0]["train_constant_1"] == run.avg_stats.history[0]["valid_constant_2"] == 2.0
+
+
+def test_a_metric_of_several_outputs_leaves_no_graph(make_learn):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x):
+            out = self.inner(x)
+            return out, out.sum()
+
+    class Looks(Callback):
+        _order = 5
+
+        def after_batch(self):
+            assert not any(v.requires_grad for row in self.run.avg_stats.train_stats._tape._new for v in row)
+
+    run = make_silent(Runner([AvgStatsCallback(lambda p, y: p[1]), Looks]))
+    run.fit(1, make_learn(model=Two(), loss_func=lambda p, y: F.cross_entropy(p[0], y)))
+    assert math.isfinite(run.avg_stats.history[0]["train_lambda"])
+
+
+def test_inputs_in_tuples_and_dictionaries_count_by_their_first(make_learn):
+    class Two(nn.Module):
+        def __init__(self, key):
+            super().__init__()
+            self.inner, self.key = nn.Linear(4, 3), key
+
+        def forward(self, x):
+            return self.inner(x[self.key])
+
+    for key, wrap in ((0, lambda x: (x, x)), ("a", lambda x: {"a": x})):
+        learn = make_learn(model=Two(key), n_valid=0)
+        learn.data.train_dl = [(wrap(x), y) for x, y in learn.data.train_dl]
+        run = make_silent(Runner([AvgStatsCallback()]))
+        run.fit(1, learn)
+        assert run.avg_stats.train_stats.count == 24
+
+
+def test_an_infinite_average_is_written_as_it_is(make_learn):
+    run = make_silent(Runner([AvgStatsCallback(lambda p, y: math.inf)]))
+    run.fit(1, make_learn())
+    assert run.avg_stats.history[0]["train_lambda"] == math.inf
+
+
+def test_averages_of_nothing_are_empty():
+    stats = AvgStats(accuracy, True)
+    assert (stats.count, stats.avg_stats, repr(stats)) == (0, [], "")
+
+
+def test_a_copy_within_an_epoch_has_the_averages_so_far(make_learn):
+    class Copies(Callback):
+        _order = 5
+
+        def after_loss(self):
+            if self.run.n_iter == 2 and self.run.in_train:
+                self.run.copied = copy.deepcopy(self.run.avg_stats)
+
+    run = make_silent(Runner([AvgStatsCallback(accuracy), Losses, Copies]))
+    run.fit(1, make_learn())
+    assert run.copied.train_stats.count == 18
+    assert run.copied.train_stats.avg_stats[0] == pytest.approx(sum(run.losses.train[:3]) / 3)
