@@ -187,6 +187,7 @@ def _draw_history(ax, history, name):
         points = [p for p in points if p[1] is not None]
         if points:
             ax.plot(*zip(*points), color=color, lw=1.8, marker="o", ms=3, label=which)
+    ax.set_xlim(0.5, max((row["epoch"] for row in history), default=0) + 1.5)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)
 

@@ -1,0 +1,39 @@
+"""Every notebook runs from top to bottom on little data, and is committed with outputs small enough for the web."""
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
+LIMIT = 2000  # training samples, in place of the notebooks' `limit = None`
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore::DeprecationWarning:zmq")
+def test_notebook_runs_and_its_asserts_hold(path, real_data, monkeypatch):
+    monkeypatch.setenv("FASTRBN_DATA", str(real_data))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("limit = None", f"limit = {LIMIT}")
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
+    client.create_kernel_manager()
+    client.km.kernel_spec.argv[0] = sys.executable  # this environment's, not one that is registered elsewhere
+    client.execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_committed_executed_without_errors_and_small(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert all(c.execution_count for c in code), "execute it before committing"
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+    assert os.path.getsize(path) < 500_000
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
