@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 
+import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 from .recipes import Recipe, get_recipe
@@ -20,6 +21,7 @@ _RUNNING = {
 }
 _BATCH = {RunningBatchNorm1d: nn.BatchNorm1d, RunningBatchNorm2d: nn.BatchNorm2d, RunningBatchNorm3d: nn.BatchNorm3d}
 _ANY_RANK = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -29,14 +31,35 @@ def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.
     Parameters stay the same objects (an optimiser made before goes on), statistics, eps, mode and device are kept, so
     evaluation gives what it gave. `momentum` becomes `mom` (None, the cumulative average, becomes 0.1). A layer used in
     several places is converted once. A SyncBatchNorm keeps its process group. Returns the model, or the new layer when
-    `model` is itself a BatchNorm. Warns when there was nothing to convert, and when a layer kept no statistics.
+    `model` is itself a BatchNorm. A subclass with a forward pass of its own stays as it is. Warns when there was
+    nothing to convert, when a layer kept no statistics, and of such a subclass.
+
+    Raises ValueError, with `model` unchanged, for lazy layers that have seen no batch and for momentum 0.
     """
     recipe, found = get_recipe(recipe), []
 
-    def running(old):
-        kind = next((new for base, new in _RUNNING.items() if isinstance(old, base)), None)
-        if kind is None:
+    def running(old, name):
+        if isinstance(old, _LAZY):
+            raise ValueError(
+                f"a layer needs its number of channels before it is converted; got {type(old).__name__} at '{name}', "
+                f"which has seen no batch: send one through the model first"
+            )
+        base = next((base for base in _RUNNING if isinstance(old, base)), None)
+        if base is None:
             return None
+        if type(old).forward is not base.forward:
+            warnings.warn(
+                f"convert_batchnorm leaves '{name}' as it is: {type(old).__name__} has a forward pass of its own, "
+                f"which running batch norm would not do",
+                stacklevel=4,
+            )
+            return None
+        if old.momentum == 0:
+            raise ValueError(
+                f"momentum is the weight of the new batch and must be above 0; got 0 in {type(old).__name__} at "
+                f"'{name}': set another, and freeze() the converted layer if its statistics are to stay"
+            )
+        kind = _RUNNING[base]
         found.append(old)
         mom = 0.1 if old.momentum is None else old.momentum
         like = old.weight if old.affine else old.running_mean
@@ -75,7 +98,7 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
         raise ValueError(f"dims is the number of spatial dimensions, 1, 2 or 3; got {dims!r}")
     found = []
 
-    def batch(old):
+    def batch(old, name):
         if not isinstance(old, RunningBatchNorm):
             return None
         found.append(old)
@@ -113,17 +136,29 @@ def fuse_conv_rbn(model: nn.Module) -> nn.Module:
         )
     pairs = _pairs(model)
     for before, after in pairs:
-        conv, norm = modules[before], modules[after]
-        fuse = fuse_linear_bn_weights if isinstance(conv, nn.Linear) else fuse_conv_bn_weights
-        extra = {"transpose": True} if getattr(conv, "transposed", False) else {}
-        conv.weight, conv.bias = fuse(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, **extra
-        )
+        _fold(modules[before], modules[after])
         parent, _, name = after.rpartition(".")
         setattr(modules[parent], name, nn.Identity())
     if not pairs:
         _warn_nothing("fuse_conv_rbn", "running batch norm directly after a convolution or linear", model)
     return model
+
+
+def _fold(layer: nn.Module, norm: RunningBatchNorm) -> None:
+    with torch.no_grad():
+        scale = (norm.running_var + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+        w, flat = layer.weight, (1,) * (layer.weight.dim() - 2)
+        if getattr(layer, "transposed", False):  # (in, out of one group, *kernel)
+            grouped = w.unflatten(0, (layer.groups, -1))
+            new = (grouped * scale.view(layer.groups, 1, -1, *flat)).flatten(0, 1)
+        else:
+            new = w * scale.view(-1, 1, *flat)
+        bias = shift if layer.bias is None else layer.bias * scale + shift
+    layer.weight = nn.Parameter(new.to(w.dtype), w.requires_grad)
+    layer.bias = nn.Parameter(bias.to(w.dtype), w.requires_grad)
 
 
 class _Tracer(fx.Tracer):
@@ -171,24 +206,29 @@ def _neighbours(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _foldable(before: nn.Module, after: nn.Module) -> bool:
-    return isinstance(after, RunningBatchNorm) and isinstance(before, (*_CONVS, nn.Linear))
+    """Whether `before` computes what its class says and no more, so that its weight can take `after` in."""
+    base = next((base for base in (*_CONVS, nn.Linear) if isinstance(before, base)), None)
+    if base is None or not isinstance(after, RunningBatchNorm) or is_parametrized(before):
+        return False
+    if any(getattr(type(before), f, None) is not getattr(base, f, None) for f in ("forward", "_conv_forward")):
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (before, after)):
+        return False
+    return after.num_features == (before.out_features if isinstance(before, nn.Linear) else before.out_channels)
 
 
 def _replace(model: nn.Module, make) -> nn.Module:
-    """Put `make(module)` in the place of every module for which it gives one; the same one wherever a module recurs."""
+    """Put `make(module, name)` in the place of every module for which it gives one, everywhere that module occurs. All
+    are made before the first is put in place, so that an error leaves the model as it was."""
     made = {}
-
-    def swap(module):
-        if module not in made:
-            made[module] = make(module)
-        return made[module]
-
-    if (new := swap(model)) is not None:
-        return new
+    for name, module in model.named_modules():
+        made[module] = make(module, name)
+    if made[model] is not None:
+        return made[model]
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
-            if child is not None and (new := swap(child)) is not None:
-                module._modules[name] = new
+            if child is not None and made[child] is not None:
+                module._modules[name] = made[child]
     return model
 
 

@@ -1,22 +1,30 @@
 """Which implementation computes a layer's step, and the functional form that users call.
 
 Every backend is a module with `normalize(x, weight, bias, state, plan)` and `evaluate(x, weight, bias, state, eps)`
-as in `reference.py`. A new one is added to `_BACKENDS` and, when it is faster somewhere, to `choose`.
+as in `reference.py`. A new one is added to `_BACKENDS` and, when it is faster somewhere, to `choose`. Triton's is
+imported when it is chosen, and not before.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from . import fused, reference
+from .memory import may_run_again
 from .recipes import Plan, Recipe, get_recipe, one_of
 from .reference import NormState
 
-_BACKENDS = {"reference": reference, "fused": fused}
+_BACKENDS = {"reference": reference, "fused": fused, "triton": None}
 BACKENDS = ("auto", *_BACKENDS)
+# "auto" takes the Triton kernels for CUDA tensors: to be switched on once they are measured to be faster on a device
+_TRITON_BY_DEFAULT = False
 
 
 def choose(x: Tensor, state: NormState, process_group=None, backend: str = "auto") -> tuple[str, str]:
@@ -25,15 +33,54 @@ def choose(x: Tensor, state: NormState, process_group=None, backend: str = "auto
     why_not = None
     if torch.compiler.is_compiling():
         why_not = "torch.compile fuses the plain formulas itself"
+    elif x.is_meta or isinstance(x, FakeTensor):
+        why_not = "a tensor without values has only the plain formulas"
+    elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        why_not = "torch.func and forward-mode derivatives look into the plain formulas"
     elif process_group is not None:
         why_not = "statistics are merged over a process group"
-    elif torch.promote_types(x.dtype, state.running_mean.dtype) != state.running_mean.dtype:
-        why_not = f"{x.dtype} input in a layer with {state.running_mean.dtype} statistics is computed in the wider one"
-    if backend == "fused" and why_not is not None:
-        raise ValueError(f"backend 'fused' cannot be used here: {why_not}; choose 'auto' or 'reference'")
+    elif x.dtype is not (wide := state.running_mean.dtype) and (wide is torch.float64 or x.dtype is torch.float64):
+        why_not = f"{x.dtype} input in a layer with {wide} statistics is computed in the wider one"
+    if backend == "triton" and why_not is None:
+        why_not = _why_not_triton(x, state)
+    if backend in ("fused", "triton") and why_not is not None:
+        raise ValueError(f"backend '{backend}' cannot be used here: {why_not}; choose 'auto' or 'reference'")
     if backend != "auto":
         return backend, "asked for by name"
-    return ("reference", why_not) if why_not else ("fused", "PyTorch's fused operators and a backward in closed form")
+    if why_not:
+        return "reference", why_not
+    why = "PyTorch's fused operators and a backward in closed form"
+    if _TRITON_BY_DEFAULT and x.device.type == "cuda":
+        if (why_not := _why_not_triton(x, state)) is None:
+            return "triton", "its kernels for CUDA tensors"
+        why = f"{why}; not Triton's kernels: {why_not}"
+    return "fused", why
+
+
+def _why_not_triton(x: Tensor, state: NormState) -> str | None:
+    if state.running_mean.dtype is not torch.float32 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return (
+            f"it takes float32, bfloat16 and float16 input and float32 statistics, and got {x.dtype} and "
+            f"{state.running_mean.dtype}"
+        )
+    if not _has_triton():
+        return "the package triton is not installed"
+    if x.device.type == "cuda" or (x.device.type == "cpu" and _implementation("triton").INTERPRETED):
+        return None
+    return f"it takes CUDA tensors, or CPU ones in a Python started with TRITON_INTERPRET=1; this one is on {x.device}"
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _implementation(name: str):
+    if _BACKENDS[name] is None:
+        from . import triton_kernels
+
+        _BACKENDS[name] = triton_kernels
+    return _BACKENDS[name]
 
 
 def running_batch_norm(
@@ -63,14 +110,18 @@ def running_batch_norm(
     dtype.
     """
     check_input(x, state.running_mean.numel())
-    implementation = _BACKENDS[choose(x, state, process_group, backend)[0]]
+    implementation = _implementation(choose(x, state, process_group, backend)[0])
     if not training or (x.numel() == 0 and process_group is None):
         return implementation.evaluate(x, weight, bias, state, eps)
-    return implementation.normalize(x, weight, bias, state, Plan(get_recipe(recipe), mom, eps, process_group, recent))
+    twice = recent is not None and may_run_again()
+    plan = Plan(get_recipe(recipe), mom, eps, process_group, recent, twice)
+    return implementation.normalize(x, weight, bias, state, plan)
 
 
 def check_input(x: Tensor, num_features: int, ranks: tuple[int, ...] = (), name: str = "running_batch_norm") -> None:
     """Raise ValueError unless x is floating, (N, C, *) with `num_features` channels and one of `ranks` (none: any)."""
+    if torch.jit.is_tracing():  # sizes are tensors to a tracer, which must not become Python's
+        return
     if ranks and x.dim() not in ranks or x.dim() < 2:
         rule = " or ".join(f"{r}d" for r in ranks) if ranks else "(N, C, *), at least 2d,"
         raise ValueError(f"{name} needs {rule} input; got {x.dim()}d of shape {tuple(x.shape)}: {_advice(x, ranks)}")

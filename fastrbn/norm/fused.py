@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .memory import Moment, recall
+from .memory import Moment, recall, running_again
 from .recipes import Plan
-from .reference import NormState, all_but_channel, average_gradients, elements_per_sample, per_channel, rows_read
+from .reference import NormState, all_but_channel, average_gradients, elements_per_sample, per_channel, read
 
 _SCALAR_LOOPS_PAY = 1 << 14  # elements up to which PyTorch's scalar statistics beat two vectorised passes, CPU
+_ROWS = 1 << 11  # elements a channel that PyTorch's channels_last statistics add up at a time, CPU
 
 
 def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, eps: float) -> Tensor:
     """As `reference.evaluate`."""
     mean, var = state.running_mean, state.running_var
-    if torch.is_grad_enabled():  # a training step may move the state before this forward's backward
+    # a training step may move the state before this forward's backward; a traced one has none
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():
         mean, var = mean.clone(), var.clone()
     return torch.nn.functional.batch_norm(x, mean, var, _as(weight, mean), _as(bias, mean), False, 0.0, eps)
 
@@ -43,11 +45,12 @@ class _Normalize(torch.autograd.Function):
         step = _advance_on_host if x.device.type == "cpu" else _advance_on_device
         moment = step(x, state, plan)
         mean, var = (moment.m, moment.v) if plan.recipe.statistics == "batch" else (moment.mean, moment.var)
-        used, free = _floored(var, moment, plan)
-        w = _as(weight, mean)
-        y = torch.native_batch_norm(x, w, _as(bias, mean), mean, used, False, 0.0, plan.eps)[0]
+        free = None
+        if moment.young is not None and moment.young is not False:
+            var, free = _floored(var, moment, plan)
+        y = torch.native_batch_norm(x, _as(weight, mean), _as(bias, mean), mean, var, False, 0.0, plan.eps)[0]
         ctx.save_for_backward(x, weight, bias)
-        ctx.mean, ctx.var, ctx.free, ctx.moment, ctx.state, ctx.plan = mean, used, free, moment, state, plan
+        ctx.mean, ctx.var, ctx.free, ctx.moment, ctx.state, ctx.plan = mean, var, free, moment, state, plan
         return y
 
     @staticmethod
@@ -60,53 +63,46 @@ class _Normalize(torch.autograd.Function):
             dy, x, w, ctx.mean, ctx.var, None, None, False, ctx.plan.eps, [False, True, True]
         )
         dx = _input_gradient(ctx, x, w, dy, d_weight, d_bias) if ctx.needs_input_grad[0] else None
-        if weight is None:
-            return dx, None, None, None, None
-        return dx, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None
+        d_weight = None if weight is None else _as(d_weight, weight)
+        return dx, d_weight, None if bias is None else _as(d_bias, bias), None, None
 
 
 def _input_gradient(ctx, x: Tensor, w: Tensor | None, dy: Tensor, d_weight: Tensor, d_bias: Tensor) -> Tensor:
-    """dx = γ/σ·[dy − share-weighted means − x̂·share-weighted means], see `reference`."""
-    recipe, moment, mean = ctx.plan.recipe, ctx.moment, ctx.mean
-    bs, positions = x.shape[0], elements_per_sample(x)
-    inv = (ctx.var + ctx.plan.eps).rsqrt_()
-    p = inv if w is None else inv * w
-    batch = past = None
-    if recipe.backward != "detached" or recipe.statistics == "batch":
-        sums = torch.stack([d_bias, d_weight])
-        n = recipe.samples_read(bs, positions) * positions
-        batch = sums * (moment.share / n)
-        if ctx.free is not None:
-            batch[1] *= ctx.free
+    """dx = γ/σ·dy − γ/σ·(u + x̂·z), where u and z are the shares of mean(dy) and mean(dy·x̂) as in `reference`."""
+    plan, moment, mean, var = ctx.plan, ctx.moment, ctx.mean, ctx.var
+    recipe, bs, positions = plan.recipe, x.shape[0], elements_per_sample(x)
+    p = (var + plan.eps).rsqrt_()
+    if w is not None:
+        p *= w
+    everywhere = in_rows = None
+    if recipe.backward != "detached":
+        sums = torch.stack((d_bias, d_weight))
         if recipe.backward == "averaged":
-            past = _averaged(ctx.state, sums, bs, positions, moment.share, ctx.plan)
-    rows = rows_read(recipe, bs, positions)
-    everywhere = past
-    if batch is not None and rows == slice(None):
-        everywhere, batch = batch if past is None else past.add_(batch), None
-    p_x = per_channel(p, x).to(x.dtype) if x.dtype == mean.dtype else per_channel(p, x)
+            everywhere = _averaged(ctx.state, sums, bs * positions, bs, moment.share, plan)
+        in_rows = sums.mul_(moment.share / (recipe.samples_read(bs, positions) * positions))
+        if ctx.free is not None:
+            in_rows[1] *= ctx.free
+        if recipe.samples_read(bs, positions) == bs:
+            everywhere, in_rows = in_rows if everywhere is None else everywhere.add_(in_rows), None
+    p_x = per_channel(p, x)
     if everywhere is None:
-        dx = torch.mul(dy, p_x).to(x.dtype)
+        dx = torch.mul(dy, p_x, out=torch.empty_like(x))  # laid out as x is, whatever dy is
     else:
-        q, r = _as_affine(everywhere, p, inv, mean)
-        dx = torch.native_batch_norm(x, q, r, torch.zeros_like(q), torch.ones_like(q), False, 0.0, 0.0)[0]
-        dx.addcmul_(dy, p_x)
-    if batch is not None:
-        q, r = _as_affine(batch, p, inv, mean)
-        dx[rows].addcmul_(x[rows], per_channel(q, x)).add_(per_channel(r, x))
+        dx = _minus(everywhere, p, x, mean, var, plan.eps).addcmul_(dy, p_x)
+    if in_rows is not None:
+        read(dx, recipe).add_(_minus(in_rows, p, read(x, recipe), mean, var, plan.eps))
     return dx
 
 
-def _as_affine(reductions: Tensor, p: Tensor, inv: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """−p·(u + x̂·z) as q·x + r, for reductions (u, z) of shape (2, C)."""
-    u, z = reductions.unbind()
-    q = (z * p).mul_(inv).neg_()
-    return q, (u * p).addcmul_(q, mean).neg_()
+def _minus(reductions: Tensor, p: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """−p·(u + x̂·z) for reductions (u, z) of shape (2, C), which are used up: the affine map of another γ and β."""
+    shift, scale = reductions.mul_(p).neg_().unbind()
+    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
 
 
-def _averaged(state: NormState, sums: Tensor, bs: int, positions: int, share, plan: Plan) -> Tensor:
+def _averaged(state: NormState, sums: Tensor, n: int, bs: int, share, plan: Plan) -> Tensor:
     """Move the averages of the gradient's reductions by this batch's sums; return κ(1−a)·(A, B)."""
-    n, rate, kappa = bs * positions, plan.recipe.backward_rate(plan.mom, bs), plan.recipe.kappa
+    rate, kappa = plan.recipe.backward_rate(plan.mom, bs, n), plan.recipe.kappa
     if sums.device.type != "cpu":
         average, w = average_gradients(state, sums / n, rate)
         return average.mul_(kappa * (1 - share) / w)
@@ -121,30 +117,32 @@ def _averaged(state: NormState, sums: Tensor, bs: int, positions: int, share, pl
 def _advance_on_device(x: Tensor, state: NormState, plan: Plan) -> Moment:
     m, v, n = _statistics(x, state, plan.recipe)
     moment = recall(plan.recent, m, v)
-    return moment or _remember(reference.advance(state, m, v, n, x.shape[0], plan), plan)
+    return moment or _remember(plan, reference.advance(state, m, v, n, x.shape[0], plan))
 
 
 def _advance_on_host(x: Tensor, state: NormState, plan: Plan) -> Moment:
     """`reference.advance` with Python numbers; a step that the recipe skips reads nothing of x."""
     recipe, bs = plan.recipe, x.shape[0]
-    if recipe.skip is not None and torch._C._current_graph_task_id() == -1:
+    if recipe.skip is not None and not running_again():
         samples, batches = state.num_samples_tracked.item() + bs, state.num_batches_tracked.item() + 1
         if recipe.skip.now(samples, batches):
             _count(state, samples, batches)
             mean, var = state.running_mean.clone(), state.running_var.clone()
-            return _remember(Moment(mean, var, mean, var, 0.0, False, _young(samples, recipe)), plan)
+            # a second run is told by its batch's statistics
+            m, v, _ = _statistics(x, state, recipe) if plan.twice else (mean, var, 0)
+            return _remember(plan, Moment(m, v, mean, var, 0.0, False, _young(samples, recipe)))
     m, v, n = _statistics(x, state, recipe)
     moment = recall(plan.recent, m, v)
     if moment is not None:
         return moment
     if recipe.statistics == "batch":  # nobody waits for what follows, so it need not be the quickest
-        return _remember(reference.advance(state, m, v, n, bs, plan), plan)
+        return _remember(plan, reference.advance(state, m, v, n, bs, plan))
     mean, var, samples = state.running_mean, state.running_var, state.num_samples_tracked.item()
     a = 0.0
     moves = math.isfinite(v.sum().item())
     if moves:
         samples += bs
-        rate, count = recipe.rate(plan.mom, bs), state.running_count.item()
+        rate, count = recipe.rate(plan.mom, bs, n), state.running_count.item()
         count = n if count < 0 else count + rate * (n - count)
         a = rate * n / count
         shift = m - mean
@@ -152,17 +150,18 @@ def _advance_on_host(x: Tensor, state: NormState, plan: Plan) -> Moment:
         var.lerp_(v, a).addcmul_(shift, shift, value=a * (1 - a))
         state.running_count.fill_(count)
         _count(state, samples, state.num_batches_tracked.item() + 1)
-    return _remember(Moment(m, v, mean.clone(), var.clone(), a, moves, _young(samples, recipe)), plan)
+    return _remember(plan, Moment(m, v, mean.clone(), var.clone(), a, moves, _young(samples, recipe)))
 
 
 def _statistics(x: Tensor, state: NormState, recipe) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of what the recipe reads, and over how many elements a channel."""
-    bs, positions = x.shape[0], elements_per_sample(x)
-    x = x[rows_read(recipe, bs, positions)]
-    n, dtype = x.shape[0] * positions, state.running_mean.dtype
+    x = read(x, recipe)
+    n, dtype = x.shape[0] * elements_per_sample(x), state.running_mean.dtype
+    if x.device.type == "cpu" and n > _ROWS and (rows := x.movedim(1, -1)).is_contiguous():
+        return *_statistics_of_rows(rows.flatten(0, -2), dtype), n
     if x.device.type == "cpu" and x.numel() > _SCALAR_LOOPS_PAY and x.is_contiguous():
-        # sums of x − s and of its square, s the first element of each channel, so that a large mean cancels nothing
-        s = x[0].flatten(1)[:, 0].to(dtype) if x.dim() > 2 else x[0].to(dtype)
+        # sums of x − s and of its square, s near the mean of each channel, so that a large mean cancels nothing
+        s = x[0].flatten(1)[:, :64].to(dtype).mean(1)
         d = x - per_channel(s, x)
         zero, one = torch.zeros_like(s), torch.ones_like(s)
         _, square, total = torch.ops.aten.native_batch_norm_backward(
@@ -170,15 +169,32 @@ def _statistics(x: Tensor, state: NormState, recipe) -> tuple[Tensor, Tensor, in
         )
         m = total / n
         return m + s, (square / n).addcmul_(m, m, value=-1).clamp_min_(0), n
-    m, v = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return m.to(dtype), v.to(dtype), n
+    if x.dtype is dtype or x.device.type != "cpu":
+        return *torch.batch_norm_update_stats(x, None, None, 0.0), n
+    # on the CPU it answers in the dtype of the running statistics, else in x's, where half the digits are lost
+    unused = torch.zeros(2, x.shape[1], dtype=dtype)
+    return *torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0), n
 
 
-def _floored(var: Tensor, moment: Moment, plan: Plan) -> tuple[Tensor, Tensor | None]:
+def _statistics_of_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the columns of x (n, C), block by block and from near the mean.
+
+    PyTorch's own loop adds all n up in one float32: at mean 1e4 that is off by up to thousands of deviations. A block
+    stays in the cache for the loop's second pass, so the subtraction costs nothing that can be measured.
+    """
+    near = x[:64].to(dtype).mean(0)
+    scratch = torch.empty(_ROWS, x.shape[1], dtype=dtype)
+    blocks = x.split(_ROWS)
+    found = (torch.batch_norm_update_stats(torch.sub(b, near, out=scratch[: len(b)]), None, None, 0.0) for b in blocks)
+    m, v = (torch.stack(s) for s in zip(*found, strict=True))
+    share = torch.tensor([len(b) / len(x) for b in blocks], dtype=dtype).unsqueeze(1)
+    mean = (share * m).sum(0)
+    return mean + near, (share * (v + (m - mean).square_())).sum(0)
+
+
+def _floored(var: Tensor, moment: Moment, plan: Plan) -> tuple[Tensor, Tensor]:
     """The variance that normalises, with the recipe's floor while the layer is young; and where it is off the floor."""
     clamp = plan.recipe.clamp
-    if clamp is None or moment.young is False:
-        return var, None
     floor = clamp.deviation**2 - plan.eps if clamp.variance is None else clamp.variance
     if moment.young is True:
         return var.clamp_min(floor), var >= floor
@@ -187,9 +203,10 @@ def _floored(var: Tensor, moment: Moment, plan: Plan) -> tuple[Tensor, Tensor | 
 
 def _differentiable_backward(ctx, x, weight, bias, dy):
     """The gradients as a graph of x, weight, bias and dy: the reference's, and the running part as a constant."""
-    plan, moment = ctx.plan, _as_tensors(ctx.moment, x)
-    m, v, _ = reference.batch_statistics(x, plan.recipe)
-    y = reference.apply(x, weight, bias, m, v, moment, plan)[0].to(x.dtype)
+    plan, moment = ctx.plan, _as_tensors(ctx.moment)
+    wide = x.to(ctx.mean.dtype)
+    m, v, _ = reference.batch_statistics(wide, plan.recipe)
+    y = reference.apply(wide, weight, bias, m, v, moment, plan)[0].to(x.dtype)
     inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     dx, *others = (next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias))
@@ -199,18 +216,21 @@ def _differentiable_backward(ctx, x, weight, bias, dy):
             p = inv if weight is None else inv * weight
             x_hat = (x - per_channel(ctx.mean, x)) * per_channel(inv, x)
             sums = torch.stack([t.sum(all_but_channel(x)) for t in (dy, dy * x_hat)])
-            u, z = _averaged(ctx.state, sums, x.shape[0], elements_per_sample(x), ctx.moment.share, plan) * p
+            n, bs = x.shape[0] * elements_per_sample(x), x.shape[0]
+            u, z = _averaged(ctx.state, sums, n, bs, ctx.moment.share, plan) * p
         dx = dx - (per_channel(u, x) + x_hat * per_channel(z, x)).to(x.dtype)
     return dx, *others
 
 
-def _as_tensors(moment: Moment, x: Tensor) -> Moment:
-    return Moment(*(t if t is None or isinstance(t, Tensor) else torch.tensor(t, device=x.device) for t in moment))
+def _as_tensors(moment: Moment) -> Moment:
+    kind = {float: moment.mean.dtype, bool: torch.bool}
+    device = moment.mean.device
+    return Moment(*(torch.tensor(t, dtype=kind[type(t)], device=device) if type(t) in kind else t for t in moment))
 
 
 def _as(t: Tensor | None, like: Tensor) -> Tensor | None:
     """A parameter in the statistics' dtype: PyTorch's operators mix no half parameters with float statistics."""
-    return t if t is None else t.to(like.dtype)
+    return t if t is None or t.dtype is like.dtype else t.to(like.dtype)
 
 
 def _count(state: NormState, samples: int, batches: int) -> None:
@@ -222,7 +242,7 @@ def _young(samples: int, recipe) -> bool:
     return recipe.clamp is not None and samples < recipe.clamp.samples
 
 
-def _remember(moment: Moment, plan: Plan) -> Moment:
-    if plan.recent is not None:
+def _remember(plan: Plan, moment: Moment) -> Moment:
+    if plan.twice:
         plan.recent.append(moment)
     return moment

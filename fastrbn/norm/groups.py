@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _MergeOverRanks(torch.autograd.Function):
@@ -12,7 +13,7 @@ class _MergeOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, m, v, n, bs, group):
-        mine = torch.cat([m, v, m.new_tensor([n, bs])])
+        mine = torch.cat([m, v, m.new_full((1,), n), m.new_full((1,), bs)])  # filled on the device: nobody waits
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, mine, group=group)
         every, c = torch.stack(every), m.numel()
@@ -28,6 +29,7 @@ class _MergeOverRanks(torch.autograd.Function):
         return mean, var, total, total_bs
 
     @staticmethod
+    @once_differentiable  # the sum over ranks would be a constant of a second derivative, without a word
     def backward(ctx, d_mean, d_var, _total, _bs):
         share, off = ctx.saved_tensors
         grads = torch.stack([d_mean, d_var])
@@ -44,6 +46,6 @@ def merge_over_ranks(m: Tensor, v: Tensor, n: int, bs: int, group) -> tuple[Tens
 
 def sum_over_ranks(sums: Tensor, n: int, group) -> tuple[Tensor, Tensor]:
     """Sums (k, C) over this rank's n elements a channel -> those over all ranks, and the total n of shape ()."""
-    flat = torch.cat([sums.flatten(), sums.new_tensor([n])])
+    flat = torch.cat([sums.flatten(), sums.new_full((1,), n)])
     dist.all_reduce(flat, group=group)
     return flat[:-1].view_as(sums), flat[-1].clamp_min(1)

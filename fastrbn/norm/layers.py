@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 
 import torch
@@ -26,7 +27,8 @@ class RunningBatchNorm(nn.Module):
     - `nf`: C, the number of channels.
     - `mom` (0.1): how fast the statistics move, in PyTorch's sense: 0.1 means that the *new* values weigh a tenth
       (Keras and the papers write 0.9 for it). How a batch size turns it into a rate is the recipe's: `default` takes
-      λ = bs/(bs + 4/mom), 0.17 at batch 8; `batch` takes mom itself, like nn.BatchNorm.
+      λ = min(bs/(bs + 4/mom), n·mom/32) for n elements a channel, 0.17 at batch 8; `batch` takes mom itself, like
+      nn.BatchNorm.
     - `eps` (1e-5): added to the variance.
     - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,).
     - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.
@@ -37,6 +39,10 @@ class RunningBatchNorm(nn.Module):
     Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
     the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
     they were. Training and evaluation normalise alike, with the running statistics.
+
+    Under gradient accumulation every micro-batch is a batch: its forward pass moves the statistics, its backward pass
+    the averages of the gradient, and the gradients add up as if the micro-batches had been stepped one after the other
+    with the weights held.
 
     Source: fast.ai course, part 2 (2019), notebook 07, and the forum thread "Running batch norm tweaks"; the averaged
     backward after Moving Average Batch Normalization (ICLR 2020). Equations in `norm/reference.py`.
@@ -130,8 +136,15 @@ class RunningBatchNorm(nn.Module):
     def __getstate__(self):
         return {**self.__dict__, "_recent": deque(maxlen=REMEMBERED)}  # what is in flight stays with this layer
 
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group  # processes are not copied: the copy shares the group
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
     def _apply(self, fn, recurse=True):
         # half() and bfloat16() are for the parameters: statistics summed in half precision would be lost
+        self._recent.clear()  # of another device or dtype from now on
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -140,19 +153,29 @@ class RunningBatchNorm(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._recent = deque(maxlen=REMEMBERED)  # each device has its own batches in flight
+        return replica
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+        mean, var = (state_dict.get(f"{prefix}{name}") for name in ("running_mean", "running_var"))
+        for name, value in (("running_mean", mean), ("running_var", var)):
+            if value is not None and value.dtype in (torch.float16, torch.bfloat16):  # load_state_dict(assign=True)
+                state_dict[f"{prefix}{name}"] = value.to(self._buffers[name].dtype)
         # nn.BatchNorm's checkpoints have mean, variance and perhaps a count of batches: the rest starts anew, and
-        # statistics that come with a past are not thrown away by the next batch (count −1)
-        if f"{prefix}running_mean" in state_dict and not any(f"{prefix}{name}" in state_dict for name in ADDITIONS):
+        # statistics that come with a past are not thrown away by the next batch (count −1). Files without a count, and
+        # models whose statistics were filled in by hand, have a past too: those that are not 0 and 1 throughout
+        if mean is not None and var is not None and not any(f"{prefix}{name}" in state_dict for name in ADDITIONS):
             batches = state_dict.get(f"{prefix}num_batches_tracked")
-            fresh = batches is not None and int(batches) == 0
-            past = 0 if fresh else max(_OLD_ENOUGH, 0 if batches is None else int(batches))
+            seen = 0 if batches is None or mean.is_meta else int(batches)
+            fresh = mean.is_meta or (seen == 0 and not mean.any() and bool((var == 1).all()))
             for name in ADDITIONS:
-                state_dict[f"{prefix}{name}"] = torch.zeros_like(self._buffers[name])
+                state_dict[f"{prefix}{name}"] = torch.zeros_like(self._buffers[name], device=mean.device)
             state_dict[f"{prefix}running_count"].fill_(0 if fresh else -1)
-            state_dict[f"{prefix}num_samples_tracked"].fill_(past)
+            state_dict[f"{prefix}num_samples_tracked"].fill_(0 if fresh else max(_OLD_ENOUGH, seen))
             if batches is None:
-                state_dict[f"{prefix}num_batches_tracked"] = torch.zeros_like(self.num_batches_tracked)
+                state_dict[f"{prefix}num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=mean.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
 
@@ -203,7 +226,7 @@ class RunningBatchNorm3d(_Ranked):
 def _check_settings(layer: str, nf, mom, eps, affine, dtype) -> None:
     if isinstance(nf, bool) or not isinstance(nf, int) or nf < 1:
         raise ValueError(f"{layer} needs a number of channels, 1 or more; got {nf!r}")
-    if not 0 < mom <= 1:
+    if not isinstance(mom, (int, float)) or not 0 < mom <= 1:
         raise ValueError(f"mom is the weight of the new batch, above 0 and at most 1; got {mom!r}")
     if not eps > 0:
         raise ValueError(f"eps is added to the variance and must be above 0; got {eps!r}: the usual value is 1e-5")

@@ -29,16 +29,28 @@ class Moment(NamedTuple):
     young: Tensor | bool | None
 
 
+def may_run_again() -> bool:
+    """Whether this may be the first of two runs: activation checkpointing makes it without a graph (reentrant) or with
+    hooks on what the graph saves. Other training steps remember nothing."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def running_again() -> bool:
+    """Whether this forward runs inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def recall(recent: deque | None, m: Tensor, v: Tensor) -> Moment | None:
     """Inside a backward pass, the remembered moment whose batch had statistics m and v; None in a first run.
 
-    The nearest one, should a kernel have summed in another order; on CUDA found on the device, without a sync.
+    The nearest one, should a kernel have summed in another order, and the latest of equals; on CUDA found on the
+    device, without a sync.
     """
-    if not recent or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+    if not recent or not running_again():
         return None
     if len(recent) == 1:
         return recent[0]
-    m, v = m.detach(), v.detach()
+    m, v, recent = m.detach(), v.detach(), list(recent)[::-1]
     distance = torch.stack([(old.m - m).square().sum() + (old.v - v).square().sum() for old in recent])
     nearest = distance.nan_to_num(torch.inf).argmin()
     if m.device.type == "cpu":
@@ -48,12 +60,25 @@ def recall(recent: deque | None, m: Tensor, v: Tensor) -> Moment | None:
 
 @torch.library.custom_op("fastrbn::snapshot", mutates_args=())
 def _snapshot(tensors: list[Tensor]) -> list[Tensor]:
+    if running_again():
+        raise RuntimeError(
+            "a compiled running batch norm takes no second run, since its statistics would move once more; it ran "
+            "inside a backward pass, as by torch.utils.checkpoint around a compiled module: compile the function "
+            "that calls checkpoint instead"
+        )
     return [t.clone() for t in tensors]
 
 
 @_snapshot.register_fake
 def _(tensors):
     return [torch.empty_like(t) for t in tensors]
+
+
+if hasattr(_snapshot, "register_effect"):  # not in torch 2.9
+    from torch._library.effects import EffectType
+
+    # what has an effect is not run again in the backward pass, not even in a checkpointed segment
+    _snapshot.register_effect(EffectType.ORDERED)
 
 
 def snapshot(*tensors: Tensor) -> list[Tensor]:

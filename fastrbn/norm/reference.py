@@ -86,12 +86,12 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
         moment = recall(plan.recent, m, v)
         if moment is None:
             moment = advance(state, m.detach(), v.detach(), n, bs, plan)
-            if plan.recent is not None:
+            if plan.twice:
                 plan.recent.append(moment)
     y, x_hat, inv_std = apply(xw, weight, bias, m, v, moment, plan)
     if recipe.backward == "averaged" and x.requires_grad and torch.is_grad_enabled():
         scale = inv_std if weight is None else inv_std * weight
-        backward_rate = recipe.backward_rate(plan.mom, bs)
+        backward_rate = recipe.backward_rate(plan.mom, bs, bs * elements_per_sample(x))
         y = _RunningProjection.apply(y, xw, x_hat.detach(), scale.detach(), moment.share, state, backward_rate, plan)
     return y.to(x.dtype)
 
@@ -99,9 +99,10 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
 def apply(x: Tensor, weight, bias, m: Tensor, v: Tensor, moment: Moment, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise x with what `moment` left: y, x̂ and 1/σ, differentiable in x, weight, bias and in the batch's
     statistics m and v as far as the recipe lets the gradient through them."""
-    if plan.recipe.statistics == "batch":
-        mean, var = m, v
-    elif plan.recipe.backward == "detached":
+    batch, detached = plan.recipe.statistics == "batch", plan.recipe.backward == "detached"
+    if batch:
+        mean, var = (moment.m, moment.v) if detached else (m, v)
+    elif detached:
         mean, var = moment.mean, moment.var
     else:
         # the values are the moment's; differences that are zero carry the gradient of M + a(m−M) and
@@ -119,7 +120,7 @@ def apply(x: Tensor, weight, bias, m: Tensor, v: Tensor, moment: Moment, plan: P
 def batch_statistics(x: Tensor, recipe) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance a channel, and over how many elements."""
     bs, positions = x.shape[0], elements_per_sample(x)
-    x, k = x[rows_read(recipe, bs, positions)], recipe.samples_read(bs, positions)
+    x, k = read(x, recipe), recipe.samples_read(bs, positions)
     if bs * positions == 0:  # an empty rank of a group: its weight in the merge is 0
         zero = x.sum(all_but_channel(x))
         return zero, zero, 0
@@ -127,19 +128,21 @@ def batch_statistics(x: Tensor, recipe) -> tuple[Tensor, Tensor, int]:
     return m, v, k * positions
 
 
-def rows_read(recipe, bs: int, positions: int) -> slice:
-    """The samples of a batch that the statistics read."""
-    k = recipe.samples_read(bs, positions)
+def read(x: Tensor, recipe) -> Tensor:
+    """The samples of x that the statistics read, a view."""
+    bs = x.shape[0]
+    k = recipe.samples_read(bs, elements_per_sample(x))
     if k == bs:
-        return slice(None)
-    return slice(k) if recipe.order == "first" else slice(0, k * (bs // k), bs // k)
+        return x
+    # not x[:: bs // k]: a slice's step is a constant to torch.compile, which would compile for each
+    return x[:k] if recipe.order == "first" else x[: k * (bs // k)].unflatten(0, (k, -1))[:, 0]
 
 
 def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment:
     """Move the state by a batch's statistics over n elements a channel of bs samples; call it without a graph."""
-    recipe, rate = plan.recipe, plan.recipe.rate(plan.mom, bs)
+    recipe, rate = plan.recipe, plan.recipe.rate(plan.mom, bs, n)
     old_mean, old_var, count = snapshot(state.running_mean, state.running_var, state.running_count)
-    seen = v.sum().isfinite()  # a NaN or Inf in x is one in v
+    seen = v.sum().isfinite() & (n > 0)  # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
     moves = seen
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
@@ -152,8 +155,10 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
         mean = old_mean + rate * (m - old_mean)
         var = old_var + rate * (v * (n / at_least_one(n - 1)) - old_var)
     else:
-        moved = torch.where(count < 0, torch.zeros_like(count) + n, count + rate * (n - count))
-        a = torch.where(moves, rate * n / moved, 0.0)
+        new = torch.zeros_like(count) + rate * n
+        moved = torch.where(count < 0, n, new + (1 - rate) * count)
+        # a tensor over a tensor: 1 exactly on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
+        a = torch.where(moves, new / moved, 0.0)
         mean = old_mean + a * (m - old_mean)
         var = (1 - a) * old_var + a * v + a * (1 - a) * (m - old_mean).square()
     mean, var = torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
@@ -183,7 +188,7 @@ class _RunningProjection(torch.autograd.Function):
     def forward(ctx, y, x, x_hat, scale, share, state, rate, plan):
         ctx.save_for_backward(x_hat, scale, share)
         ctx.state, ctx.rate, ctx.plan = state, rate, plan
-        return y.view_as(y)
+        return y.clone()  # a view made here could not be changed in place, as by nn.ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx, dy):

@@ -8,7 +8,7 @@ import torch
 from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
 
 from fastrbn.norm import RECIPES, Recipe, RunningBatchNorm, get_recipe
-from fastrbn.norm.recipes import rate_backward, rate_per_sample
+from fastrbn.norm.recipes import rate_backward, rate_default
 
 SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
 
@@ -82,7 +82,8 @@ def test_averaged_backward_equals_the_closed_form(kappa, elements):
     for i, (x, dy) in enumerate(batches(SHAPES)):
         bs, positions = x.shape[0], x[0, 0].numel()
         read = None if elements is None else slice(0, min(bs, -(-elements // positions)))
-        want = oracle.step(x, dy, rate_per_sample(0.1, bs), rate_backward(0.1, bs), read)
+        n = positions * (bs if read is None else read.stop)
+        want = oracle.step(x, dy, rate_default(0.1, bs, n), rate_backward(0.1, bs, bs * positions), read)
         got = step(layer, x, dy)
         for what, value in zip(got, want, strict=True):
             assert relative_error(got[what], value) < 1e-10, f"{what} at step {i}"

@@ -1,0 +1,265 @@
+"""What a training step of the layer costs: running batch norm beside nn.BatchNorm, GroupNorm and the thread's form.
+
+    python benchmarks/norm.py                        # the device there is, all shapes, float32
+    python benchmarks/norm.py --dtype bfloat16 --shapes 64x64x32x32 --compile --csv norm.csv --plot norm.png
+
+Answers come first: every form of ours must equal the float64 reference in output, gradients and state over three
+steps, or nothing is timed. Then the contenders take turns within each round, so that a machine that slows down slows
+all of them; reported is the median over rounds of the time, and of the ratio to nn.BatchNorm in the same round.
+`passes` is the time of forward and backward in reads or writes of the activations, at the speed of a copy measured
+beside it: what a form that only moves memory would need. Backward is the difference of the two times measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastrbn.norm import RECIPES, RunningBatchNorm
+
+SHAPES = ["2x8x14x14", "32x64x14x14", "64x64x32x32", "128x64x56x56", "128x256x14x14", "4096x512", "8x32x8x28x28"]
+CUDA_SHAPES = [*SHAPES, "512x64x32x32"]
+EXACT = RECIPES["default"].but(name="exact", backward="exact")
+OURS = {"default": RECIPES["default"], "exact": EXACT}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+COLUMNS = ["shape", "format", "dtype", "layer", "forward_us", "backward_us", "both_us", "ratio", "passes", "peak_mb"]
+
+
+class ThreadForm(nn.Module):
+    """The thread's arithmetic in eager PyTorch: sums, squares and count, each moved towards the batch's."""
+
+    def __init__(self, nf, rate=0.1):
+        super().__init__()
+        self.rate = rate
+        self.weight, self.bias = nn.Parameter(torch.ones(nf)), nn.Parameter(torch.zeros(nf))
+        for name in ("sums", "squares"):
+            self.register_buffer(name, torch.zeros(nf))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        dims, shape = (0, *range(2, x.dim())), (1, -1, *(1,) * (x.dim() - 2))
+        for name, new in (("sums", x.sum(dims)), ("squares", (x * x).sum(dims))):
+            setattr(self, name, getattr(self, name).detach().lerp(new.float(), self.rate))
+        self.count = self.count.lerp(self.count.new_tensor(x.numel() / x.shape[1]), self.rate)
+        mean = self.sums / self.count
+        factor = self.weight / (self.squares / self.count - mean * mean + 1e-5).sqrt()
+        return (x * factor.view(shape) + (self.bias - mean * factor).view(shape)).to(x.dtype)
+
+
+def batchnorm(x):
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[x.dim()]
+    return kind(x.shape[1])
+
+
+def contenders(x, compiled):
+    """Names to (layer, context) pairs, nn.BatchNorm first."""
+    nf, nothing = x.shape[1], contextlib.nullcontext
+    made = {"nn.BatchNorm": (batchnorm(x), nothing)}
+    if x.is_cuda:
+        made["nn.BatchNorm, no cuDNN"] = (batchnorm(x), lambda: torch.backends.cudnn.flags(enabled=False))
+    made["GroupNorm"] = (nn.GroupNorm(8, nf), nothing)
+    made["thread's form"] = (ThreadForm(nf), nothing)
+    for name, recipe in OURS.items():
+        made[name] = (RunningBatchNorm(nf, recipe=recipe), nothing)
+    if x.is_cuda:
+        for name, recipe in OURS.items():
+            made[f"{name}, triton"] = (RunningBatchNorm(nf, recipe=recipe, backend="triton"), nothing)
+    if compiled:
+        for name in ("nn.BatchNorm", *OURS):
+            layer = batchnorm(x) if name not in OURS else RunningBatchNorm(nf, recipe=OURS[name])
+            made[f"{name}, compiled"] = (torch.compile(layer.to(x.device), fullgraph=True), nothing)
+    return {name: (layer.to(x.device), context) for name, (layer, context) in made.items()}
+
+
+def check(name, recipe, backend, x, dy):
+    """Raise unless three steps equal the reference in float64: output, gradients and state."""
+    torch.manual_seed(0)
+    ours = RunningBatchNorm(x.shape[1], recipe=recipe, backend=backend).to(x.device)
+    oracle = RunningBatchNorm(x.shape[1], recipe=recipe, backend="reference", dtype=torch.float64).to(x.device)
+    for p, q in zip(ours.parameters(), oracle.parameters(), strict=True):
+        p.data.normal_()
+        q.data.copy_(p.data)
+    for i in range(3):
+        found = []
+        for layer in (ours, oracle):
+            z = (x * (1 + i) + i).to(torch.float64 if layer is oracle else x.dtype).requires_grad_()
+            layer.zero_grad()
+            y = layer(z)
+            y.backward(dy.to(y.dtype))
+            found.append([y, z.grad, *(p.grad for p in layer.parameters()), *(b for b in layer.buffers())])
+        for got, want in zip(*found, strict=True):
+            error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)
+            if not error < TOLERANCE[x.dtype]:
+                raise SystemExit(f"wrong answer, so nothing is timed: {name} on {tuple(x.shape)}, error {error:.2g}")
+
+
+def runs(layer, context, x, dy):
+    """Forward alone, and forward and backward, as functions without arguments."""
+    params = [x, *layer.parameters()]
+
+    def forward():
+        with context():
+            layer(x)
+
+    def both():
+        with context():
+            layer(x).backward(dy)
+        for p in params:
+            p.grad = None
+
+    return {"forward": forward, "both": both}
+
+
+def clock(run, repeats, cuda):
+    """Seconds a call."""
+    if cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats / 1e3
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
+
+
+def measure(todo, rounds, block, cuda):
+    """Times of every function of `todo` in each round, the functions in turn, `block` seconds for each."""
+    repeats = {}
+    for key, run in todo.items():
+        for _ in range(3):
+            run()
+        repeats[key] = max(1, round(block / max(clock(run, 3, cuda), 1e-7)))
+    return [{key: clock(run, repeats[key], cuda) for key, run in todo.items()} for _ in range(rounds)]
+
+
+def peak_memory(run, cuda):
+    if not cuda:
+        return ""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+
+
+def bench(shape, memory_format, dtype, device, options):
+    """The rows of one shape, format and dtype."""
+    size, cuda = tuple(map(int, shape.split("x"))), device.type == "cuda"
+    x, dy = (torch.randn(size, device=device).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    backends = ("fused", "triton") if cuda else ("fused",)
+    for name, recipe in OURS.items():
+        for backend in backends:
+            check(f"{name} ({backend})", recipe, backend, x, dy)
+    x.requires_grad_()
+    made, todo = contenders(x, options.compile), {}
+    for name, (layer, context) in made.items():
+        for what, run in runs(layer, context, x, dy).items():
+            todo[name, what] = run
+    source = x.detach()
+    out = torch.empty_like(source)
+    todo["copy", "both"] = lambda: out.copy_(source)
+    found = measure(todo, options.rounds, options.block, cuda)
+    label = {torch.channels_last: "channels_last", torch.channels_last_3d: "channels_last"}.get(
+        memory_format, "contiguous"
+    )
+    for name in made:
+        forward, both = (statistics.median(r[name, what] for r in found) for what in ("forward", "both"))
+        ratio = statistics.median(r[name, "both"] / r["nn.BatchNorm", "both"] for r in found)
+        passes = statistics.median(2 * r[name, "both"] / r["copy", "both"] for r in found)
+        times = [f"{1e6 * t:.1f}" for t in (forward, both - forward, both)]
+        memory = peak_memory(todo[name, "both"], cuda)
+        dtype_name = str(dtype).removeprefix("torch.")
+        yield [shape, label, dtype_name, name, *times, f"{ratio:.2f}", f"{passes:.1f}", memory]
+
+
+def plot(rows, path, machine):
+    """Ratios to nn.BatchNorm, a group of bars a shape and format."""
+    from matplotlib.figure import Figure
+
+    rows = [dict(zip(COLUMNS, r, strict=True)) for r in rows]
+    cases = list(dict.fromkeys((r["shape"], r["format"]) for r in rows))
+    names = [n for n in dict.fromkeys(r["layer"] for r in rows) if n not in ("nn.BatchNorm", "thread's form")]
+    fig = Figure(figsize=(max(7, 0.9 * len(cases)), 4), layout="constrained")
+    ax = fig.add_subplot()
+    for i, name in enumerate(names):
+        at = [c + (i + 0.5) / (len(names) + 1) for c in range(len(cases))]
+        by_case = {(r["shape"], r["format"]): float(r["ratio"]) for r in rows if r["layer"] == name}
+        ax.bar(at, [by_case.get(c, 0) for c in cases], width=1 / (len(names) + 1), label=name)
+    ax.axhline(1, color="black", lw=0.8)
+    ax.set_xticks([c + 0.5 for c in range(len(cases))], [f"{s}\n{f}" for s, f in cases], fontsize=7)
+    ax.set(ylabel="forward + backward,\nnn.BatchNorm = 1", ylim=(0, 3), title=machine)
+    ax.title.set_fontsize(8)
+    ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=110)
+
+
+def machine(device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name} ({os.cpu_count()} cores){threads}, {versions}, {datetime.date.today()}"
+
+
+def _processor():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--shapes", nargs="+", help="such as 64x64x32x32 (default: all)")
+    parser.add_argument("--formats", nargs="+", default=["contiguous", "channels_last"])
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--block", type=float, default=0.05, help="seconds a contender gets in a round")
+    parser.add_argument("--compile", action="store_true", help="torch.compile variants too")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    device, rows = torch.device(options.device), []
+    print(machine(device))
+    print(("{:>14} {:>13} {:>8} {:>22}" + " {:>11}" * 3 + " {:>6} {:>7} {:>8}").format(*COLUMNS))
+    for shape in options.shapes or (CUDA_SHAPES if device.type == "cuda" else SHAPES):
+        rank = shape.count("x") + 1
+        formats = [
+            torch.contiguous_format,
+            *([torch.channels_last] * (rank == 4)),
+            *([torch.channels_last_3d] * (rank == 5)),
+        ]
+        for fmt in formats[: len(options.formats)] if "contiguous" in options.formats else formats[1:]:
+            for row in bench(shape, fmt, getattr(torch, options.dtype), device, options):
+                rows.append(row)
+                print(("{:>14} {:>13} {:>8} {:>22}" + " {:>11}" * 3 + " {:>6} {:>7} {:>8}").format(*row), flush=True)
+    if options.csv:
+        with open(options.csv, "w", newline="") as f:
+            f.write(f"# {machine(device)}\n")
+            csv.writer(f).writerows([COLUMNS, *rows])
+    if options.plot:
+        plot(rows, options.plot, machine(device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""Model surgery on torchvision's nets: to running batch norm and back, and folded into what comes before."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torchvision
+from checks import relative_error
+from norm.steps import layer_of, step
+from torch import nn
+
+from fastrbn.norm import (
+    RunningBatchNorm,
+    RunningBatchNorm1d,
+    RunningBatchNorm2d,
+    RunningBatchNorm3d,
+    convert_batchnorm,
+    fuse_conv_rbn,
+    to_batchnorm,
+)
+
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# name: (builder, input shape, number of norms, how many of them directly follow a convolution)
+NETS = {
+    "resnet18": (torchvision.models.resnet18, (2, 3, 40, 40), 20, 20),
+    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, (2, 3, 40, 40), 34, 34),
+    "densenet121": (torchvision.models.densenet121, (2, 3, 40, 40), 121, 59),  # norm, ReLU, convolution: half remain
+    "efficientnet_b0": (torchvision.models.efficientnet_b0, (2, 3, 40, 40), 49, 49),
+    "r3d_18": (torchvision.models.video.r3d_18, (2, 3, 4, 24, 24), 20, 20),
+}
+
+
+def norms(model, kinds=RunningBatchNorm):
+    return [m for m in model.modules() if isinstance(m, kinds)]
+
+
+def randomize(model):
+    """Weights and statistics such as training leaves them, with activations of size 1 or so."""
+    g = torch.Generator().manual_seed(0)
+    for m in norms(model, BATCHNORMS):
+        m.running_mean.normal_(0, 0.3, generator=g)
+        m.running_var.uniform_(0.5, 2, generator=g)
+        m.num_batches_tracked.fill_(9)
+        m.weight.data.uniform_(0.5, 1.5, generator=g)
+        m.bias.data.normal_(0, 0.3, generator=g)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=NETS)
+def net(request):
+    torch.manual_seed(0)
+    build, shape, count, foldable = NETS[request.param]
+    with torch.no_grad():
+        model = randomize(build(weights=None))
+        x = torch.randn(shape)
+        return model, x, model(x), count, foldable
+
+
+def test_evaluation_is_bit_for_bit_the_same_there_and_back(net):
+    model, x, want, count, _ = net
+    ours = convert_batchnorm(copy.deepcopy(model))
+    assert len(norms(ours)) == count and not norms(ours, BATCHNORMS)
+    with torch.no_grad():
+        assert torch.equal(ours(x), want)
+        back = to_batchnorm(ours)
+        assert len(norms(back, BATCHNORMS)) == count and not norms(back)
+        assert torch.equal(back(x), want)
+    assert {type(m) for m in norms(back, BATCHNORMS)} == {type(m) for m in norms(model, BATCHNORMS)}
+    assert back.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_converted_net_trains_on_one_image(net):
+    model, x, *_ = net
+    ours = convert_batchnorm(copy.deepcopy(model)).train()
+    opt = torch.optim.SGD(ours.parameters(), 1e-3)
+    for i in range(2):
+        opt.zero_grad()
+        ours(x[i : i + 1]).backward(torch.randn(1, 1000 if x.dim() == 4 else 400))
+        assert all(p.grad.isfinite().all() for p in ours.parameters())
+        opt.step()
+    assert all(m.num_batches_tracked == 11 and m.running_grad.any() for m in norms(ours))
+
+
+def test_folding_keeps_the_outputs_and_removes_what_follows_a_convolution(net):
+    model, x, want, count, foldable = net
+    ours = convert_batchnorm(copy.deepcopy(model))
+    before = copy.deepcopy(ours.state_dict())
+    fused = fuse_conv_rbn(ours)
+    assert len(norms(fused)) == count - foldable and len(norms(ours)) == count
+    with torch.no_grad():
+        assert relative_error(fused(x), want) < 1e-5
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+
+
+def test_an_optimiser_made_before_goes_on_with_the_same_parameters():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    model.requires_grad_()[1].bias.requires_grad_(False)
+    params = list(model.parameters())
+    convert_batchnorm(model)
+    assert all(a is b for a, b in zip(params, model.parameters(), strict=True))
+    before = model[1].weight.clone()
+    model(torch.randn(5, 3)).backward(torch.randn(5, 1))
+    opt.step()
+    assert not torch.equal(model[1].weight, before) and model[1].bias.grad is None
+
+
+def test_eps_momentum_mode_and_device_are_kept():
+    old = nn.BatchNorm3d(3, eps=0.1, momentum=0.3, dtype=torch.float64).eval()
+    new = convert_batchnorm(nn.Sequential(old), recipe="course")[0]
+    assert isinstance(new, RunningBatchNorm3d) and (new.eps, new.mom, new.training) == (0.1, 0.3, False)
+    assert new.recipe.name == "course" and new.running_mean.dtype == torch.float64
+    assert convert_batchnorm(nn.BatchNorm1d(3, momentum=None)).mom == 0.1
+    back = to_batchnorm(new)
+    assert (back.eps, back.momentum, back.training) == (0.1, 0.3, False) and type(back) is nn.BatchNorm3d
+    plain = convert_batchnorm(nn.BatchNorm2d(3, affine=False))
+    assert plain.weight is None and to_batchnorm(plain).weight is None
+    with torch.device("meta"):
+        assert convert_batchnorm(nn.BatchNorm2d(3, affine=False, track_running_stats=True)).running_mean.is_meta
+
+
+def test_a_layer_in_several_places_is_converted_once():
+    norm = nn.BatchNorm2d(3)
+    model = nn.ModuleDict({"a": nn.Sequential(norm, nn.ReLU()), "b": nn.Sequential(norm), "c": norm})
+    convert_batchnorm(model)
+    assert model["a"][0] is model["b"][0] is model["c"] and type(model["c"]) is RunningBatchNorm2d
+    to_batchnorm(model)
+    assert model["a"][0] is model["b"][0] is model["c"] and type(model["c"]) is nn.BatchNorm2d
+
+
+def test_a_root_that_is_a_norm_itself_is_returned_anew():
+    assert type(convert_batchnorm(nn.BatchNorm1d(3))) is RunningBatchNorm1d
+    assert type(to_batchnorm(RunningBatchNorm1d(3))) is nn.BatchNorm1d
+    assert type(to_batchnorm(RunningBatchNorm(3), dims=3)) is nn.BatchNorm3d
+    assert type(to_batchnorm(RunningBatchNorm(3))) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="1, 2 or 3; got 4"):
+        to_batchnorm(RunningBatchNorm(3), dims=4)
+
+
+@pytest.mark.parametrize("function", [convert_batchnorm, to_batchnorm, fuse_conv_rbn])
+def test_a_model_without_a_norm_is_unchanged_and_it_is_said(function):
+    model = nn.Sequential(nn.Linear(3, 3), nn.InstanceNorm1d(3)).eval()
+    before = repr(model)
+    with pytest.warns(UserWarning, match=f"{function.__name__} found no .* in Sequential; nothing was changed") as seen:
+        assert repr(function(model)) == before
+    assert seen[0].filename == __file__  # the warning points at the caller
+
+
+def test_syncbatchnorm_without_processes_becomes_a_layer_for_any_rank():
+    sync = nn.SyncBatchNorm(3)
+    sync.running_mean.fill_(2.0)
+    new = convert_batchnorm(nn.Sequential(sync))[0]
+    assert type(new) is RunningBatchNorm and new.process_group is None and new.running_count == -1
+    assert new(torch.randn(2, 3, 4)).shape == (2, 3, 4) and new(torch.randn(1, 3, 4, 4)).isfinite().all()
+
+
+def test_a_layer_without_statistics_is_converted_and_it_is_said():
+    with pytest.warns(UserWarning, match="kept no running statistics.*must be trained before evaluation") as seen:
+        new = convert_batchnorm(nn.BatchNorm2d(3, track_running_stats=False))
+    assert seen[0].filename == __file__
+    assert new.running_count == 0 and new.num_samples_tracked == 0
+
+
+def test_lazy_layers_and_momentum_0_are_refused_and_the_model_stays_whole():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="number of channels.*LazyBatchNorm2d at '1'.*send one through"):
+        convert_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    model(torch.randn(2, 3, 4, 4))
+    assert len(norms(convert_batchnorm(model))) == 2
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.0))
+    with pytest.raises(ValueError, match="must be above 0; got 0 in BatchNorm2d at '1'"):
+        convert_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Renamed(nn.BatchNorm2d):
+    pass
+
+
+def test_a_subclass_that_does_more_stays_and_one_that_does_not_is_converted():
+    with pytest.warns(UserWarning, match="leaves '1' as it is: NormAndReLU has a forward pass of its own"):
+        model = convert_batchnorm(nn.Sequential(Renamed(3), NormAndReLU(3)))
+    assert type(model[0]) is RunningBatchNorm2d and type(model[1]) is NormAndReLU
+
+
+def trained(nf, dtype=torch.float64, **settings):
+    layer = layer_of(nf, dtype=dtype, **settings)
+    for i in range(3):
+        step(layer, torch.randn(4, nf, 5, dtype=dtype) * 2 + i, torch.randn(4, nf, 5, dtype=dtype))
+    return layer
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 6), (3, 4)),
+        (nn.Conv1d(4, 6, 3, groups=2), (3, 4, 7)),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect"), (2, 4, 7, 7)),
+        (nn.Conv3d(4, 6, 1, dilation=2), (2, 4, 3, 3, 3)),
+        (nn.ConvTranspose1d(4, 6, 3), (2, 4, 5)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), (2, 4, 5, 5)),
+        (nn.ConvTranspose3d(4, 6, 2, groups=1, padding=1), (2, 4, 3, 3, 3)),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else str(v),
+)
+def test_every_kind_of_convolution_and_linear_takes_a_norm_in(layer, shape, bias, affine):
+    layer = copy.deepcopy(layer).double()
+    if not bias:
+        layer.bias = None
+    model = nn.Sequential(layer, trained(6, affine=affine), nn.ReLU()).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    fused = fuse_conv_rbn(model)
+    assert not norms(fused) and isinstance(fused[1], nn.Identity)
+    assert relative_error(fused(x), model(x)) < 1e-12
+    assert fused[0].weight.requires_grad and fused[0].bias.dtype == torch.float64
+
+
+def test_a_frozen_layer_is_folded_in_training_mode_and_a_moving_one_is_refused():
+    model = nn.Sequential(nn.Conv1d(3, 3, 1).double(), trained(3))
+    with pytest.raises(ValueError, match="only layers in evaluation mode.*'1' is in training mode.*model.eval"):
+        fuse_conv_rbn(model)
+    model[1].freeze()
+    assert not norms(fuse_conv_rbn(model))
+
+
+class Doubled(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Branching(nn.Module):
+    """A convolution that is read twice, a norm used twice, and one where the two only fit each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.read_twice, self.a = nn.Conv1d(3, 3, 1), layer_of(3)
+        self.used_twice, self.b = nn.Conv1d(3, 3, 1), layer_of(3)
+        self.fits, self.c = nn.Conv1d(3, 3, 1), layer_of(3)
+
+    def forward(self, x):
+        h = self.read_twice(x)
+        h = self.a(h) + h
+        h = self.b(self.used_twice(h)) + self.b(h)
+        return self.c(self.fits(h))
+
+
+def test_only_a_norm_that_alone_reads_its_convolution_is_folded():
+    model, x = Branching().eval(), torch.randn(2, 3, 5)
+    fused = fuse_conv_rbn(model)
+    assert [name for name, m in fused.named_modules() if isinstance(m, RunningBatchNorm)] == ["a", "b"]
+    assert relative_error(fused(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("what", ["subclass", "hook", "hook on the norm", "weight norm"])
+def test_a_convolution_that_does_more_than_convolve_is_left_alone(what):
+    conv = (Doubled if what == "subclass" else nn.Conv1d)(3, 3, 1)
+    model = nn.Sequential(conv, layer_of(3), nn.Conv1d(3, 3, 1), layer_of(3)).eval()
+    if what == "weight norm":
+        nn.utils.parametrizations.weight_norm(conv)
+    elif what != "subclass":
+        model[what.endswith("norm")].register_forward_hook(lambda m, args, y: y * 2)
+    x = torch.randn(2, 3, 5)
+    fused = fuse_conv_rbn(model)
+    assert isinstance(fused[1], RunningBatchNorm) and isinstance(fused[3], nn.Identity)
+    assert relative_error(fused(x), model(x)) < 1e-6
+
+
+class Deciding(nn.Module):
+    """Python that torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        norm = layer_of(3)
+        self.body = nn.Sequential(nn.Conv1d(3, 3, 1), layer_of(3), nn.ReLU(), norm)
+        self.tail = nn.Sequential(nn.Conv1d(3, 3, 1), norm)  # shared: stays
+
+    def forward(self, x):
+        return self.tail(self.body(x)) if x.sum() > -1e9 else x
+
+
+def test_a_model_that_cannot_be_traced_is_folded_within_its_sequentials_and_it_is_said():
+    model, x = Deciding().eval(), torch.randn(2, 3, 5)
+    with pytest.warns(UserWarning, match=r"could not trace Deciding \(TraceError.*nn.Sequential only") as seen:
+        fused = fuse_conv_rbn(model)
+    assert seen[0].filename == __file__
+    assert len(norms(fused)) == 1 and isinstance(fused.body[1], nn.Identity)
+    assert relative_error(fused(x), model(x)) < 1e-6
+
+
+def test_a_half_precision_model_folds_into_half_precision():
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), trained(4, torch.float32)).bfloat16().eval()
+    x = torch.randn(2, 3, 5).bfloat16()
+    fused = fuse_conv_rbn(model)
+    assert fused[0].weight.dtype == fused(x).dtype == torch.bfloat16
+    assert relative_error(fused(x), model(x)) < 0.03
+
+
+def test_converting_an_ordinary_model_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse_conv_rbn(convert_batchnorm(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))).eval())

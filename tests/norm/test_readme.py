@@ -1,0 +1,22 @@
+"""The table of situations names tests that exist."""
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "fastrbn" / "norm" / "README.md"
+
+
+def test_every_test_that_the_readme_names_exists():
+    named = set(re.findall(r"`(\w+)::(\w+)`", README.read_text(encoding="utf-8")))
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test}(" in (HERE / f"{file}.py").read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_every_situation_has_a_test_of_ours():
+    table = README.read_text(encoding="utf-8").split("## Situations")[1].split("\n\n")[2]
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    assert len(rows) > 25
+    for row in rows:
+        assert len(row) == 6 and "::" in row[4], row[1]
