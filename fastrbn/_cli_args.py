@@ -14,6 +14,7 @@ DONE, ERROR, BAD_ARGUMENTS, HALTED, INTERRUPTED = 0, 1, 2, 3, 130
 DATA_SETS = ("mnist", "fashion", "cifar10", "cifar100", "glyphs")
 LAYERS = {"conv_rbn": "running", "conv_bn": "batch", "conv_gn": "group"}  # and the norm= of resnet9
 MODELS = ("cnn", "resnet9")
+MANY = 128  # batch size from which the course's net has work for several CPU threads
 SCHEDULES = ("none", "lin", "cos", "1cycle")
 
 
@@ -127,6 +128,13 @@ def _add_train(commands) -> None:
         "falls to a hundredth (default: lin)",
     )
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
+    p.add_argument(
+        "--threads",
+        type=whole(1),
+        metavar="N",
+        help=f"of the CPU (default: 1 for the cnn at batches below {MANY}, where more cost more than they bring; "
+        "otherwise PyTorch's choice)",
+    )
     p.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and batches (default: 0)")
     p.add_argument(
         "--limit", type=whole(1), metavar="N", help="train on N images at most, validate on a like share (500 at least)"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import _cli_results as results
-from ._cli_args import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, LAYERS, CliError, default_lr, nearest
+from ._cli_args import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, LAYERS, MANY, CliError, default_lr, nearest
 from ._cli_callbacks import make_callback
 from ._version import __version__
 from .build import get_learn_run, get_runner
@@ -43,6 +43,15 @@ MAGNITUDES = 500  # about as many moments as params.png has columns
 
 def train(args) -> int:
     """Run `fastrbn train` and return the exit status. CliError where nothing was trained."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or (1 if args.model == "cnn" and args.bs < MANY else before))
+    try:
+        return _train(args)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(args) -> int:
     results.check_folder(args.out, args.force)  # what can be known to be wrong is said before anything is loaded
     norm_kwargs, device = _norm_kwargs(args), _device(args.device)
     added = [make_callback(spec) for spec in args.cb]
@@ -227,6 +236,7 @@ def _config(args, images, data, lr, device, learn, run) -> dict:
         "halt_on_nan": _of(run, HaltOnNaN) is not None,
         "callbacks": [repr(cb) for cb in run.cbs],
         "device": str(device),
+        "threads": torch.get_num_threads(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {
             "fastrbn": __version__,

@@ -99,6 +99,15 @@ class ClosedForm:
             averaged,
         )
 
+    def default_rate(self, x, read=None, steady=320):
+        """λ of the default recipe for a batch x of which the samples `read` are read, before `step` moves the state."""
+        x, bs = x.detach().double(), len(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        xr = x if read is None else x[read]
+        n = xr.numel() / x.shape[1]
+        drift = n * ((xr.mean(dims) - self.mean) ** 2 / (self.var + self.eps)).mean().item()
+        return bs / (bs + 40) if self.count == 0 else min(bs / (bs + 40), n / steady * max(1, drift))
+
     def step(self, x, dy, rate, backward_rate=None, read=None, floor_samples=20, floor=0.01):
         x, dy = x.detach().double(), dy.double()
         shape, dims = (1, -1) + (1,) * (x.dim() - 2), [d for d in range(x.dim()) if d != 1]

@@ -237,6 +237,18 @@ def test_limit_bs_and_epochs_decide_the_number_of_steps(cli):
     assert config["result"]["steps"] == 9 and config["data"]["train"] == 50
 
 
+@pytest.mark.parametrize(("given", "want"), [((), 1), (("--threads", 2), 2), (("--bs", 128), 3)])
+def test_small_batches_train_on_one_thread_unless_asked_and_the_setting_is_put_back(cli, given, want):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert cli("train", "glyphs", "--limit", 16, "--out", "r", *given)[0] == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads(Path("r/config.json").read_text())["threads"] == want
+
+
 def test_zero_epochs_write_an_untrained_model(cli):
     status, out, _ = cli("train", "glyphs", "--epochs", 0, "--out", "r")
     assert status == 0 and "done: 0 epochs" in out

@@ -27,7 +27,9 @@ BACKENDS = ("auto", *_BACKENDS)
 _TRITON_BY_DEFAULT = False
 
 
-def choose(x: Tensor, state: NormState, process_group=None, backend: str = "auto") -> tuple[str, str]:
+def choose(
+    x: Tensor, state: NormState, process_group=None, backend: str = "auto", recipe: Recipe | None = None
+) -> tuple[str, str]:
     """The backend for `x`, and why, in words. Raises ValueError for an unknown name, or one that cannot serve."""
     one_of("backend", backend, BACKENDS)
     why_not = None
@@ -42,7 +44,7 @@ def choose(x: Tensor, state: NormState, process_group=None, backend: str = "auto
     elif x.dtype is not (wide := state.running_mean.dtype) and (wide is torch.float64 or x.dtype is torch.float64):
         why_not = f"{x.dtype} input in a layer with {wide} statistics is computed in the wider one"
     if backend == "triton" and why_not is None:
-        why_not = _why_not_triton(x, state)
+        why_not = _why_not_triton(x, state, recipe)
     if backend in ("fused", "triton") and why_not is not None:
         raise ValueError(f"backend '{backend}' cannot be used here: {why_not}; choose 'auto' or 'reference'")
     if backend != "auto":
@@ -51,13 +53,15 @@ def choose(x: Tensor, state: NormState, process_group=None, backend: str = "auto
         return "reference", why_not
     why = "PyTorch's fused operators and a backward in closed form"
     if _TRITON_BY_DEFAULT and x.device.type == "cuda":
-        if (why_not := _why_not_triton(x, state)) is None:
+        if (why_not := _why_not_triton(x, state, recipe)) is None:
             return "triton", "its kernels for CUDA tensors"
         why = f"{why}; not Triton's kernels: {why_not}"
     return "fused", why
 
 
-def _why_not_triton(x: Tensor, state: NormState) -> str | None:
+def _why_not_triton(x: Tensor, state: NormState, recipe: Recipe | None) -> str | None:
+    if recipe is not None and recipe.steady is not None:
+        return "its kernels know no drift, which a recipe with `steady` asks for"
     if state.running_mean.dtype is not torch.float32 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return (
             f"it takes float32, bfloat16 and float16 input and float32 statistics, and got {x.dtype} and "
@@ -110,11 +114,12 @@ def running_batch_norm(
     dtype.
     """
     check_input(x, state.running_mean.numel())
-    implementation = _implementation(choose(x, state, process_group, backend)[0])
+    recipe = get_recipe(recipe)
+    implementation = _implementation(choose(x, state, process_group, backend, recipe)[0])
     if not training or (x.numel() == 0 and process_group is None):
         return implementation.evaluate(x, weight, bias, state, eps)
     twice = recent is not None and may_run_again()
-    plan = Plan(get_recipe(recipe), mom, eps, process_group, recent, twice)
+    plan = Plan(recipe, mom, eps, process_group, recent, twice)
     return implementation.normalize(x, weight, bias, state, plan)
 
 

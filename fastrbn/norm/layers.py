@@ -27,7 +27,7 @@ class RunningBatchNorm(nn.Module):
     - `nf`: C, the number of channels.
     - `mom` (0.1): how fast the statistics move, in PyTorch's sense: 0.1 means that the *new* values weigh a tenth
       (Keras and the papers write 0.9 for it). How a batch size turns it into a rate is the recipe's: `default` takes
-      λ = min(bs/(bs + 4/mom), n·mom/32) for n elements a channel, 0.17 at batch 8; `batch` takes mom itself, like
+      λ = bs/(bs + 4/mom), 0.17 at batch 8, or less (see `Recipe.steady`); `batch` takes mom itself, like
       nn.BatchNorm.
     - `eps` (1e-5): added to the variance.
     - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,).
@@ -111,7 +111,7 @@ class RunningBatchNorm(nn.Module):
 
     def explain(self, x: Tensor) -> str:
         """Which backend works on `x`, and why, in a sentence."""
-        name, why = choose(x, self.state, self.process_group, self.backend)
+        name, why = choose(x, self.state, self.process_group, self.backend, self.recipe)
         return f"{name}: {why}"
 
     def reset_running_stats(self) -> None:

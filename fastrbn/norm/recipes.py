@@ -38,18 +38,9 @@ def rate_per_32_samples(mom: float, bs: int, n: int) -> float:
     return 1 - (1 - mom) ** (bs / 32)
 
 
-def rate_default(mom: float, bs: int, n: int) -> float:
-    """λ = min(bs/(bs + 4/mom), n·mom/32): a memory of 40 samples at mom 0.1, and of 320 elements a channel at least.
-
-    The samples are what images of one batch share; the elements what a sparse channel of one position needs, where 40
-    samples may hold no value but zero: with samples alone validation accuracy jumped (course net, one epoch of MNIST,
-    batch 8, rate 0.4 to 0.04, four seeds: 97.94 to 98.39, with both 98.22 to 98.43). A longer memory is lost at high
-    learning rates (1,000 elements: NaN at batch 128 with rate 2).
-    """
-    by_samples, by_elements = bs / (bs + 4 / mom), n * mom / 32
-    if isinstance(n, torch.Tensor):
-        return torch.minimum(torch.as_tensor(by_samples, device=n.device), by_elements)
-    return min(by_samples, by_elements)
+def rate_per_sample(mom: float, bs: int, n: int) -> float:
+    """λ = bs/(bs + 4/mom): a batch weighs as many samples as it has against a memory of 4/mom (40 at mom 0.1)."""
+    return bs / (bs + 4 / mom)
 
 
 def rate_backward(mom: float, bs: int, n: int) -> float:
@@ -102,6 +93,9 @@ class Recipe:
     - `rate`: the averaging rate λ of the statistics from (mom, batch size, elements a channel that they read).
     - `statistics`: `"running"` normalises with the running statistics in training too; `"batch"` with the batch's own,
       as nn.BatchNorm does, and keeps running ones for evaluation.
+    - `steady`: while the batch means stay within their noise, keep a memory of this many elements a channel at least:
+      λ = min(rate, n/steady · max(1, drift)), where drift is n·mean((m−M)²/(V+ε)) over the channels, about 1 for a mean
+      that stands still; the first batch takes the rate. None: λ is the rate.
     - `backward`: `"exact"` differentiates through this batch's share a of the statistics; `"averaged"` adds the share
       `kappa` of the running averages of mean(dy) and mean(dy·x̂) for the rest 1−a; `"detached"` treats the statistics
       as constants.
@@ -115,8 +109,9 @@ class Recipe:
     """
 
     name: str
-    rate: Rate = rate_default
+    rate: Rate = rate_per_sample
     statistics: str = "running"
+    steady: int | None = None
     backward: str = "exact"
     kappa: float = 0.0
     backward_rate: Rate = rate_backward
@@ -136,8 +131,9 @@ class Recipe:
                 f"a skipped step normalises with running statistics, statistics='batch' never does; got both, with "
                 f"{self.skip}: leave one out"
             )
-        if self.elements is not None and self.elements < 1:
-            raise ValueError(f"a recipe reads at least 1 element a channel, or None for all; got {self.elements}")
+        for name, what in (("elements", "reads"), ("steady", "remembers")):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"a recipe {what} at least 1 element a channel, or {name}=None; got {name}={value}")
 
     def but(self, **changes) -> Recipe:
         """A copy with some fields changed, named after this one unless `name` is given."""
@@ -155,8 +151,8 @@ _COURSE_CLAMP = Clamp()
 RECIPES = {
     r.name: r
     for r in (
-        # λ, κ and λ_b: the best of the cells measured so far at batch 1 to 128 (norm/README.md)
-        Recipe("default", backward="averaged", kappa=0.25, elements=4096, clamp=_COURSE_CLAMP),
+        # each number: the best of the cells measured so far at batch 1 to 512 (norm/README.md)
+        Recipe("default", steady=320, backward="averaged", kappa=0.25, elements=4096, clamp=_COURSE_CLAMP),
         Recipe("course", rate=rate_course, clamp=_COURSE_CLAMP),
         Recipe(
             "skip-alternate",
@@ -169,6 +165,14 @@ RECIPES = {
         Recipe("batch", rate=rate_fixed, statistics="batch"),
     )
 }
+
+
+def steadied(rate, steady: int, n, drift):
+    """λ of a recipe with `steady`, from its rate and the drift; numbers or tensors."""
+    if isinstance(drift, torch.Tensor):
+        calm = drift.clamp_min(1) * (n / steady)
+        return torch.minimum(calm, rate) if isinstance(rate, torch.Tensor) else calm.clamp_max(rate)
+    return min(rate, n / steady * max(1.0, drift))
 
 
 class Plan(NamedTuple):

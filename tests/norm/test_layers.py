@@ -7,7 +7,7 @@ from norm.steps import BOTH, ThreadLayer, assert_same, assert_unmoved, buffers, 
 from torch import nn
 
 from fastrbn.norm import RECIPES, RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
-from fastrbn.norm.recipes import rate_backward, rate_default
+from fastrbn.norm.recipes import rate_backward
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
@@ -27,8 +27,7 @@ def as_oracle(layer, x, dy, steps=3):
     """The default recipe's closed form over `steps` batches x + i; what `step` gives, less the counts."""
     oracle = ClosedForm(x.shape[1], layer.weight.data, layer.bias.data, kappa=0.25, averaged=True)
     for i in range(steps):
-        n = x[:, 0].numel()
-        rate, backward_rate = rate_default(0.1, len(x), n), rate_backward(0.1, len(x), n)
+        rate, backward_rate = oracle.default_rate(x + i), rate_backward(0.1, len(x), x[:, 0].numel())
         y, dx, dweight, dbias = oracle.step(x + i, dy, rate, backward_rate)
     a_and_b = torch.stack([oracle.a_sum, oracle.b_sum])
     found = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, "running_mean": oracle.mean}

@@ -8,7 +8,7 @@ import torch
 from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
 
 from fastrbn.norm import RECIPES, Recipe, RunningBatchNorm, get_recipe
-from fastrbn.norm.recipes import rate_backward, rate_default
+from fastrbn.norm.recipes import rate_backward
 
 SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
 
@@ -82,12 +82,34 @@ def test_averaged_backward_equals_the_closed_form(kappa, elements):
     for i, (x, dy) in enumerate(batches(SHAPES)):
         bs, positions = x.shape[0], x[0, 0].numel()
         read = None if elements is None else slice(0, min(bs, -(-elements // positions)))
-        n = positions * (bs if read is None else read.stop)
-        want = oracle.step(x, dy, rate_default(0.1, bs, n), rate_backward(0.1, bs, bs * positions), read)
+        want = oracle.step(x, dy, oracle.default_rate(x, read), rate_backward(0.1, bs, bs * positions), read)
         got = step(layer, x, dy)
         for what, value in zip(got, want, strict=True):
             assert relative_error(got[what], value) < 1e-10, f"{what} at step {i}"
         assert relative_error(layer.running_grad, torch.stack([oracle.a_sum, oracle.b_sum])) < 1e-10, f"step {i}"
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_a_steady_recipe_remembers_long_until_the_means_drift(backend):
+    recipe = RECIPES["default"].but(steady=1000)
+    layer = RunningBatchNorm(64, recipe=recipe, backend=backend, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+
+    def rate_taken(x):
+        before, n = layer.running_count.item(), len(x)
+        layer(x)
+        return (layer.running_count.item() - before) / (n - before) if n != before else None
+
+    def draw(n):
+        return torch.randn(n, 64, generator=g, dtype=torch.float64)
+
+    layer(draw(16))
+    for _ in range(200):
+        layer(draw(16))
+    calm = [rate_taken(draw(n)) for n in (8, 24) * 20]
+    assert max(calm[0::2]) < 1.6 * 8 / 1000 and max(calm[1::2]) < 1.6 * 24 / 1000
+    assert min(calm[0::2]) >= 8 / 1000 * (1 - 1e-9)
+    assert rate_taken(draw(8) + 10) == pytest.approx(8 / 48)  # the rate itself is the most
 
 
 def test_batch_recipe_is_batchnorm_in_training_and_in_evaluation():

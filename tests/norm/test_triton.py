@@ -37,8 +37,9 @@ REGIMES = {
 SHAPES = [(5, 3, 4, 5), (5, 3, 3, 7), (17, 3, 2, 2), (1, 3, 1, 37), (2, 3, 1, 1), (1, 3, 1, 1), (1, 3, 6, 3)]
 # of what is rounded to the dtype, relative to its norm; the interpreter cuts bfloat16 off where a device rounds
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 1e-3, torch.float16: 2e-4}
-DEFAULT = RECIPES["default"].but(elements=None)
-PARTIAL = RECIPES["default"].but(elements=30)
+BASE = RECIPES["default"].but(steady=None)  # no drift in the kernels yet
+DEFAULT = BASE.but(elements=None)
+PARTIAL = BASE.but(elements=30)
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +172,7 @@ def test_loaded_statistics_count_as_old(name, regime):
     theirs.running_mean.copy_(torch.tensor([1.0, -2.0, 0.1]))
     theirs.running_var.copy_(torch.tensor([0.003, 2.0, 5.0]))
     theirs.num_batches_tracked.fill_(7)
-    both = layers(name)
+    both = layers(BASE if name == "default" else name)
     for layer in both:
         layer.load_state_dict(theirs.state_dict())
         assert layer.running_count == -1
@@ -470,7 +471,7 @@ def _large(shape, dtype, last):
 @pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("recipe", [DEFAULT, RECIPES["default"], RECIPES["course"]], ids=["all", "some", "exact"])
+@pytest.mark.parametrize("recipe", [DEFAULT, BASE, RECIPES["course"]], ids=["all", "some", "exact"])
 @pytest.mark.parametrize("shape", [(32, 64, 14, 14), (64, 64, 32, 32), (16, 256, 7, 7), (128, 24, 57, 53)])
 def test_cuda_real_sizes_equal_the_reference(shape, recipe, last, dtype):
     want_layer, got_layer = layers(recipe, shape[1])
@@ -604,6 +605,11 @@ class _NoDevice:
         return triton.backends.compiler.GPUTarget("cuda", 90, 32)
 
 
+def test_anywhere_a_recipe_that_follows_drift_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'triton' cannot be used here: its kernels know no drift"):
+        RunningBatchNorm(3, backend="triton")(torch.randn(2, 3))
+
+
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="kernels are run")
 def test_anywhere_every_kernel_compiles_for_a_device(monkeypatch, tmp_path):
     made = {}
@@ -621,7 +627,7 @@ def test_anywhere_every_kernel_compiles_for_a_device(monkeypatch, tmp_path):
     monkeypatch.setattr(triton.runtime.driver, "_active", _NoDevice())
     for shape, last, recipe, relu, dtype in [
         ((2, 8, 14, 14), False, DEFAULT, "none", torch.float32),
-        ((8, 16, 24, 24), False, RECIPES["default"].but(elements=600, order="strided"), "after", torch.bfloat16),
+        ((8, 16, 24, 24), False, BASE.but(elements=600, order="strided"), "after", torch.bfloat16),
         ((64, 64, 24, 24), True, RECIPES["skip-tenth"], "before", torch.float16),
     ]:
         x, w = torch.zeros(shape, dtype=dtype), torch.ones(shape[1], requires_grad=True)
@@ -644,13 +650,18 @@ def test_anywhere_every_kernel_compiles_for_a_device(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")
 def test_anywhere_cpu_tensors_need_the_interpreter():
-    layer = RunningBatchNorm(3, backend="triton")
+    layer = RunningBatchNorm(3, recipe=BASE, backend="triton")
     with pytest.raises(
         ValueError, match="'triton' cannot be used here: it takes CUDA .*TRITON_INTERPRET=1.*on cpu; choose"
     ):
         layer(torch.randn(2, 3))
     with pytest.raises(ValueError, match="got torch.float64 and torch.float64; choose 'auto'"):
-        RunningBatchNorm(3, dtype=torch.float64, backend="triton")(torch.randn(2, 3).double())
+        RunningBatchNorm(3, recipe=BASE, dtype=torch.float64, backend="triton")(torch.randn(2, 3).double())
+
+
+def test_anywhere_a_recipe_that_follows_drift_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'triton' cannot be used here: its kernels know no drift"):
+        RunningBatchNorm(3, backend="triton")(torch.randn(2, 3))
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="kernels are run")
