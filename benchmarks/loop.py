@@ -2,10 +2,10 @@
 
     python benchmarks/loop.py [--csv results/loop.csv] [--blocks 30] [--steps 2000]
 
-The model is as small as can be (nn.Linear(10, 10), batches of 8, SGD), so that the framework is what is left. One thread.
-Blocks of the loops take turns, so that a machine that slows down slows all of them; reported is the median block's time
-per step, and the median of the differences to the plain loop's block of the same turn. Before anything is timed the
-loops must end with identical parameters.
+The model is as small as can be (nn.Linear(10, 10), batches of 8, SGD), so that the framework is what is left. One
+thread. Blocks of the loops take turns, so that a machine that slows down slows all of them; reported is the median
+block's time per step, and the median of the differences to the plain loop's block of the same turn. Before anything is
+timed the loops must end with identical parameters.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def check(batches):
         run()
     reference, *others = [(name, model) for name, (model, _) in loops.items()]
     for name, model in others:
-        for p, q in zip(reference[1].parameters(), model.parameters()):
+        for p, q in zip(reference[1].parameters(), model.parameters(), strict=True):
             if not torch.equal(p, q):
-                raise SystemExit(f"'{name}' does not train as '{reference[0]}' does: parameters differ; nothing was timed")
+                raise SystemExit(f"'{name}' does not train as '{reference[0]}': parameters differ; nothing was timed")
 
 
 def measure(batches, blocks):
@@ -99,7 +99,7 @@ def report(times):
     rows = []
     for name, values in times.items():
         target = TARGETS.get(name)
-        added = statistics.median(v - r for v, r in zip(values, reference))
+        added = statistics.median(v - r for v, r in zip(values, reference, strict=True))
         met = "" if target is None else "yes" if added <= target else "NO"
         rows.append(
             {

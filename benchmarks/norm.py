@@ -195,7 +195,7 @@ def plot(rows, path, machine):
     rows = [dict(zip(COLUMNS, r, strict=True)) for r in rows]
     cases = list(dict.fromkeys((r["shape"], r["format"]) for r in rows))
     names = [n for n in dict.fromkeys(r["layer"] for r in rows) if n not in ("nn.BatchNorm", "thread's form")]
-    fig = Figure(figsize=(max(7, 0.9 * len(cases)), 4), layout="constrained")
+    fig = Figure(figsize=(max(7, 1.25 * len(cases)), 4), layout="constrained")
     ax = fig.add_subplot()
     for i, name in enumerate(names):
         at = [c + (i + 0.5) / (len(names) + 1) for c in range(len(cases))]
@@ -203,7 +203,8 @@ def plot(rows, path, machine):
         ax.bar(at, [by_case.get(c, 0) for c in cases], width=1 / (len(names) + 1), label=name)
     ax.axhline(1, color="black", lw=0.8)
     ax.set_xticks([c + 0.5 for c in range(len(cases))], [f"{s}\n{f}" for s, f in cases], fontsize=7)
-    ax.set(ylabel="forward + backward,\nnn.BatchNorm = 1", ylim=(0, 3), title=machine)
+    top = 1.05 * max(float(r["ratio"]) for r in rows if r["layer"] in OURS)
+    ax.set(ylabel="forward + backward,\nnn.BatchNorm = 1", ylim=(0, top), xlim=(-0.1, len(cases)), title=machine)
     ax.title.set_fontsize(8)
     ax.legend(frameon=False, fontsize=8)
     fig.savefig(path, dpi=110)
