@@ -20,8 +20,10 @@ def built_in() -> dict[str, type[Callback]]:
 
 
 def plug_ins() -> dict[str, importlib.metadata.EntryPoint]:
-    """The installed plug-ins' entry points by name, not loaded: one that is broken harms only who asks for it."""
-    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    """The installed plug-ins' entry points by name, not loaded: one that is broken harms only who asks for it. This
+    package registers its own callbacks in the same group, for whoever looks there; they are no plug-ins."""
+    points = importlib.metadata.entry_points(group=GROUP)
+    return {point.name: point for point in points if point.value.partition(":")[0] != "fastrbn.callbacks"}
 
 
 def make_callback(spec: str) -> Callback:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastrbn
+from fastrbn import _cli_callbacks
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.cfg").is_file():
@@ -96,6 +97,9 @@ def test_the_metadata_says_what_users_need(installed):
     assert {"test", "notebooks", "dev"} == set(meta.get_all("Provides-Extra"))
     scripts = {e.name: e.value for e in dist.entry_points if e.group == "console_scripts"}
     assert scripts == {"fastrbn": "fastrbn.cli:main"}
+    callbacks = {e.name: e for e in dist.entry_points if e.group == "fastrbn.callbacks"}
+    assert set(callbacks) == set(_cli_callbacks.built_in())
+    assert all(e.load().__name__ == name for name, e in callbacks.items())
 
 
 def test_users_get_the_newest_torch_with_the_torchvision_that_fits():
