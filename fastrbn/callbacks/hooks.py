@@ -54,7 +54,20 @@ def children(m) -> list[torch.nn.Module]:
     return list(m.children())
 
 
-class Hook:
+class _Removable:
+    """Calls `remove()` at the end of its `with` block, and when it is deleted."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.remove()
+
+    def __del__(self):
+        self.remove()
+
+
+class Hook(_Removable):
     """A forward hook on module `m` that calls `f(hook, module, input, output)`; what `f` finds it keeps on the hook.
 
     Also a context manager: `with Hook(m, append_stats) as hook`. Removed with `remove()` or when the hook is deleted.
@@ -72,17 +85,8 @@ class Hook:
         if handle is not None:
             handle.remove()
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *exc):
-        self.remove()
-
-    def __del__(self):
-        self.remove()
-
-
-class Hooks(ListContainer):
+class Hooks(_Removable, ListContainer):
     """A `Hook` for each module of `ms` (a module: its children). A context manager that removes them all.
 
     Source: fast.ai course, part 2 (2019), notebook 06.
@@ -97,15 +101,6 @@ class Hooks(ListContainer):
         """Take all hooks off; a second time does nothing."""
         for hook in self.__dict__.get("items", []):
             hook.remove()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.remove()
-
-    def __del__(self):
-        self.remove()
 
     def __delitem__(self, index):
         for hook in self.items[index] if isinstance(index, slice) else [self.items[index]]:

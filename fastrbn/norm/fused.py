@@ -71,6 +71,7 @@ def _input_gradient(ctx, x: Tensor, w: Tensor | None, dy: Tensor, d_weight: Tens
     """dx = γ/σ·dy − γ/σ·(u + x̂·z), where u and z are the shares of mean(dy) and mean(dy·x̂) as in `reference`."""
     plan, moment, mean, var = ctx.plan, ctx.moment, ctx.mean, ctx.var
     recipe, bs, positions = plan.recipe, x.shape[0], elements_per_sample(x)
+    k = recipe.samples_read(bs, positions)
     p = (var + plan.eps).rsqrt_()
     if w is not None:
         p *= w
@@ -79,10 +80,10 @@ def _input_gradient(ctx, x: Tensor, w: Tensor | None, dy: Tensor, d_weight: Tens
         sums = torch.stack((d_bias, d_weight))
         if recipe.backward == "averaged":
             everywhere = _averaged(ctx.state, sums, bs * positions, bs, moment.share, plan)
-        in_rows = sums.mul_(moment.share / (recipe.samples_read(bs, positions) * positions))
+        in_rows = sums.mul_(moment.share / (k * positions))
         if ctx.free is not None:
             in_rows[1] *= ctx.free
-        if recipe.samples_read(bs, positions) == bs:
+        if k == bs:
             everywhere, in_rows = in_rows if everywhere is None else everywhere.add_(in_rows), None
     p_x = per_channel(p, x)
     if everywhere is None:
