@@ -16,19 +16,25 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
-from . import fused, reference
+from . import fused, native, reference
 from .memory import may_run_again
 from .recipes import Plan, Recipe, get_recipe, one_of
 from .reference import NormState
 
-_BACKENDS = {"reference": reference, "fused": fused, "triton": None}
+_BACKENDS = {"reference": reference, "fused": fused, "native": native, "triton": None}
 BACKENDS = ("auto", *_BACKENDS)
 # "auto" takes the Triton kernels for CUDA tensors: to be switched on once they are measured to be faster on a device
 _TRITON_BY_DEFAULT = False
 
 
 def choose(
-    x: Tensor, state: NormState, process_group=None, backend: str = "auto", recipe: Recipe | None = None
+    x: Tensor,
+    state: NormState,
+    process_group=None,
+    backend: str = "auto",
+    recipe: Recipe | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[str, str]:
     """The backend for `x`, and why, in words. Raises ValueError for an unknown name, or one that cannot serve."""
     one_of("backend", backend, BACKENDS)
@@ -45,13 +51,19 @@ def choose(
         why_not = f"{x.dtype} input in a layer with {wide} statistics is computed in the wider one"
     if backend == "triton" and why_not is None:
         why_not = _why_not_triton(x, state, recipe)
-    if backend in ("fused", "triton") and why_not is not None:
+    if backend == "native" and why_not is None:
+        why_not = native.why_not(x, weight, bias, state)
+    if backend not in ("auto", "reference") and why_not is not None:
         raise ValueError(f"backend '{backend}' cannot be used here: {why_not}; choose 'auto' or 'reference'")
     if backend != "auto":
         return backend, "asked for by name"
     if why_not:
         return "reference", why_not
+    if x.is_cpu and not torch.jit.is_tracing() and (why_not := native.why_not(x, weight, bias, state)) is None:
+        return "native", "C kernels, one call forward and one backward"
     why = "PyTorch's fused operators and a backward in closed form"
+    if why_not:
+        why = f"{why}; not the C kernels: {why_not}"
     if _TRITON_BY_DEFAULT and x.device.type == "cuda":
         if (why_not := _why_not_triton(x, state, recipe)) is None:
             return "triton", "its kernels for CUDA tensors"
@@ -111,11 +123,13 @@ def running_batch_norm(
     - `recent`: a deque that belongs to the state (`deque(maxlen=32)`), needed under activation checkpointing alone.
 
     An empty batch passes through and leaves the state alone. Raises ValueError for a wrong rank, channel count or
-    dtype.
+    dtype, and for a weight or bias of another size.
     """
-    check_input(x, state.running_mean.numel())
+    nf = state.running_mean.numel()
+    check_input(x, nf)
+    _check_parameters(nf, weight, bias)
     recipe = get_recipe(recipe)
-    implementation = _implementation(choose(x, state, process_group, backend, recipe)[0])
+    implementation = _implementation(choose(x, state, process_group, backend, recipe, weight, bias)[0])
     if not training or (x.numel() == 0 and process_group is None):
         return implementation.evaluate(x, weight, bias, state, eps)
     twice = recent is not None and may_run_again()
@@ -137,6 +151,13 @@ def check_input(x: Tensor, num_features: int, ranks: tuple[int, ...] = (), name:
         )
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name} needs floating-point input; got {x.dtype}: convert it, as with x.float()")
+
+
+def _check_parameters(nf: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """PyTorch's operators read a bias of any size, beyond its end too."""
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and not torch.jit.is_tracing() and p.numel() != nf:
+            raise ValueError(f"{name} must have one number for each of {nf} channels; got shape {tuple(p.shape)}")
 
 
 def _advice(x: Tensor, ranks: tuple[int, ...]) -> str:

@@ -34,7 +34,8 @@ class RunningBatchNorm(nn.Module):
     - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.
     - `device`, `dtype`: of the parameters. Statistics are float32 under any half precision, float64 in a float64 layer.
     - `process_group`: merge statistics over its ranks.
-    - `backend` ("auto"): "fused", "reference" or "triton" to force one; `explain(x)` says which is used.
+    - `backend` ("auto"): "native" (C, compiled on first use), "fused", "reference" or "triton" to force one;
+      `explain(x)` says which is used.
 
     Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
     the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
@@ -111,7 +112,9 @@ class RunningBatchNorm(nn.Module):
 
     def explain(self, x: Tensor) -> str:
         """Which backend works on `x`, and why, in a sentence."""
-        name, why = choose(x, self.state, self.process_group, self.backend, self.recipe)
+        name, why = choose(
+            x, self.state, self.process_group, self.backend, self.recipe, self.weight, self.bias
+        )
         return f"{name}: {why}"
 
     def reset_running_stats(self) -> None:

@@ -7,7 +7,14 @@ from torch import nn
 
 from fastrbn.norm import RunningBatchNorm
 
-BOTH = ("reference", "fused")
+FAST = ("fused", "native")  # on the CPU
+ALL = ("reference", *FAST)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def serving(dtype):
+    """The backends that take input of this dtype on the CPU."""
+    return [b for b in ALL if b != "native" or dtype not in HALF]
 
 
 def layer_of(nf=3, recipe="default", backend="auto", dtype=torch.float32, kind=RunningBatchNorm, **settings):

@@ -7,7 +7,7 @@ for nothing; the rank check comes before any other.
 
 import pytest
 import torch
-from norm.steps import BOTH, assert_same, assert_unmoved, buffers, step
+from norm.steps import ALL, assert_same, assert_unmoved, buffers, serving, step
 from torch import nn
 
 from fastrbn.norm import RECIPES, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
@@ -15,7 +15,7 @@ from fastrbn.norm import RECIPES, RunningBatchNorm1d, RunningBatchNorm2d, Runnin
 PAIRS = {1: (RunningBatchNorm1d, nn.BatchNorm1d), 2: (RunningBatchNorm2d, nn.BatchNorm2d)}
 PAIRS[3] = (RunningBatchNorm3d, nn.BatchNorm3d)
 SHAPES = [(1, (7, 4)), (1, (5, 4, 3)), (2, (3, 4, 5, 6)), (2, (1, 4, 2, 2)), (3, (2, 4, 3, 2, 5)), (2, (6, 4, 61, 59))]
-BACKENDS = pytest.mark.parametrize("backend", BOTH)
+BACKENDS = pytest.mark.parametrize("backend", ALL)
 
 
 def twins(dim, backend="auto", recipe="batch", dtype=torch.float64, momentum=0.1, **settings):
@@ -59,8 +59,9 @@ def test_momentum_and_eps_mean_what_they_mean_there(momentum, eps, backend):
     assert_alike(*twins(2, backend, momentum=momentum, eps=eps), (3, 4, 5, 6))
 
 
-@BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(t, b) for t in (torch.float32, torch.bfloat16, torch.float16) for b in serving(t)]
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_every_dtype_and_format_agrees_to_its_rounding(memory_format, dtype, backend):
     ours, theirs = twins(2, backend, dtype=torch.float32)

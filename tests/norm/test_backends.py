@@ -1,8 +1,8 @@
-"""The fused backend against the reference, in outputs, every gradient and every buffer over several steps."""
+"""The fused and the native backend against the reference, in outputs, every gradient and every buffer over several steps."""
 
 import pytest
 import torch
-from norm.steps import BOTH, assert_same, assert_unmoved, buffers, layer_of, step
+from norm.steps import ALL, assert_same, assert_unmoved, buffers, layer_of, serving, step
 
 from fastrbn.norm import RECIPES, NormState, Recipe, RunningBatchNorm, RunningBatchNorm2d, running_batch_norm
 from fastrbn.norm.recipes import Clamp, Skip
@@ -24,11 +24,13 @@ def batches(shapes, nf=3, dtype=torch.float32, memory_format=torch.contiguous_fo
 
 
 def assert_backends_agree(shapes, dtype=torch.float32, memory_format=torch.contiguous_format, tol=None, **settings):
-    layers = [layer_of(backend=b, dtype=dtype if dtype == torch.float64 else None, **settings) for b in BOTH]
+    wide = dtype if dtype == torch.float64 else None
+    layers = [layer_of(backend=b, dtype=wide, **settings) for b in serving(dtype)]
     for i, (x, dy) in enumerate(batches(shapes, 3, dtype, memory_format)):
-        want, got = (step(layer, x, dy) for layer in layers)
-        assert got["y"].dtype == got["dx"].dtype == dtype
-        assert_same(got, want, tol or TOLERANCE[dtype], f"at step {i}")
+        want, *others = (step(layer, x, dy) for layer in layers)
+        for layer, got in zip(layers[1:], others, strict=True):
+            assert got["y"].dtype == got["dx"].dtype == dtype
+            assert_same(got, want, tol or TOLERANCE[dtype], f"of {layer.backend} at step {i}")
     return layers
 
 
@@ -36,7 +38,7 @@ def assert_backends_agree(shapes, dtype=torch.float32, memory_format=torch.conti
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("elements", [None, 20, 4096])
 @pytest.mark.parametrize("name", RECIPES)
-def test_fused_equals_reference_over_eight_odd_batches(name, elements, affine, memory_format):
+def test_fast_equals_reference_over_eight_odd_batches(name, elements, affine, memory_format):
     for order in ("first", "strided") if elements == 20 else ("first",):
         recipe = RECIPES[name].but(elements=elements, order=order)
         settings = {"recipe": recipe, "affine": affine, "memory_format": memory_format}
@@ -47,7 +49,7 @@ def test_fused_equals_reference_over_eight_odd_batches(name, elements, affine, m
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ["default", "batch", "detached"])
-def test_fused_equals_reference_on_large_batches_of_every_dtype(name, dtype, memory_format):
+def test_fast_equals_reference_on_large_batches_of_every_dtype(name, dtype, memory_format):
     for elements in (None, 4096):
         recipe = RECIPES[name].but(elements=elements, order="strided")
         assert_backends_agree(LARGE, dtype, memory_format, recipe=recipe)
@@ -55,11 +57,11 @@ def test_fused_equals_reference_on_large_batches_of_every_dtype(name, dtype, mem
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", RECIPES)
-def test_fused_equals_reference_on_small_half_batches_of_every_recipe(name, dtype):
+def test_fast_equals_reference_on_small_half_batches_of_every_recipe(name, dtype):
     assert_backends_agree(SHAPES, dtype, recipe=name)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("clamp", [Clamp(100, variance=0.5), Clamp(100, variance=None, deviation=0.7)])
 def test_the_clamp_on_some_channels_only_stops_their_gradient_through_the_variance(clamp, backend):
     recipe = Recipe("mine", clamp=clamp)
@@ -100,25 +102,27 @@ def test_backends_agree_after_loading_statistics_from_a_batchnorm(name):
     theirs.running_mean.copy_(torch.tensor([1.0, -2.0, 0.1]))
     theirs.running_var.copy_(torch.tensor([0.003, 2.0, 5.0]))
     theirs.num_batches_tracked.fill_(7)
-    layers = [layer_of(recipe=name, backend=b, dtype=torch.float64) for b in BOTH]
+    layers = [layer_of(recipe=name, backend=b, dtype=torch.float64) for b in ALL]
     for layer in layers:
         layer.load_state_dict(theirs.state_dict())
         assert layer.running_count == -1
     for i, (x, dy) in enumerate(batches(SHAPES, dtype=torch.float64)):
-        want, got = (step(layer, x, dy) for layer in layers)
-        assert_same(got, want, 1e-10, f"at step {i}")
+        want, *others = (step(layer, x, dy) for layer in layers)
+        for got in others:
+            assert_same(got, want, 1e-10, f"at step {i}")
 
 
 @pytest.mark.parametrize("size", [9, 200])  # above and below the switch to vectorised statistics
-def test_a_channel_of_zeros_but_for_its_first_element_has_the_same_variance_on_both_backends(size):
+def test_a_channel_of_zeros_but_for_its_first_element_has_the_same_variance_on_every_backend(size):
     x = torch.zeros(2, 3, size, size)
     x[0, :, 0, 0] = torch.tensor([1.0, 30.0, -7.0])
     dy = torch.randn_like(x)
-    want, got = (step(layer_of(backend=b), x, dy) for b in BOTH)
-    assert_same(got, want, 1e-5)
+    want, *others = (step(layer_of(backend=b), x, dy) for b in ALL)
+    for got in others:
+        assert_same(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("shape", [(1 << 15, 3), (40, 3, 501), (3, 3, 9, 31, 29)], ids=["2d", "3d", "5d"])
 def test_statistics_of_large_inputs_of_every_rank_are_those_of_float64(shape, backend):
     x = torch.randn(shape) * 0.1 + 1e4
@@ -133,14 +137,15 @@ def test_weight_alone_and_bias_alone_get_their_gradients_in_the_functional_form(
     x, dy = next(batches([(4, 5, 3)], dtype=torch.float64))
     for names in (("weight",), ("bias",), ("weight", "bias"), ()):
         found = []
-        for backend in BOTH:
+        for backend in ALL:
             g = torch.Generator().manual_seed(5)
             given = {n: torch.randn(3, generator=g, dtype=torch.float64).requires_grad_() for n in names}
             state, z = NormState.new(3, dtype=torch.float64), x.clone().requires_grad_()
             y = running_batch_norm(z, state, **given, backend=backend)
             y.backward(dy)
             found.append({"y": y, "dx": z.grad, **{n: t.grad for n, t in given.items()}, **state._asdict()})
-        assert_same(found[1], found[0], 1e-10, str(names))
+        for got in found[1:]:
+            assert_same(got, found[0], 1e-10, str(names))
 
 
 def test_functional_form_is_the_layer():
@@ -168,7 +173,8 @@ def test_auto_serves_every_input_dtype_in_every_layer_dtype(dtype, x_dtype):
 
 def test_explain_names_the_backend_and_says_why():
     x = torch.randn(4, 3, 2, 2)
-    assert RunningBatchNorm(3).explain(x).startswith("fused: PyTorch's fused operators")
+    assert RunningBatchNorm(3).explain(x).startswith("native: C kernels")
+    assert RunningBatchNorm(3).explain(x.bfloat16()).startswith("fused: PyTorch's fused operators")
     assert "asked for by name" in RunningBatchNorm(3, backend="reference").explain(x)
     assert RunningBatchNorm(3).explain(x.double()).startswith("reference: torch.float64 input")
     assert RunningBatchNorm(3, dtype=torch.float64).explain(x).startswith("reference: torch.float32 input")

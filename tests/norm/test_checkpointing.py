@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from norm.steps import BOTH, ThreadLayer, assert_holds_no_graph, assert_same, assert_unmoved, buffers, grads, layer_of
+from norm.steps import ALL, ThreadLayer, assert_holds_no_graph, assert_same, assert_unmoved, buffers, grads, layer_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -51,7 +51,7 @@ def compare(net, plain, checked, steps=6, tol=1e-12):
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("recipe", RECIPES_HERE)
 def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
     compare(
@@ -62,7 +62,7 @@ def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("recipe", RECIPES_HERE)
 def test_a_layer_used_twice_in_a_segment_takes_back_the_right_moment_for_each_use(recipe, backend, reentrant):
     def twice(net):
@@ -76,7 +76,7 @@ def test_a_layer_used_twice_in_a_segment_takes_back_the_right_moment_for_each_us
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("recipe", RECIPES_HERE)
 def test_a_layer_shared_by_two_segments_takes_back_the_right_moment_in_each(recipe, backend, reentrant):
     def run(net, x, dy, through):
@@ -91,7 +91,7 @@ def test_a_layer_shared_by_two_segments_takes_back_the_right_moment_in_each(reci
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("recipe", RECIPES_HERE)
 @pytest.mark.parametrize("order", [1, -1], ids=["first-first", "last-first"])
 def test_micro_batches_in_flight_take_back_their_own_moments(order, recipe, backend, reentrant):
@@ -109,7 +109,7 @@ def test_micro_batches_in_flight_take_back_their_own_moments(order, recipe, back
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("recipe", ["default", "skipping"])
 def test_the_same_batch_in_every_step_takes_back_the_latest_moment(recipe, backend, reentrant):
     net = net_of(recipe, backend)[1:]
@@ -125,7 +125,7 @@ def test_the_same_batch_in_every_step_takes_back_the_latest_moment(recipe, backe
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 def test_evaluation_frozen_and_converted_layers_are_checkpointed_too(backend, reentrant):
     net = net_of("default", backend, torch.float32)
     for x, dy in zip(data(3, dtype=torch.float32), data(3, features=4, dtype=torch.float32), strict=True):
@@ -150,7 +150,7 @@ def test_evaluation_frozen_and_converted_layers_are_checkpointed_too(backend, re
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 def test_a_batch_with_nan_leaves_the_state_in_both_runs(backend, reentrant):
     net, dy = net_of("default", backend), data(1, features=4, seed=1)[0]
     for x in data(3):
@@ -172,7 +172,7 @@ def test_checkpoint_sequential_moves_every_layer_once():
 
 
 @MODES
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 def test_what_is_remembered_is_bounded_and_holds_statistics_only(backend, reentrant):
     net = net_of("default", backend)
     for x, dy in zip(data(2 * REMEMBERED, bs=64), data(2 * REMEMBERED, bs=64, features=4), strict=True):

@@ -270,7 +270,7 @@ def test_functional_derivatives_of_a_training_step_take_the_state_as_an_argument
     got = torch.func.grad(loss)(params, dict(state))
     step(layer, layer, x, dy)
     assert_same({f"d{k}": g for k, g in got.items()}, grads(layer), 1e-5)
-    assert torch.equal(state["running_mean"], layer.running_mean)  # the given buffers moved
+    assert torch.allclose(state["running_mean"], layer.running_mean, rtol=1e-6)  # the given buffers moved
 
 
 # torch's own rules for them are scripted

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from norm.ranks import CHECKS
-from norm.steps import BOTH, assert_same, layer_of, step
+from norm.steps import ALL, assert_same, layer_of, step
 
 from fastrbn.norm.groups import merge_over_ranks, sum_over_ranks
 
@@ -65,7 +65,7 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 def test_a_group_of_one_is_the_layer_alone(alone, backend):
     a, b = layer_of(process_group=alone, dtype=torch.float64), layer_of(backend=backend, dtype=torch.float64)
     for seed in range(4):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm.steps import BOTH, ThreadLayer, assert_same, assert_unmoved, buffers, layer_of, step
+from norm.steps import ALL, ThreadLayer, assert_same, assert_unmoved, buffers, layer_of, step
 from torch import nn
 
 from fastrbn.norm import RECIPES, RunningBatchNorm, RunningBatchNorm2d
@@ -34,7 +34,7 @@ def assert_continues_alike(a, b, dtype=torch.float32):
         assert_same(step(a, x, dy), step(b, x, dy), 0)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_saved_and_loaded_state_dict_continues_bit_for_bit(recipe, steps, backend):
@@ -51,7 +51,7 @@ def test_a_saved_and_loaded_state_dict_continues_bit_for_bit(recipe, steps, back
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 def test_whole_layers_are_copied_and_saved_amid_training(backend, how):
     layer = trained(recipe=RECIPES["default"].but(elements=7), backend=backend)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_the_threads_layer_cannot_be_copied_after_a_training_step():
         copy.deepcopy(layer)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("old", [False, True], ids=["today's", "without num_batches_tracked"])
 @pytest.mark.parametrize("batches", [0, 1, 50])
 def test_a_batchnorm_checkpoint_loads_strictly_and_its_past_counts(batches, old, backend):
@@ -194,7 +194,7 @@ def test_layers_are_made_on_the_meta_device_and_filled_later():
     assert_continues_alike(layer, trained())
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 def test_freeze_survives_train_and_copies_until_unfreeze(backend):
     layer = trained(backend=backend)
     x, dy = data(2, seed=2)
@@ -229,7 +229,7 @@ def test_the_repr_tells_the_recipe():
     assert "recipe=course*" in repr(RunningBatchNorm(3, recipe=RECIPES["course"].but(elements=64)))
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("steps", [0, 3])
@@ -248,7 +248,7 @@ def test_a_batch_with_nan_or_inf_leaves_the_state_bit_identical_and_the_output_s
     assert all(b.isfinite().all() for b in layer.buffers()) and layer.num_batches_tracked == steps + 1
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 def test_a_nan_in_samples_that_the_statistics_do_not_read_poisons_nothing_either(backend):
     layer = trained(recipe=RECIPES["default"].but(elements=16), backend=backend)  # two samples of eight positions
     x, dy = data(2)
@@ -261,7 +261,7 @@ def test_a_nan_in_samples_that_the_statistics_do_not_read_poisons_nothing_either
     assert layer.running_grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("recipe", ["default", "course", "batch"])
 def test_nan_in_the_upstream_gradient_leaves_the_averages_and_shows_in_the_input_gradient(recipe, backend):
     layer, (x, dy) = trained(recipe=recipe, backend=backend), data(2)
@@ -287,7 +287,7 @@ def test_one_nan_batch_poisons_batchnorm_and_the_threads_layer_for_good():
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
 moms = st.floats(0.01, 1.0)
 recipes = st.sampled_from(sorted(RECIPES))
-backends = st.sampled_from(BOTH)
+backends = st.sampled_from(ALL)
 examples = settings(max_examples=40, deadline=None)
 
 

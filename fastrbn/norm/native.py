@@ -1,0 +1,149 @@
+"""The reference's step in C, one call forward and one backward: CPU tensors whose dtype is that of the statistics.
+
+`native_kernels.c` has the arithmetic, `native_build.py` compiles it on first use. Here: when it can serve, what it is
+handed, and what autograd needs. The rare steps are `fused`'s: activation checkpointing, second derivatives, evaluation.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .memory import Moment, running_again
+from .native_build import load
+from .recipes import Plan, Recipe
+from .reference import NormState, elements_per_sample
+
+_REAL = {torch.float32: "float", torch.float64: "double"}
+_FEW_POSITIONS = 64  # elements a channel of a sample below which the sums run over columns, not along rows
+_WORTH_A_THREAD = 1 << 16  # elements
+_MOST_THREADS = 64
+# as the structs of native_kernels.c: layout, then numbers, then pointers
+_FORWARD = Struct("7q 2q 5d 4q 10P")
+_BACKWARD = Struct("7q q 2d q 9P")
+_SAVED = 6  # rows a channel: 1/σ, whether off the floor, and a moment's m, v, mean and variance; then its three numbers
+
+evaluate = fused.evaluate
+
+
+def why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState) -> str | None:
+    """Why these tensors cannot be handed to C; None: they can. It reads memory by size, so all of it is looked at."""
+    real, mean = x.dtype, state.running_mean
+    if not x.is_cpu or real not in _REAL:
+        return f"its C kernels take float32 and float64 on the CPU; got {real} on {x.device}"
+    c = x.shape[1]
+    for t, numel in zip(state, (c, c, 1, 1, 1, 2 * c, 1), strict=True):
+        if not (t.is_cpu and t.is_contiguous() and t.numel() == numel):
+            return "a tensor of the state lies elsewhere, strided, or has another size"
+    if mean.dtype is not real or state.running_var.dtype is not real or state.running_count.dtype is not real:
+        return f"its C kernels take input in the statistics' dtype; got {real} and {mean.dtype}"
+    if state.running_grad.dtype is not real or state.running_grad_weight.dtype is not real:
+        return "the state is of several dtypes"
+    if state.num_samples_tracked.dtype is not torch.int64 or state.num_batches_tracked.dtype is not torch.int64:
+        return "the state's counts are not int64"
+    for p in (weight, bias):
+        if p is not None and not (p.is_cpu and p.dtype is real and p.numel() == c and p.is_contiguous()):
+            return f"weight or bias is not {c} contiguous {real} numbers on the CPU"
+    return load(_REAL[real])[1] or None
+
+
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
+    """As `reference.normalize`, where `why_not` knows nothing against it."""
+    if plan.recent and running_again():
+        return fused.normalize(x, weight, bias, state, plan)
+    if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
+    return _Normalize.apply(x, weight, bias, state, plan)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, state, plan):
+        recipe, mom, eps = plan[:3]
+        bs, c = x.shape[:2]
+        layout, read = _layout(x, recipe)
+        y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 3, dtype=x.dtype)
+        clamp, skip = recipe.clamp, recipe.skip
+        floor = 0.0 if clamp is None else clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
+        arguments = _FORWARD.pack(
+            *layout, bs, _threads(x),
+            recipe.rate(mom, bs, read), recipe.steady or 0, eps, floor, 0 if clamp is None else clamp.samples,
+            recipe.statistics == "batch", *((0, 0) if skip is None else (skip.every, skip.after)), plan.twice,
+            x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias),
+            state[0].data_ptr(), state[1].data_ptr(), state[2].data_ptr(), state[3].data_ptr(), state[4].data_ptr(),
+            saved.data_ptr(),
+        )  # fmt: skip
+        _call("rbn_forward", x, arguments)
+        if plan.twice:
+            plan.recent.append(_moment(saved, c, recipe))
+        ctx.save_for_backward(x, weight, bias)
+        ctx.saved, ctx.layout, ctx.state, ctx.plan = saved, layout, state, plan
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *fused._differentiable_backward(_as_fused(ctx), x, weight, bias, dy), None, None
+        recipe, mom, state, c = ctx.plan.recipe, ctx.plan.mom, ctx.state, x.shape[1]
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x).copy_(dy)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        # of their own, not two views of one: autograd takes such gradients as they are, and copies views
+        d_weight, d_bias = torch.empty(c, dtype=x.dtype), torch.empty(c, dtype=x.dtype)
+        averaged, bs = recipe.backward == "averaged", x.shape[0]
+        arguments = _BACKWARD.pack(
+            *ctx.layout, _threads(x),
+            recipe.kappa if averaged else -1.0,
+            recipe.backward_rate(mom, bs, bs * elements_per_sample(x)) if averaged else 0.0,
+            recipe.backward == "detached",
+            dy.data_ptr(), x.data_ptr(), _pointer(dx), _pointer(weight), ctx.saved.data_ptr(),
+            d_weight.data_ptr(), d_bias.data_ptr(), state[5].data_ptr(), state[6].data_ptr(),
+        )  # fmt: skip
+        _call("rbn_backward", x, arguments)
+        return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None
+
+
+def _layout(x: Tensor, recipe: Recipe) -> tuple[tuple[int, ...], int]:
+    """The struct Layout of native_kernels.c, and the elements a channel that the statistics read."""
+    bs, c = x.shape[:2]
+    positions = elements_per_sample(x)
+    k = recipe.samples_read(bs, positions)
+    every = bs // k if recipe.order == "strided" else 1
+    if not x.is_contiguous():
+        return (bs * positions, c, 1, 1, positions, k, every), k * positions
+    if positions < _FEW_POSITIONS:
+        return (bs, c, positions, 1, 1, k, every), k * positions
+    return (bs, c, positions, 0, 0, k, every), k * positions
+
+
+def _threads(x: Tensor) -> int:
+    numel = x.numel()
+    return 1 if numel < 2 * _WORTH_A_THREAD else min(torch.get_num_threads(), numel // _WORTH_A_THREAD, _MOST_THREADS)
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _call(name: str, x: Tensor, arguments: bytes) -> None:
+    if getattr(load(_REAL[x.dtype])[0], name)(arguments) != 0:
+        raise MemoryError(f"no memory left for the sums of a batch of shape {tuple(x.shape)}")
+
+
+def _as_fused(ctx) -> SimpleNamespace:
+    """What `fused`'s differentiable backward looks at."""
+    plan = ctx.plan
+    moment = _moment(ctx.saved, ctx.saved_tensors[0].shape[1], plan.recipe)
+    var = fused._floored(moment.var, moment, plan)[0] if moment.young else moment.var
+    return SimpleNamespace(plan=plan, state=ctx.state, mean=moment.mean, var=var, moment=moment)
+
+
+def _moment(saved: Tensor, c: int, recipe: Recipe) -> Moment:
+    m, v, mean, var = (row.clone() for row in saved[: _SAVED * c].view(_SAVED, c)[2:])
+    share, moves, young = saved[_SAVED * c :].tolist()
+    return Moment(m, v, mean, var, share, bool(moves), None if recipe.clamp is None else bool(young))

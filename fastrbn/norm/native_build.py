@@ -1,0 +1,104 @@
+"""Compiles `native_kernels.c` with the machine's C compiler, once a machine, and loads it.
+
+The library lies in `$XDG_CACHE_HOME/fastrbn` (`~/.cache/fastrbn`) under a name made of everything it depends on: the source, the
+compiler, its options and the processor. A home directory shared by unlike machines therefore holds one for each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("native_kernels.c")
+# sums may be taken in any order, so that they are vectorised (the simd pragmas); NaN and Inf keep their meaning
+_OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+_LINK = ("-shared", "-fPIC", "-pthread")
+_SECONDS = 60  # a compiler that takes longer hangs
+
+
+@lru_cache(maxsize=2)
+def load(real: str) -> tuple[ctypes.CDLL | None, str]:
+    """The kernels for `real` ("float" or "double"), or None; and why not, in words."""
+    if os.environ.get("FASTRBN_NATIVE") == "0":
+        return None, "FASTRBN_NATIVE=0 turns the C kernels off"
+    if os.name != "posix":
+        return None, f"the C kernels need POSIX threads, which {platform.system()} lacks"
+    compiler = _compiler()
+    if compiler is None:
+        return None, "there is no C compiler (cc, gcc or clang) to build the C kernels with"
+    try:
+        library = ctypes.CDLL(str(_built(compiler, real)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        why = f"the C kernels could not be built with {compiler}: {said}"
+        warnings.warn(f"{why}. Slower operators do the work; FASTRBN_NATIVE=0 says so for good", RuntimeWarning, 2)
+        return None, why
+    for function in (library.rbn_forward, library.rbn_backward):
+        function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int
+    return library, ""
+
+
+def _compiler() -> str | None:
+    names = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def _built(compiler: str, real: str) -> Path:
+    """The library, compiled unless it is there."""
+    command = [compiler, *_OPTIONS, f"-DREAL={real}", *_LINK]
+    tool = os.stat(compiler)
+    parts = (_SOURCE.read_bytes(), command, os.path.realpath(compiler), tool.st_size, tool.st_mtime_ns, _processor())
+    name = f"rbn_{real}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
+    folder = _cache()
+    path = folder / name
+    if not path.exists():
+        # another process may be at it: each writes a file of its own, the last to be done gives it the name
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            made = Path(own, name)
+            subprocess.run(
+                [*command, str(_SOURCE), "-o", str(made), "-lm"],
+                check=True, capture_output=True, text=True, timeout=_SECONDS,
+            )  # fmt: skip
+            os.replace(made, path)
+    return path
+
+
+def _processor() -> str:
+    """What -march=native looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    found = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return f"{platform.machine()} {sorted(found)}"
+
+
+def _cache() -> Path:
+    """A folder that is the user's own: what lies there is run."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastrbn")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return _of_this_process()
+
+
+@lru_cache(maxsize=1)
+def _of_this_process() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="fastrbn-", ignore_cleanup_errors=True)
+    _kept.append(folder)  # removed at the end of the process
+    return Path(folder.name)
+
+
+_kept: list[tempfile.TemporaryDirectory] = []

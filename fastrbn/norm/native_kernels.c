@@ -1,0 +1,487 @@
+/* The training step of running batch norm on a CPU: the equations of reference.py in two calls, forward and backward.
+
+   Compiled by native_build.py when it is first needed, with -DREAL=float or -DREAL=double; no header beyond libc's.
+   Activations lie either as `rows` (N, C, P): a channel's P positions side by side, or as `columns` (R, W): W = C·fold columns, of which
+   `fold` neighbours are one channel (channels_last has fold 1; (N, C, P) with few positions P is (N, C·P), fold P).
+
+   Sums run in REAL over a row or a block of rows, then in double. Variances are summed from near the mean; should that
+   guess turn out far from it (more than 4 deviations), once more from the mean itself. */
+
+#define _DEFAULT_SOURCE /* for madvise */
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define MOST_THREADS 64
+#define BLOCK 128 /* rows of columns that are summed in REAL */
+#define HUGE_PAGE ((size_t)2 << 20)
+
+typedef struct {
+  int64_t outer; /* rows: N; columns: R */
+  int64_t channels;
+  int64_t inner; /* rows: P; columns: fold */
+  int64_t columns; /* whether columns */
+  int64_t per_sample; /* columns: rows that one sample has; rows: unused */
+  int64_t k, every; /* the statistics read samples 0, every, 2·every, … : k of them */
+} Layout;
+
+typedef struct {
+  const void *function_arguments;
+  void (*function)(const void *, int64_t, int64_t, int);
+  int64_t begin, end;
+  int thread;
+} Task;
+
+static void *run_task(void *t) {
+  Task *task = t;
+  task->function(task->function_arguments, task->begin, task->end, task->thread);
+  return NULL;
+}
+
+/* function(arguments, begin, end, thread) over parts of 0..n; threads are started anew, so that a fork finds none */
+static void in_parallel(void (*function)(const void *, int64_t, int64_t, int), const void *arguments, int64_t n,
+                        int threads) {
+  Task tasks[MOST_THREADS];
+  pthread_t started[MOST_THREADS];
+  int running[MOST_THREADS];
+  for (int t = 0; t < threads; t++) {
+    tasks[t] = (Task){arguments, function, n * t / threads, n * (t + 1) / threads, t};
+    running[t] = t > 0 && pthread_create(&started[t], NULL, run_task, &tasks[t]) == 0;
+  }
+  for (int t = 0; t < threads; t++)
+    if (!running[t]) run_task(&tasks[t]);
+  for (int t = 1; t < threads; t++)
+    if (running[t]) pthread_join(started[t], NULL);
+}
+
+/* A fresh large output costs a fault a page; of large pages there are fewer. */
+static void large_pages(void *p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t mask = ~(uintptr_t)(HUGE_PAGE - 1), begin = ((uintptr_t)p + HUGE_PAGE - 1) & mask;
+  const uintptr_t end = ((uintptr_t)p + bytes) & mask;
+  if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
+static int64_t width(const Layout *l) { return l->columns ? l->channels * l->inner : l->channels; }
+static int64_t elements(const Layout *l) { return l->outer * l->inner; }                                   /* a channel */
+static int64_t elements_read(const Layout *l) { return l->k * l->inner * (l->columns ? l->per_sample : 1); } /* a channel */
+static int is_read(const Layout *l, int64_t sample) { return sample % l->every == 0 && sample / l->every < l->k; }
+
+/* ---- sums: of (x − s) and its square, or of dy and dy·(x − s) ---- */
+
+typedef struct {
+  const Layout *l;
+  const REAL *x, *dy; /* dy NULL: the first kind, of the samples that are read alone */
+  const REAL *s;      /* a value a channel (rows) or a column (columns) */
+  double *sums;       /* (threads, 2, width) */
+} Sums;
+
+static void sum_rows(const void *arguments, int64_t begin, int64_t end, int thread) {
+  const Sums *a = arguments;
+  const Layout *l = a->l;
+  const int64_t c = l->channels, p = l->inner, n = a->dy ? l->outer : l->k, step = a->dy ? 1 : l->every;
+  double *first = a->sums, *second = a->sums + c; /* threads share them: each has its own channels */
+  for (int64_t j = begin; j < end; j++) first[j] = second[j] = 0;
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = begin; j < end; j++) {
+      const REAL s = a->s[j], *x = a->x + (i * step * c + j) * p;
+      for (int64_t q = 0; q < p; q += 4096) {
+        const int64_t stop = q + 4096 < p ? q + 4096 : p;
+        REAL u = 0, v = 0;
+        if (a->dy) {
+          const REAL *dy = a->dy + (i * c + j) * p;
+#pragma omp simd reduction(+ : u, v)
+          for (int64_t r = q; r < stop; r++) {
+            u += dy[r];
+            v += dy[r] * (x[r] - s);
+          }
+        } else {
+#pragma omp simd reduction(+ : u, v)
+          for (int64_t r = q; r < stop; r++) {
+            const REAL d = x[r] - s;
+            u += d;
+            v += d * d;
+          }
+        }
+        first[j] += u;
+        second[j] += v;
+      }
+    }
+  (void)thread;
+}
+
+static void add_rows(const REAL *restrict x, const REAL *restrict dy, const REAL *restrict s, REAL *restrict u, REAL *restrict v,
+                     int64_t w, int64_t rows) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) { /* four at a time: the sums are loaded and stored once for them */
+    const REAL *x0 = x + i * w, *x1 = x0 + w, *x2 = x1 + w, *x3 = x2 + w;
+    if (dy) {
+      const REAL *y0 = dy + i * w, *y1 = y0 + w, *y2 = y1 + w, *y3 = y2 + w;
+#pragma omp simd
+      for (int64_t j = 0; j < w; j++) {
+        const REAL m = s[j];
+        u[j] += (y0[j] + y1[j]) + (y2[j] + y3[j]);
+        v[j] += (y0[j] * (x0[j] - m) + y1[j] * (x1[j] - m)) + (y2[j] * (x2[j] - m) + y3[j] * (x3[j] - m));
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < w; j++) {
+        const REAL m = s[j], a = x0[j] - m, b = x1[j] - m, c = x2[j] - m, d = x3[j] - m;
+        u[j] += (a + b) + (c + d);
+        v[j] += (a * a + b * b) + (c * c + d * d);
+      }
+    }
+  }
+  for (; i < rows; i++) {
+    const REAL *x0 = x + i * w;
+    if (dy) {
+      const REAL *y0 = dy + i * w;
+#pragma omp simd
+      for (int64_t j = 0; j < w; j++) {
+        u[j] += y0[j];
+        v[j] += y0[j] * (x0[j] - s[j]);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < w; j++) {
+        const REAL d = x0[j] - s[j];
+        u[j] += d;
+        v[j] += d * d;
+      }
+    }
+  }
+}
+
+static void sum_columns(const void *arguments, int64_t begin, int64_t end, int thread) {
+  const Sums *a = arguments;
+  const Layout *l = a->l;
+  const int64_t w = width(l);
+  double *first = a->sums + 2 * w * thread, *second = first + w;
+  REAL *u = malloc(2 * w * sizeof(REAL)), *v = u + w;
+  for (int64_t j = 0; j < 2 * w; j++) first[j] = 0;
+  /* the samples read lie apart when `every` is above 1; then begin and end count their rows alone */
+  const int apart = !a->dy && l->every > 1;
+  for (int64_t i = begin; i < end;) {
+    int64_t stop = i + BLOCK < end ? i + BLOCK : end, row = i;
+    if (apart) {
+      const int64_t sample = i / l->per_sample, whole = (sample + 1) * l->per_sample;
+      if (stop > whole) stop = whole;
+      row = i + sample * (l->every - 1) * l->per_sample;
+    }
+    memset(u, 0, 2 * w * sizeof(REAL));
+    add_rows(a->x + row * w, a->dy ? a->dy + row * w : NULL, a->s, u, v, w, stop - i);
+    for (int64_t j = 0; j < w; j++) {
+      first[j] += u[j];
+      second[j] += v[j];
+    }
+    i = stop;
+  }
+  free(u);
+}
+
+/* The two sums a channel into the first (2, channels) of `sums`. */
+static void sum(const Layout *l, const REAL *x, const REAL *dy, const REAL *s, double *sums, int threads) {
+  Sums a = {l, x, dy, s, sums};
+  if (!l->columns) {
+    in_parallel(sum_rows, &a, l->channels, threads < l->channels ? threads : (int)l->channels);
+    return;
+  }
+  const int64_t w = width(l), rows = dy ? l->outer : l->k * l->per_sample;
+  if (threads > rows) threads = (int)rows;
+  in_parallel(sum_columns, &a, rows, threads);
+  for (int64_t j = 0; j < 2 * w; j++)
+    for (int t = 1; t < threads; t++) sums[j] += sums[2 * w * t + j];
+  if (l->inner > 1)
+    for (int64_t c = 0; c < 2 * l->channels; c++) {
+      double total = 0;
+      for (int64_t f = 0; f < l->inner; f++) total += sums[c * l->inner + f];
+      sums[c] = total;
+    }
+}
+
+/* Values a channel spread over its columns; `values` itself where a channel is one. */
+static const REAL *spread(const Layout *l, const REAL *values, REAL *room) {
+  if (!l->columns || l->inner == 1) return values;
+  for (int64_t c = 0; c < l->channels; c++)
+    for (int64_t f = 0; f < l->inner; f++) room[c * l->inner + f] = values[c];
+  return room;
+}
+
+/* ---- maps: y = scale·(x − mean) + shift, or dx = p·dy + q·(x − mean) + r with one q, r for samples that are read ---- */
+
+typedef struct {
+  const Layout *l;
+  const REAL *x, *dy; /* dy NULL: the first kind */
+  REAL *out;
+  const REAL *mean, *p; /* p: the scale */
+  const REAL *r[2], *q[2]; /* [1]: for samples that were read; a q that is NULL: zero, and so is its r */
+} Map;
+
+/* n values of one channel */
+static void map_channel(int64_t n, const REAL *restrict x, const REAL *restrict dy, REAL *restrict out, REAL mean, REAL p,
+                        REAL q, REAL r) {
+  if (!dy) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) out[j] = p * (x[j] - mean) + r;
+  } else if (q == 0 && r == 0) { /* not even read x: what is not finite there is in p or dy too */
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) out[j] = p * dy[j];
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) out[j] = p * dy[j] + (q * (x[j] - mean) + r);
+  }
+}
+
+/* ROWS rows of w columns each: what belongs to a column is loaded once for them */
+#define MAP_ROWS(ROWS)                                                                               \
+  if (!dy) {                                                                                         \
+    _Pragma("omp simd") for (int64_t j = 0; j < w; j++) {                                            \
+      const REAL mean = a->mean[j], p = a->p[j], r = a->r[read][j];                                  \
+      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * (x[i * w + j] - mean) + r;                 \
+    }                                                                                                \
+  } else if (!a->q[read]) {                                                                          \
+    _Pragma("omp simd") for (int64_t j = 0; j < w; j++) {                                            \
+      const REAL p = a->p[j];                                                                        \
+      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * dy[i * w + j];                             \
+    }                                                                                                \
+  } else {                                                                                           \
+    _Pragma("omp simd") for (int64_t j = 0; j < w; j++) {                                            \
+      const REAL mean = a->mean[j], p = a->p[j], q = a->q[read][j], r = a->r[read][j];               \
+      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * dy[i * w + j] + (q * (x[i * w + j] - mean) + r); \
+    }                                                                                                \
+  }
+
+static void map_rows(const Map *a, int64_t begin, int64_t end, int read) {
+  const int64_t w = width(a->l);
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) {
+    const REAL *restrict x = a->x + row * w, *restrict dy = a->dy ? a->dy + row * w : NULL;
+    REAL *restrict out = a->out + row * w;
+    MAP_ROWS(4)
+  }
+  for (; row < end; row++) {
+    const REAL *restrict x = a->x + row * w, *restrict dy = a->dy ? a->dy + row * w : NULL;
+    REAL *restrict out = a->out + row * w;
+    MAP_ROWS(1)
+  }
+}
+
+static void map_part(const void *arguments, int64_t begin, int64_t end, int thread) {
+  const Map *a = arguments;
+  const Layout *l = a->l;
+  const int64_t c = l->channels, p = l->inner, rows = l->columns ? l->per_sample : c;
+  for (int64_t i = begin; i < end;) { /* a sample's rows, or what is left of them */
+    const int64_t sample = i / rows, whole = (sample + 1) * rows, stop = whole < end ? whole : end;
+    const int read = is_read(l, sample);
+    if (l->columns)
+      map_rows(a, i, stop, read);
+    else
+      for (int64_t row = i; row < stop; row++) {
+        const int64_t j = row - sample * c;
+        map_channel(p, a->x + row * p, a->dy ? a->dy + row * p : NULL, a->out + row * p, a->mean[j], a->p[j],
+                    a->q[read] ? a->q[read][j] : 0, a->r[read] ? a->r[read][j] : 0);
+      }
+    i = stop;
+  }
+  (void)thread;
+}
+
+static void map(const Map *a, int threads) {
+  const Layout *l = a->l;
+  const int64_t n = l->columns ? l->outer : l->outer * l->channels;
+  const size_t bytes = (size_t)(l->outer * l->channels * l->inner) * sizeof(REAL);
+  if (bytes >= 4 * HUGE_PAGE) large_pages(a->out, bytes);
+  in_parallel(map_part, a, n, threads < n ? threads : (int)n);
+}
+
+/* ---- the step ---- */
+
+typedef struct {
+  Layout layout;
+  int64_t bs, threads;
+  double rate, steady, eps;      /* steady 0: none */
+  double clamp, young_until;     /* floor under V while fewer samples were seen; young_until 0: never */
+  int64_t batch;                 /* statistics="batch": normalise with the batch's own */
+  int64_t skip_every, skip_after; /* skip_every 0: never */
+  int64_t twice;                  /* the batch's statistics are wanted on a skipped step too */
+  const REAL *x;
+  REAL *y;
+  const REAL *weight, *bias; /* (channels) or NULL */
+  REAL *mean, *var, *count;
+  int64_t *samples, *batches;
+  REAL *saved; /* what the backward pass needs: SAVED rows of (channels), then SHARE, MOVES, YOUNG */
+} Forward;
+
+typedef struct {
+  Layout layout;
+  int64_t threads;
+  double kappa, backward_rate; /* kappa < 0: the backward pass keeps no averages */
+  int64_t detached;
+  const REAL *dy, *x;
+  REAL *dx; /* NULL: not wanted, and the averages stay */
+  const REAL *weight, *saved;
+  REAL *d_weight, *d_bias, *running_grad, *running_grad_weight;
+} Backward;
+
+enum { INV, FREE, M, V, MEAN, VAR, SAVED };
+enum { SHARE, MOVES, YOUNG };
+
+/* m and v of the samples read, into saved; 0 when they are not finite */
+static int statistics(const Layout *l, const REAL *x, double *sums, REAL *near, REAL *room, REAL *saved, int threads) {
+  const int64_t c = l->channels, w = width(l), first = l->columns ? (l->per_sample < 8 ? l->per_sample : 8) : 1;
+  const int64_t n = elements_read(l);
+  for (int64_t j = 0; j < c; j++) { /* the guess: a channel's mean over the first few positions of the first sample */
+    double total = 0;
+    const int64_t few = l->columns ? l->inner : l->inner < 16 ? l->inner : 16;
+    for (int64_t i = 0; i < first; i++)
+      for (int64_t f = 0; f < few; f++) total += x[l->columns ? i * w + j * l->inner + f : j * l->inner + f];
+    near[j] = (REAL)(total / (first * few));
+  }
+  int finite = 1;
+  for (int again = 0; again < 2; again++) {
+    int far = 0;
+    sum(l, x, NULL, spread(l, near, room), sums, threads);
+    for (int64_t j = 0; j < c; j++) {
+      const double d = sums[j] / n, v = sums[c + j] / n - d * d;
+      saved[M * c + j] = (REAL)(near[j] + d);
+      saved[V * c + j] = (REAL)(v > 0 ? v : v == v ? 0 : v);
+      finite &= isfinite(saved[M * c + j]) && isfinite(saved[V * c + j]);
+      far |= d * d > 16 * v;
+    }
+    if (!far || !finite) break;
+    for (int64_t j = 0; j < c; j++) near[j] = saved[M * c + j];
+  }
+  return finite;
+}
+
+static double steadied(const Forward *f, int64_t c, double n) {
+  double drift = 0;
+  for (int64_t j = 0; j < c; j++) {
+    const double shift = (double)f->saved[M * c + j] - f->mean[j];
+    drift += shift * shift / (f->var[j] + f->eps);
+  }
+  drift *= n / c;
+  const double calm = n / f->steady * (drift > 1 ? drift : 1);
+  return calm < f->rate ? calm : f->rate;
+}
+
+/* Move the running statistics by the batch's in saved; the batch's share. */
+static double move(const Forward *f, int64_t c, double n) {
+  const REAL *m = f->saved + M * c, *v = f->saved + V * c;
+  const double old = *f->count, rate = f->steady > 0 && old != 0 ? steadied(f, c, n) : f->rate;
+  if (f->batch) { /* nn.BatchNorm's: the variance unbiased where it can be */
+    const double unbiased = n > 1 ? n / (n - 1) : 1;
+    for (int64_t j = 0; j < c; j++) {
+      f->mean[j] = (REAL)(f->mean[j] + rate * ((double)m[j] - f->mean[j]));
+      f->var[j] = (REAL)(f->var[j] + rate * (unbiased * v[j] - f->var[j]));
+    }
+    *f->count = (REAL)n;
+    return 1;
+  }
+  const double moved = old < 0 ? n : rate * n + (1 - rate) * old, a = rate * n / moved;
+  for (int64_t j = 0; j < c; j++) {
+    const double d = (double)m[j] - f->mean[j];
+    f->mean[j] = (REAL)(f->mean[j] + a * d);
+    f->var[j] = (REAL)((1 - a) * f->var[j] + a * v[j] + a * (1 - a) * d * d);
+  }
+  *f->count = (REAL)moved;
+  return a;
+}
+
+/* 0, or 1 when there is no memory left. */
+int rbn_forward(const Forward *f) {
+  const Layout *l = &f->layout;
+  const int64_t c = l->channels, w = width(l), lanes = l->columns ? f->threads : 1;
+  const int threads = (int)f->threads;
+  double *sums = malloc((size_t)(2 * w * lanes) * sizeof(double) + (size_t)(3 * w + 2 * c) * sizeof(REAL));
+  if (!sums) return 1;
+  REAL *room = (REAL *)(sums + 2 * w * lanes), *scale = room + 3 * w, *shift = scale + c, *saved = f->saved;
+
+  const int64_t seen = *f->samples + f->bs, iteration = *f->batches + 1;
+  const int skips = f->skip_every && seen > f->skip_after && iteration % f->skip_every == 0;
+  int moves = 0;
+  if (skips && !f->twice) { /* nothing of x is looked at */
+    memcpy(saved + M * c, f->mean, (size_t)c * sizeof(REAL));
+    memcpy(saved + V * c, f->var, (size_t)c * sizeof(REAL));
+  } else
+    moves = statistics(l, f->x, sums, scale, room, saved, threads) && !skips;
+  const double share = moves ? move(f, c, (double)elements_read(l)) : f->batch ? 1 : 0;
+  if (skips || moves) *f->samples = seen, *f->batches = iteration;
+
+  const int young = *f->samples < f->young_until;
+  const REAL *mean = f->batch ? saved + M * c : f->mean, *var = f->batch ? saved + V * c : f->var, floor = (REAL)f->clamp;
+  for (int64_t j = 0; j < c; j++) {
+    const int held = young && var[j] < floor;
+    const REAL inv = (REAL)(1 / sqrt((double)(held ? floor : var[j]) + f->eps));
+    saved[MEAN * c + j] = mean[j];
+    saved[VAR * c + j] = var[j];
+    saved[INV * c + j] = inv;
+    saved[FREE * c + j] = !held;
+    scale[j] = f->weight ? inv * f->weight[j] : inv;
+    shift[j] = f->bias ? f->bias[j] : 0;
+  }
+  saved[SAVED * c + SHARE] = (REAL)share, saved[SAVED * c + MOVES] = (REAL)moves, saved[SAVED * c + YOUNG] = (REAL)young;
+  const REAL *r = spread(l, shift, room), *s = spread(l, scale, room + w);
+  const Map a = {l, f->x, NULL, f->y, spread(l, saved + MEAN * c, room + 2 * w), s, {r, r}, {NULL, NULL}};
+  map(&a, threads);
+  free(sums);
+  return 0;
+}
+
+/* 0, or 1 when there is no memory left. */
+int rbn_backward(const Backward *b) {
+  const Layout *l = &b->layout;
+  const int64_t c = l->channels, w = width(l), lanes = l->columns ? b->threads : 1;
+  const int threads = (int)b->threads, averaged = b->kappa >= 0 && !b->detached;
+  double *sums = malloc((size_t)(2 * w * lanes) * sizeof(double) + (size_t)(6 * w + 5 * c) * sizeof(REAL));
+  if (!sums) return 1;
+  REAL *room = (REAL *)(sums + 2 * w * lanes), *p = room + 6 * w, *q = p + c, *r = q + 2 * c, *grad = b->running_grad;
+  const REAL *inv = b->saved + INV * c, *off_floor = b->saved + FREE * c, *mean = spread(l, b->saved + MEAN * c, room);
+  const double share = b->saved[SAVED * c + SHARE];
+
+  sum(l, b->x, b->dy, mean, sums, threads);
+  int finite = 1;
+  for (int64_t j = 0; j < c; j++) {
+    sums[c + j] *= inv[j];
+    b->d_bias[j] = (REAL)sums[j];
+    b->d_weight[j] = (REAL)sums[c + j];
+    finite &= isfinite(b->d_bias[j]) && isfinite(b->d_weight[j]);
+  }
+  if (!b->dx) {
+    free(sums);
+    return 0;
+  }
+  double past = 0, now = b->detached ? 0 : share / (double)elements_read(l);
+  if (averaged) {
+    const double rate = b->backward_rate, n = (double)elements(l);
+    if (finite) {
+      for (int64_t j = 0; j < 2 * c; j++) grad[j] = (REAL)(grad[j] + rate * (sums[j] / n - grad[j]));
+      *b->running_grad_weight = (REAL)(*b->running_grad_weight + rate * (1 - *b->running_grad_weight));
+    }
+    past = b->kappa * (1 - share) / (*b->running_grad_weight > 1e-30 ? *b->running_grad_weight : 1e-30);
+  }
+  for (int64_t j = 0; j < c; j++) {
+    const double scale = b->weight ? (double)inv[j] * b->weight[j] : inv[j];
+    const double u = averaged ? past * grad[j] : 0, z = averaged ? past * grad[c + j] : 0;
+    p[j] = (REAL)scale;
+    r[j] = (REAL)(-scale * u);
+    q[j] = (REAL)(-scale * z * inv[j]);
+    r[c + j] = (REAL)(-scale * (u + now * sums[j]));
+    q[c + j] = (REAL)(-scale * (z + now * sums[c + j] * off_floor[j]) * inv[j]);
+  }
+  Map a = {l, b->x, b->dy, b->dx, mean, spread(l, p, room + w), {NULL, NULL}, {NULL, NULL}};
+  for (int read = 0; read < 2; read++)
+    if (averaged || (read && !b->detached)) {
+      a.r[read] = spread(l, r + read * c, room + (2 + 2 * read) * w);
+      a.q[read] = spread(l, q + read * c, room + (3 + 2 * read) * w);
+    }
+  map(&a, threads);
+  free(sums);
+  return 0;
+}
