@@ -12,6 +12,14 @@ import sys
 import torch
 
 _INK, _ACCENT = "#1f4e79", "#c8553d"
+_BOXES = {  # kind of a graph's box: face, edge
+    "op": ("#ffffff", "#8a94a0"),
+    "module": ("#dbe7f3", _INK),
+    "parameter": ("#fdf0d5", "#b08d3c"),
+    "leaf": ("#e9ecef", "#8a94a0"),
+    "root": ("#d9ead3", "#38761d"),
+    "warning": ("#f8ddd6", _ACCENT),
+}
 
 
 def in_notebook() -> bool:
@@ -163,6 +171,84 @@ def plot_histograms(hists, names, steps, value_range):
         ax.imshow(hists[:, i].log1p().T.numpy(), origin="lower", aspect="auto", cmap="magma", extent=extent)
         ax.set_title(name, fontsize=9)
     return fig
+
+
+def box_size(title: str, detail: str) -> tuple[float, float]:
+    """Width and height in inches of a box of `plot_graph` with these texts, on one line each."""
+    return 0.2 + max(0.074 * len(title), 0.062 * len(detail), 0.3), 0.38 if detail else 0.25
+
+
+def plot_graph(boxes, routes):
+    """Boxes and the edges between them, everything in inches, y upwards.
+
+    `boxes`: dictionaries with `x`, `y` (the centre), `width`, `height`, `title`, `detail` and `kind` (op, module,
+    parameter, leaf, root, warning). `routes`: for each edge its points, from box to box; the last end has the arrow.
+    """
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    points = [vertex for route in routes for vertex in _curve(route).vertices]
+    left, right = _span([(b["x"], b["width"]) for b in boxes] + [(x, 0) for x, _ in points])
+    low, high = _span([(b["y"], b["height"]) for b in boxes] + [(y, 0) for _, y in points])
+    fig = new_figure(right - left, high - low)
+    fig.set_layout_engine("none")  # inches stay inches
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(low, high))
+    ax.set_axis_off()
+    for route in routes:
+        style = "-|>,head_length=3,head_width=1.6"
+        ax.add_patch(
+            FancyArrowPatch(path=_curve(route), arrowstyle=style, color="#6b7580", lw=0.8, shrinkA=0, shrinkB=0)
+        )
+    for b in boxes:
+        face, edge = _BOXES[b["kind"]]
+        corner, style = (b["x"] - b["width"] / 2, b["y"] - b["height"] / 2), "round,pad=0,rounding_size=0.06"
+        ax.add_patch(FancyBboxPatch(corner, b["width"], b["height"], boxstyle=style, fc=face, ec=edge, lw=0.9))
+        ax.text(b["x"], b["y"] + (0.075 if b["detail"] else 0), b["title"], ha="center", va="center", fontsize=8)
+        ax.text(b["x"], b["y"] - 0.085, b["detail"], ha="center", va="center", fontsize=6.5, color="#4a5560")
+    return fig
+
+
+def _span(pairs, margin=0.15):
+    """From the first to the last of things at (centre, size)."""
+    first, last = min((c - s / 2 for c, s in pairs), default=0), max((c + s / 2 for c, s in pairs), default=1)
+    return first - margin, last + margin
+
+
+def _curve(points):
+    """Through the points, upright at each."""
+    from matplotlib.path import Path
+
+    vertices, codes = [points[0]], [Path.MOVETO]
+    for i, ((ax, ay), (bx, by)) in enumerate(zip(points, points[1:])):
+        half = (ay + by) / 2 + (0 if ay != by else 0.22 if i else -0.22)  # level: round the bottom, then over the top
+        vertices += [(ax, half), (bx, half), (bx, by)]
+        codes += [Path.CURVE4] * 3
+    return Path(vertices, codes)
+
+
+def plot_comparison(panels, xlabel="batch size", dashed=()):
+    """Accuracy of norms against batch size (or another number above 0, logarithmic), a line a norm with its spread.
+
+    - `panels`: (title, {norm: points}); a point is a dict of `x`, `mean` (percent, None where there is none), `std`
+      (None: no bar), `at chance`, `diverged` and `refused` (how many of `total` cells).
+    - `dashed`: the norms whose lines are dashed.
+
+    The axis begins where the better three quarters of the cells can be told apart. What is below, at chance, diverged
+    or refused has its mark in the strip under it.
+    """
+    from ._plots_compare import comparison
+
+    return comparison(panels, xlabel, dashed)
+
+
+def plot_weight_norms(panels, dashed=()):
+    """Norms of weights over steps, a line a norm: `panels` of (title, {norm: (steps, values)}); logarithmic where they
+    differ by more than three times.
+
+    A line that ends before the others (training was stopped), or in NaN or Inf, has a cross at its last finite value.
+    """
+    from ._plots_compare import weight_norms
+
+    return weight_norms(panels, dashed)
 
 
 def _draw_loss(ax, losses):
