@@ -2,296 +2,331 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import functools
 import math
-import operator
+import warnings
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import optim
 
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelTrainException
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their output is that of a module inside
-_PHASES = {"forward": "the forward pass", "backward": "the backward pass", "step": "the optimiser's step"}
+from ._nonfinite_outputs import Outputs
+from ._nonfinite_replay import Batch, first_late, first_now
+from ._nonfinite_report import BUFFER, History, NonFiniteError, NonFiniteReport
+from ._nonfinite_state import KeptState
+from ._nonfinite_tensors import (
+    DeviceFlags,
+    dense,
+    float_tensors,
+    is_finite,
+    not_finite,
+    sums_finite,
+)
 
+__all__ = ["HaltOnNaN", "NonFiniteError", "NonFiniteReport"]
 
-@dataclasses.dataclass
-class NonFiniteReport:
-    """Where the first value came up that is not finite.
+_FULL = 32  # every so many looks all modules' outputs are looked at: a full look costs a twelfth of a small CPU step
+_WARY = 1e8  # from this norm of all parameters on, sums in well-known layers may overflow: every look is a full one
+_HALF_ON_CPU = ("cpu", torch.float16)  # autocast to it
+# optimisers that make a parameter NaN or Inf when its gradient is: there the parameters tell of both
+_SHOWING = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adagrad, optim.RMSprop, optim.Adamax)
+_OPEN_BYTES = 2**28  # what batches may take that wait for the device's answer, two of them apart
 
-    - `step`: `run.n_iter` of the batch, from 0; `epoch`, `batch`: the batch's place; `in_train`: in which pass.
-    - `phase`: "forward", "backward" or "step"; `where`: "input", "loss", or the qualified name of the first module
-      (forward) or parameter (backward, step) to go; "model" is the whole model's own output.
-    - `losses`, `lrs`: of the last training steps, this one's at the end; of several param groups the largest rate.
-    - `magnitudes`: the largest absolute value of each parameter in the state that was kept.
-    """
-
-    step: int
-    epoch: int
-    batch: int
-    phase: str
-    where: str
-    losses: list[float]
-    lrs: list[float]
-    magnitudes: dict[str, float]
-    in_train: bool = True
-
-    @property
-    def sentence(self) -> str:
-        place = "" if self.in_train else " of validation"
-        return (
-            f"NaN or Inf in {_PHASES[self.phase]} of step {self.step} (epoch {self.epoch}, batch {self.batch}{place}), "
-            f"first in {_described(self.phase, self.where)}"
-        )
-
-    def __str__(self):
-        largest = sorted(self.magnitudes.items(), key=lambda kv: -kv[1])[:3]
-        lines = [
-            self.sentence,
-            f"  last losses: {_numbers(self.losses)}",
-            f"  last rates:  {_numbers(self.lrs)}",
-            f"  largest parameters in the model as it was kept: {', '.join(f'{n} {v:.3g}' for n, v in largest)}",
-        ]
-        return "\n".join(lines)
-
-
-class NonFiniteError(ArithmeticError):
-    """Raised by `HaltOnNaN(raise_error=True)`; `.report` is the `NonFiniteReport`."""
-
-    def __init__(self, report):
-        super().__init__(report)
-        self.report = report
-
-    def __str__(self):
-        return self.report.sentence
+# what belongs to one fit, while there is none
+_IDLE = dict.fromkeys(("_kept", "_outputs", "_device", "_flags", "_batch", "_suspect", "_hook"))
+_IDLE.update(_waiting={}, _looks=0, _showing=False, _halting=False, _stepped=False, _graded=False)
 
 
 class HaltOnNaN(Callback):
-    """Ends the fit at the first NaN or Inf in a module's output, the loss, a gradient or a parameter.
+    """Ends the fit at the first NaN or Inf in the loss, a gradient, a parameter, a buffer or a module's output.
 
     - `every`: look at each `every`-th training step and validation batch. With more than 1, what comes up between is
       found at the next look, and is reported there.
     - `raise_error`: raise `NonFiniteError` instead of ending the fit quietly.
+    - `path`: a folder, made when needed, for `nan_report.txt`, `nan_report.json` and the batch itself, `nan_batch.pt`
+      (`torch.load` gives a dictionary with `xb`, `yb`, `random`). Default None: nothing is written.
 
     Afterwards `.report` is a `NonFiniteReport` (None when all was well), `run.stop_reason` its sentence, the gradients
-    are cleared, and parameters and buffers are those from after the last step that was looked at and found finite: with
-    `every=1` the state in which the failing batch found them. The optimiser took no step on gradients that are not
-    finite; when its step itself went wrong, its own state stays as that step left it.
+    are cleared, and parameters, buffers and the optimiser's state are those after the last look that found all finite:
+    with `every=1` as the failing batch found them. What was at fault is found by going through the batch once more;
+    random states are afterwards as if that had not been.
 
-    Buffers that hold NaN or Inf when the fit begins (masks of -inf) are let be. Modules that are compiled are not
-    looked into: there only what comes out of the whole is seen. A module's output is looked at when the loss is there:
-    where the next module has changed it in place, it is the changed one that counts.
+    Outputs of modules are looked at in every look where the module's code is not PyTorch's or this package's. Those
+    layers can only overflow, which nearly always reaches the loss, a gradient or the statistics of a norm in the same
+    step; their outputs themselves are looked at in every 32nd look, in the first batch of validation, and in each look
+    while parameters are half precision or very large. An output is looked at when the loss is there: where the next
+    module has changed it in place, it is the changed one that counts. Modules that are compiled are not looked into.
+
+    On CUDA and XPU no step waits for the device: it keeps its own copy of the last finite state, and the halt comes
+    some steps late, at the latest with the epoch's training batches; the report tells of the first bad step all the
+    same. Batches stay in memory until then, 16 at most. On other accelerators, and for a model on several devices,
+    each look waits.
+
+    Gradients count when the optimiser's step begins: steps that a GradScaler skips are no reason to halt, nor are those
+    of a fused optimiser that skips by itself. Under gradient accumulation the report names the batch that brought the
+    fault. Buffers that hold NaN or Inf when the fit begins (masks of -inf) are let be.
+
+    Costs two copies of parameters, buffers and optimiser state, on their device.
     """
 
     _order = 90  # after whatever else changes loss and gradients
 
-    def __init__(self, every=1, raise_error=False):
-        if not (isinstance(every, int) and every >= 1):
+    def __init__(self, every=1, raise_error=False, path=None):
+        if isinstance(every, bool) or not (isinstance(every, int) and every >= 1):
             raise ValueError(f"every must be a whole number, 1 or more; got {every!r}")
-        self.every, self.raise_error, self.report = every, raise_error, None
-        self._idle()
+        if path is not None and Path(path).exists() and not Path(path).is_dir():
+            raise ValueError(f"path must be a folder for the report; {path} is a file: take another name")
+        self.every, self.raise_error, self.path, self.report = every, raise_error, path, None
+        self._history = History()
+        vars(self).update(_IDLE)
 
     @property
     def name(self) -> str:
         return "halt_on_nan"
 
-    def _idle(self):
-        self._looking, self._watching, self._kept = False, False, None
-        self._hooks, self._outputs, self._recent = [], [], collections.deque(maxlen=10)
+    # What happens in a fit
 
     def begin_fit(self):
-        model = self.run.model
-        self._idle()
-        self.report, self._kept = None, _Kept(model)
-        for name, module in model.named_modules():
-            if not isinstance(module, _CONTAINERS):
-                self._hooks.append(module.register_forward_hook(functools.partial(self._watch, name or "model")))
+        run = self.run
+        vars(self).update(_IDLE, _waiting={})
+        self.report, self._history = None, History()
+        self._outputs, self._device = Outputs(run.model, stay=self.every == 1), _late_device(run.model)
+        self._kept = KeptState(run.model, run.opt, self._device)
+        self._kept.save()
+        hooked = next((o for o in (run.opt, run.learn.opt) if hasattr(o, "register_step_pre_hook")), None)
+        self._hook = hooked and hooked.register_step_pre_hook(self._before_step)
+        stepped = {p for g in run.opt.param_groups for p in g["params"]}
+        self._showing = type(hooked) in _SHOWING and all(
+            p in stepped for p in run.model.parameters() if p.requires_grad
+        )
 
     def begin_batch(self):
-        run = self.run
-        self._looking = self._watching = (run.n_iter if run.in_train else run.iter) % self.every == 0
-        self._outputs.clear()
-
-    def _watch(self, name, module, args, output):
-        if self._watching and not torch.compiler.is_compiling():
-            self._outputs.append((name, output))
+        run, kept = self.run, self._kept
+        self._batch, self._stepped, self._graded = None, False, False
+        if (run.n_iter if run.in_train else run.iter) % self.every:
+            return
+        if kept.stale:
+            kept.save()
+        self._batch = Batch.here(run, kept.host, self._outputs.counters(), self._device)
+        first = run.iter == 0 and not run.in_train
+        wary = self._device is None and (kept.half or kept.norm > _WARY or self._batch.autocast == _HALF_ON_CPU)
+        self._outputs.begin(full=first or wary or self._looks % _FULL == 0)
+        self._looks += run.in_train
 
     def after_loss(self):
-        run = self.run
+        run, batch = self.run, self._batch
+        loss = run.loss.detach()
         if run.in_train:
-            self._recent.append((run.loss.detach(), [g["lr"] for g in run.opt.param_groups]))
-        if not self._looking:
+            self._history.add_loss(run.n_iter, loss, [g["lr"] for g in run.opt.param_groups])
+        if batch is None:
             return
-        self._watching = False
-        found = [(name, t) for name, out in self._outputs for t in _float_tensors(out)]
-        found += [("model", t) for t in _float_tensors(run.pred)]
-        self._outputs = [(name, None) for name, _ in self._outputs]  # the order in which modules ran is still wanted
-        if bad := _not_finite([*found, ("loss", run.loss)]):
-            where = bad[0]
-            if where != "loss" and not all(map(_is_finite, _float_tensors(run.xb))):
-                where = "input"
-            self._halt("forward", where)
+        outputs = self._outputs.take()
+        batch.xb, batch.yb, batch.loss = run.xb, run.yb, loss
+        found = [(name, t) for name, out in outputs for t in float_tensors(out)]
+        found += [("model", t) for t in float_tensors(run.pred)]
+        if self._device is not None:
+            self._note_forward(batch, found, loss)
+        elif not sums_finite([loss, *(t for _, t in found)]) and (bad := not_finite([*found, ("loss", loss)])):
+            self._found(batch, "forward", bad)
 
     def after_backward(self):
-        if self._looking:
-            grads = [(name, p.grad) for name, p in self._kept.params if p.grad is not None]
-            if bad := _not_finite([(name, g.coalesce().values() if g.is_sparse else g) for name, g in grads]):
-                self._halt("backward", self._nearest_to_loss(bad))
+        if not self._showing:
+            self._look_at_grads()
+        if self._suspect and self._hook is None:  # an optimiser that is not PyTorch's says nothing when it steps
+            self._found(self._suspect[0], "backward", self._suspect[1])
+
+    def _before_step(self, opt, args, kwargs):
+        """The optimiser's own hook: what skips its step, skips this."""
+        batch = self._batch
+        if batch is None or self._halting:
+            return
+        self._stepped = True
+        if (where := self._bad_rate()) is not None:
+            self._poll(wait=True)  # an earlier step may be to blame
+            self._halt(batch, "step", where, "the learning rate is not finite")
+        if getattr(opt, "found_inf", None) is not None:
+            self._suspect = None  # a fused optimiser under a GradScaler looks itself, and skips
+        elif self._device is not None:
+            self._flagged().largest([g.detach() for _, g in self._grads()])
+        else:
+            if self._suspect or not (self._graded or self._showing):
+                self._look_at_grads()
+            if self._suspect:
+                self._found(self._suspect[0], "backward", self._suspect[1])
 
     def after_step(self):
-        if self._looking:
-            self._check_state()
+        if self._hook is not None and not self._stepped:
+            self._suspect = None  # a GradScaler has found it too, and skipped the step
+        self._end_of_batch()
+
+    def after_batch(self):
+        if self._halting or not self.run.in_train:
+            return
+        if self._batch is not None and not self._graded:
+            self._look_at_grads()  # a batch that was cut short may have left some to accumulate
+        self._end_of_batch()
+        if self._waiting and self.run.iters and self.run.iter + 1 == self.run.iters:
+            self._poll(wait=True)  # what comes next reads or saves the model
+
+    def begin_validate(self):
+        self._poll(wait=True)
 
     def after_epoch(self):
-        if self.every > 1:  # the last steps may have gone unseen
-            self._check_state()
+        self._poll(wait=True)
+        if self.every > 1 and (bad := self._kept.advance()):  # the last steps went unseen
+            self._halt(Batch.here(self.run, self._kept.host), *self._state_phase(bad))
 
     def after_fit(self):
-        for hook in self._hooks:
-            hook.remove()
-        self._idle()
+        if self._waiting and not self._halting:
+            self._last_look()
+        if self._outputs is not None:
+            self._outputs.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._history.load_state_dict(self._history.state_dict())  # numbers from here on
+        vars(self).update(_IDLE)
 
-    def _check_state(self):
-        if bad := self._kept.not_finite():
-            # a buffer changes in the forward pass
-            self._halt("step" if bad[0] in dict(self._kept.params) else "forward", bad[0])
-        self._kept.save()
+    def state_dict(self):
+        """The last losses, rates and norms. Waits for the device, and halts rather than have a bad state saved."""
+        self._poll(wait=True)
+        return self._history.state_dict()
 
-    def _nearest_to_loss(self, names):
-        """Which of these parameters' gradients came first: backward goes through the modules in the reverse order of
-        forward; those of one module come together."""
-        turn = {name: i for i, (name, _) in enumerate(self._outputs)}
+    def load_state_dict(self, state):
+        self._history.load_state_dict(state)
+        if self._kept is not None:
+            self._kept.stale = True  # the model and the optimiser are loaded as well
 
-        def when(name):
-            return turn.get(name.rpartition(".")[0] or "model", -1)
+    # Looking, where the host may wait
 
-        last = max(map(when, names))
-        return next(n for n in (names if last >= 0 else reversed(names)) if when(n) == last)
+    def _grads(self):
+        return [(name, dense(p.grad)) for name, p in self._kept.params if p.grad is not None]
 
-    def _halt(self, phase, where):
+    def _look_at_grads(self):
+        if self._batch is None or self._device is not None:
+            return
+        self._graded = True
+        bad = not_finite(self._grads())
+        self._suspect = (self._suspect or (self._batch, bad)) if bad else None
+
+    def _bad_rate(self):
+        """The first parameter of a group whose learning rate is not finite."""
+        groups = self.run.opt.param_groups
+        bad = [g for g in groups if not (isinstance(g["lr"], torch.Tensor) or math.isfinite(g["lr"]))]
+        if not bad:
+            return None
+        ids = {id(p) for g in bad for p in g["params"] if p.grad is not None}
+        return next((name for name, p in self._kept.params if id(p) in ids), None)
+
+    def _end_of_batch(self):
+        batch = self._batch
+        if batch is None or self._suspect:
+            return
+        self._batch = None
+        if self._device is not None:
+            self._history.add_norm(batch.step, self._kept.advance_unless(self._flagged()))
+            self._waiting[self._flags.looks - 1] = batch
+            self._poll()
+        elif bad := self._kept.advance():
+            if self._stepped and (grads := not_finite(self._grads())):
+                self._kept.restore()  # the step has been taken on them
+                self._found(batch, "backward", grads)
+            self._halt(batch, *self._state_phase(bad))
+        else:
+            self._history.add_norm(batch.step, self._kept.norm)
+
+    def _state_phase(self, bad):
+        if self._kept.is_buffer(bad[0]):  # a buffer changes in the forward pass
+            return "forward", bad[0], BUFFER
+        finite = all(is_finite(p) for name, p in self._kept.params if name == bad[0])
+        return "step", bad[0], "the optimiser's state for it, not yet the parameter itself" if finite else ""
+
+    # Looking, where the device takes notes
+
+    def _flagged(self) -> DeviceFlags:
+        if self._flags is None:
+            size = sum(t.nbytes for t in float_tensors([self._batch.xb, self._batch.yb]))
+            self._flags = DeviceFlags(self._device, pending=max(2, min(16, _OPEN_BYTES // max(size, 1))))
+        return self._flags
+
+    def _note_forward(self, batch, found, loss):
+        flags = self._flagged()
+        if len(found) > 1 or not batch.in_train:
+            flags.largest([t.detach() for _, t in found])
+        flags.add([loss.clone()])
+        if not batch.in_train:
+            flags.mark()
+            self._waiting[flags.looks - 1] = batch
+            self._poll()
+
+    def _poll(self, wait=False):
+        if self._halting:
+            return
+        if self._waiting and (look := self._flags.first_bad(wait)) is not None:
+            batch, self._halting = self._waiting[look], True
+            self._halt(batch, *first_late(self.run, self._kept, batch))
+        if self._waiting:
+            self._waiting = {look: batch for look, batch in self._waiting.items() if look >= self._flags.known}
+
+    def _last_look(self):
+        """After a fit that was cut: the model is put right, but there is nothing left to halt."""
         run = self.run
-        self._kept.restore()
+        try:
+            self._poll(wait=True)
+        except (CancelTrainException, NonFiniteError):
+            pass  # the report is made
+        if self.report is not None and self.report.sentence not in (run.stop_reason or ""):
+            run.stop_reason = "; ".join(filter(None, [run.stop_reason, self.report.sentence]))
+
+    # Halting
+
+    def _found(self, batch, phase, evidence):
+        """Find out where it began in the batch that is under way, and halt there. `evidence`: names that are known."""
+        self._halting = True
+        self._halt(batch, *first_now(self.run, self._kept, batch, phase, evidence, fresh=self.every == 1))
+
+    def _halt(self, batch, phase, where, note=""):
+        """Put the state back, report, and end the fit."""
+        self._halting, run, kept = True, self.run, self._kept
+        if batch.in_train or kept.not_finite():
+            kept.restore(batch.host if self._device is not None else None)
         run.opt.zero_grad()
         self.report = report = NonFiniteReport(
-            step=run.n_iter,
-            epoch=run.epoch,
-            batch=run.iter,
+            step=batch.step,
+            epoch=batch.epoch,
+            batch=batch.batch,
             phase=phase,
             where=where,
-            losses=[loss.item() for loss, _ in self._recent],
-            lrs=[max(map(float, lrs)) for _, lrs in self._recent],
-            magnitudes={n: p.detach().abs().max().item() for n, p in self._kept.params if p.numel()},
-            in_train=run.in_train,
+            magnitudes={n: p.detach().abs().max().item() for n, p in kept.params if p.numel()},
+            in_train=batch.in_train,
+            note=note,
+            **self._history.upto(batch.step),
         )
+        self._save(report, batch)
+        if run.stop_reason is None:
+            run.stop_reason = report.sentence  # the optimiser's hook is no event, for which the run would do it
         raise NonFiniteError(report) if self.raise_error else CancelTrainException(report.sentence)
 
+    def _save(self, report, batch):
+        if self.path is None:
+            return
+        try:
+            states = [state for _, state in batch.random]
+            report.save(self.path, {"xb": batch.xb, "yb": batch.yb, "random": states})
+        except Exception as e:  # noqa: BLE001 - a full disk must not hide what was found
+            warnings.warn(f"the report could not be written to {self.path}: {type(e).__name__}: {e}", stacklevel=2)
+
     def __getstate__(self):
-        # a copy of the model takes copies of its hooks, and with them of this callback: they do nothing
-        return {**super().__getstate__(), **{k: vars(HaltOnNaN())[k] for k in _LIVE}}
+        # what belongs to a fit stays there
+        return {**super().__getstate__(), **_IDLE}
 
     def __repr__(self):
-        return f"HaltOnNaN(every={self.every}, raise_error={self.raise_error})"
+        path = "" if self.path is None else f", path={str(self.path)!r}"
+        return f"HaltOnNaN(every={self.every}, raise_error={self.raise_error}{path})"
 
 
-_LIVE = ("_looking", "_watching", "_kept", "_hooks", "_outputs", "_recent")  # what belongs to one fit
-
-
-class _Kept:
-    """Parameters and buffers of a model, with a copy from when they were last found finite."""
-
-    def __init__(self, model):
-        self.params, self._modules = list(model.named_parameters()), list(model.named_modules())
-        self._tensors, self._copies, self._exempt = [], [], set()
-        self._copied = None  # the list of tensors that the copies are of
-        self._look_up()
-        self._exempt = {name for name, t in self._watched if not _is_finite(t)}
-        self._tensors = []
-        self.save()
-
-    def _look_up(self):
-        """Modules may replace their buffers by others: only then is there anything to do."""
-        now = [p for _, p in self.params]
-        for _, module in self._modules:
-            if module._buffers:
-                now += [b for b in module._buffers.values() if b is not None]
-        if len(now) == len(self._tensors) and all(map(operator.is_, now, self._tensors)):
-            return
-        self._tensors = now
-        names = [name for name, _ in self.params] + [
-            f"{prefix}.{name}".lstrip(".")
-            for prefix, module in self._modules
-            for name, b in module._buffers.items()
-            if b is not None
-        ]
-        floats = (torch.is_floating_point(t) or torch.is_complex(t) for t in now)
-        self._watched = [(n, t) for n, t, f in zip(names, now, floats) if f and t.numel() and n not in self._exempt]
-
-    def not_finite(self) -> list[str]:
-        self._look_up()
-        return _not_finite(self._watched)
-
-    @torch.no_grad()
-    def save(self) -> None:
-        self._look_up()
-        if self._copied is not self._tensors and [t.shape for t in self._tensors] != [t.shape for t in self._copies]:
-            self._copies = [t.detach().clone() for t in self._tensors]
-        else:
-            torch._foreach_copy_(self._copies, self._tensors)
-        self._copied = self._tensors
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        self._look_up()
-        for t, saved in zip(self._tensors, self._copies):
-            if t.shape == saved.shape:
-                t.copy_(saved)
-            else:
-                t.data = saved.clone()
-
-
-def _float_tensors(value):
-    """The floating-point tensors in an output: a tensor, or tuples, lists and dictionaries of them."""
-    if isinstance(value, torch.Tensor):
-        return [value] if (value.is_floating_point() or value.is_complex()) and value.numel() else []
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [t for v in value for t in _float_tensors(v)]
-
-
-def _is_finite(t) -> bool:
-    return bool(torch.isfinite(t.detach()).all())
-
-
-@torch.no_grad()
-def _not_finite(named) -> list[str]:
-    """The names of those tensors that hold NaN or Inf. When none does, one wait for the device tells."""
-    if not named:
-        return []
-    tensors = [t for _, t in named]
-    if any(t.dtype in _NARROW for t in tensors):  # their squares would overflow
-        tensors = [t.float() if t.dtype in _NARROW else t for t in tensors]
-    norms = torch._foreach_norm(tensors, 2)  # not finite as soon as one element is not, in one pass
-    if not all(n.is_cpu for n in norms):
-        norms = [torch.stack([n.to(norms[0].device) for n in norms]).sum()]
-    if all(math.isfinite(n.item()) for n in norms):
-        return []
-    # the sums of squares may have overflowed: now each element counts
-    return [name for name, t in named if not _is_finite(t)]
-
-
-_NARROW = (torch.float16, torch.bfloat16)
-
-
-def _described(phase, where):
-    if where in ("input", "loss"):
-        return f"the {where}"
-    return f"module '{where}'" if phase == "forward" else f"parameter '{where}'"
-
-
-def _numbers(values):
-    return " ".join(f"{v:.4g}" for v in values)
+def _late_device(model):
+    """The device of the whole model, where it takes notes and the host reads them late; else None."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    return next(iter(devices)) if len(devices) == 1 and next(iter(devices)).type in ("cuda", "xpu") else None
