@@ -1,4 +1,4 @@
-"""The command line: `fastrbn train`, `fastrbn callbacks`; `python -m fastrbn` is the same.
+"""The command line: `fastrbn train`, `fastrbn compare`, `fastrbn callbacks`; `python -m fastrbn` is the same.
 
 Exit status: 0 done, 1 error, 2 bad arguments, 3 halted on NaN or Inf, 130 interrupted; each with one sentence that says
 what happened and, once training has begun, where the results are.
@@ -26,6 +26,10 @@ def main(argv=None) -> int:
             from ._cli_train import train
 
             return train(args)
+        if args.command == "compare":
+            from ._cli_compare import compare
+
+            return compare(args)
         from ._cli_callbacks import listing
 
         print("\n".join(listing()))

@@ -148,19 +148,28 @@ def make_norm(norm, nf, **kwargs):
     return None if make is None else make(nf, **kwargs)
 
 
+def _activates(made):
+    """Whether the norm is an activation too, as filter response norm is: then no ReLU stands beside it."""
+    return getattr(made, "activates", False)
+
+
 def conv_layer(ni, nf, ks=3, stride=2, bn=True, norm=None, **kwargs):
     """Convolution, ReLU, norm: (N, ni, H, W) → (N, nf, ⌈H/stride⌉, ⌈W/stride⌉) for odd `ks`.
 
     - `bn=False`: no norm, as in the course. `norm`: see `make_norm`; None is `"batch"`, the course's.
     - `kwargs`: `leak`, `sub`, `maxv` go to `GeneralRelu`, all others to the norm.
 
-    The convolution has a bias only where no norm follows. ReLU comes before the norm, as in course notebook 07.
+    The convolution has a bias only where no norm follows. ReLU comes before the norm, as in course notebook 07; a norm
+    with an attribute `activates = True` (filter response norm) is the activation too, and takes its place.
     """
     if not bn and norm not in (None, "none"):
         raise ValueError(f"bn=False asks for no norm and norm={norm!r} for one: give one of the two")
     relu = GeneralRelu(**{k: kwargs.pop(k) for k in _RELU if k in kwargs})
     made = make_norm("none" if not bn else "batch" if norm is None else norm, nf, **(kwargs if bn else {}))
-    layers = [nn.Conv2d(ni, nf, ks, stride=stride, padding=ks // 2, bias=made is None), relu]
+    conv = nn.Conv2d(ni, nf, ks, stride=stride, padding=ks // 2, bias=made is None)
+    if _activates(made) and relu.extra_repr():
+        raise ValueError(f"{type(made).__name__} is the activation too, so there is no GeneralRelu; got {relu} for it")
+    layers = [conv] if _activates(made) else [conv, relu]
     return nn.Sequential(*layers) if made is None else nn.Sequential(*layers, made)
 
 
@@ -241,7 +250,8 @@ def resnet9(c_in=3, c_out=10, norm="running", width=64, **norm_kwargs):
 
     def conv(ni, nf, *pool):
         made = make_norm(norm, nf, **norm_kwargs)
-        layers = [nn.Conv2d(ni, nf, 3, padding=1, bias=made is None), made, nn.ReLU(), *pool]
+        relu = None if _activates(made) else nn.ReLU()
+        layers = [nn.Conv2d(ni, nf, 3, padding=1, bias=made is None), made, relu, *pool]
         return nn.Sequential(*(layer for layer in layers if layer is not None))
 
     def halved():

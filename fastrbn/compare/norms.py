@@ -1,0 +1,178 @@
+"""Norms by text: `batchnorm`, `groupnorm:groups=4`, a recipe such as `default`, a variant `default:kappa=0.5`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from ..models import make_norm
+from ..norm import RECIPES, Recipe, RunningBatchNorm
+from ..norm import recipes as _recipes
+from ..peers import BatchRenorm2d, FilterResponseNorm2d
+
+Make = Callable[[int], nn.Module]  # a norm for a number of channels
+
+
+def _group(nf, groups: int = 8):
+    return make_norm("group", nf, groups=groups)
+
+
+def _layer(nf, eps: float = 1e-5):
+    return nn.GroupNorm(1, nf, eps=eps)
+
+
+def _instance(nf, eps: float = 1e-5):
+    return nn.InstanceNorm2d(nf, eps=eps, affine=True)
+
+
+def _batch(nf, momentum: float = 0.1, eps: float = 1e-5):
+    return nn.BatchNorm2d(nf, eps=eps, momentum=momentum)
+
+
+def _renorm(nf, mom: float | None = None, eps: float = 1e-5, r_max: float = 3.0, d_max: float = 5.0, *, steps: int):
+    if mom is None:  # the paper's 0.01, unless the run is so short that a tenth of it is a shorter memory
+        mom = max(0.01, min(0.1, 10 / max(steps, 1)))
+    return BatchRenorm2d(nf, mom, eps, r_max, d_max, BatchRenorm2d.scaled_warmup(steps))
+
+
+def _response(nf, eps: float = 1e-6, learn_eps: float | None = 1e-4, activate: bool = True):
+    return FilterResponseNorm2d(nf, eps, learn_eps, activate)
+
+
+def _none(nf):
+    return None
+
+
+PEERS = {
+    "batchnorm": _batch,
+    "groupnorm": _group,
+    "layernorm": _layer,
+    "instancenorm": _instance,
+    "batchrenorm": _renorm,
+    "frn": _response,
+    "none": _none,
+}
+"""What a norm that is no recipe is called, and what makes it: GroupNorm of 8 groups, LayerNorm as GroupNorm of one."""
+
+_LAYER = ("mom", "eps", "backend")  # settings of RunningBatchNorm beside its recipe's
+_RATES = {name.removeprefix("rate_"): f for name, f in vars(_recipes).items() if name.startswith("rate_")}
+
+
+def split_norms(text: str) -> list[str]:
+    """`a,b:k=1,l=2,c` → a, b:k=1,l=2, c. ValueError for none, or one given twice."""
+    found = []
+    for piece in (p.strip() for p in text.split(",")):
+        if "=" in piece and ":" not in piece and found and ":" in found[-1]:
+            found[-1] += f",{piece}"
+        elif piece:
+            found.append(piece)
+    twice = sorted({n for n in found if found.count(n) > 1})
+    if not found or twice:
+        raise ValueError(f"norms are names with commas between them, each once; got '{text}'")
+    return found
+
+
+def get_norm(text: str, steps: int = 1) -> Make:
+    """What makes the norm that `text` names, from a number of channels (None for `none`).
+
+    - `text`: a name of `PEERS` or `RECIPES`, and after a colon settings: arguments of the peer's layer; fields of
+      `Recipe`, and mom, eps or backend, for a recipe. `rate` and `backward_rate` take the name of a rule.
+    - `steps`: the length of the run, which scales batch renormalisation's warm-up.
+
+    ValueError for a name or setting that is none, with the nearest.
+    """
+    name, settings = _parse(text)
+    if name in PEERS:
+        make = PEERS[name]
+        return partial(make, **settings, **({"steps": steps} if name == "batchrenorm" else {}))
+    recipe, layer = _variant(text, name, settings)
+    return partial(RunningBatchNorm, recipe=recipe, **layer)
+
+
+def describe(text: str) -> str:
+    """All settings of the norm that `text` names, defaults included: what a result depends on beside the code."""
+    name, settings = _parse(text)
+    if name in PEERS:
+        known = inspect.signature(PEERS[name]).parameters.values()
+        defaults = {p.name: p.default for p in known if p.name not in ("nf", "steps")}
+        return _words({**defaults, **settings})
+    recipe, layer = _variant(text, name, settings)
+    return _words({f: v for f, v in _fields(recipe).items() if f != "name"} | layer)
+
+
+def _fields(recipe):  # dataclasses.asdict would spread skip and clamp
+    return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+
+
+def _words(settings) -> str:
+    return " ".join(f"{k}={getattr(v, '__name__', v)}".replace(", ", ",") for k, v in settings.items())
+
+
+def _parse(text):
+    name, _, rest = text.partition(":")
+    known = [*RECIPES, *PEERS]
+    if name not in known:
+        raise ValueError(f"a norm is one of {', '.join(known)}; got '{name}'.{_nearest(name, known)}")
+    settings = {}
+    for piece in filter(None, rest.split(",")):
+        key, equals, value = (part.strip() for part in piece.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"settings of a norm are written {name}:name=value,name=value; got '{text}'")
+        settings[key] = _value(value)
+    _check(text, name, settings)
+    return name, settings
+
+
+def _check(text, name, settings):
+    if name in PEERS:
+        takes = [p for p in inspect.signature(PEERS[name]).parameters if p not in ("nf", "steps")]
+    else:
+        takes = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"] + list(_LAYER)
+    for key in settings:
+        if key not in takes:
+            raise ValueError(
+                f"{name} takes {', '.join(takes) or 'no settings'}; got '{key}' in '{text}'.{_nearest(key, takes)}"
+            )
+
+
+def _value(text):
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    try:
+        number = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return number if isinstance(number, (int, float)) else text
+
+
+def _variant(text, name, settings):
+    """The recipe and the layer's own settings."""
+    layer = {k: v for k, v in settings.items() if k in _LAYER}
+    changes = {k: v for k, v in settings.items() if k not in _LAYER}
+    for key in ("rate", "backward_rate"):
+        if key in changes:
+            if changes[key] not in _RATES:
+                raise ValueError(
+                    f"{key} is one of {', '.join(_RATES)}; got '{changes[key]}' in '{text}'."
+                    f"{_nearest(str(changes[key]), _RATES)}"
+                )
+            changes[key] = _RATES[changes[key]]
+    for key in ("skip", "clamp"):
+        if changes.get(key) is not None:
+            raise ValueError(f"as text {key} can only be switched off, {key}=none; got '{changes[key]}' in '{text}'")
+    try:
+        recipe = RECIPES[name].but(name=text, **changes) if changes else RECIPES[name]
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"'{text}': {e}") from e
+    return recipe, layer
+
+
+def _nearest(name, names):
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
