@@ -76,7 +76,12 @@ __all__ = [  # noqa: RUF022 - in groups
     "AvgStatsCallback",
     "BatchTransformXCallback",
     "CSVLogger",
+    "Checkpoint",
+    "CheckpointError",
     "CudaCallback",
+    "GraphHolder",
+    "GraphMonitor",
+    "GraphReport",
     "HaltOnNaN",
     "Hook",
     "Hooks",
@@ -88,6 +93,7 @@ __all__ = [  # noqa: RUF022 - in groups
     "ParamScheduler",
     "ProgressCallback",
     "Recorder",
+    "SaveBest",
     "accuracy",
     "annealer",
     "append_stats",
@@ -98,11 +104,18 @@ __all__ = [  # noqa: RUF022 - in groups
     "sched_exp",
     "sched_lin",
     "sched_no",
+    # the autograd graph
+    "AutogradGraph",
+    "GraphNode",
+    "LeafTable",
+    "autograd_graph",
+    "leaf_table",
+    "record_modules",
 ]
 
 # A name is imported when it is first used (PEP 562), and with it torch: `fastrbn --help` does without. The imports
 # below are what editors and type checkers read; tests/test_architecture.py holds them against __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph")
 
 if TYPE_CHECKING:
     from .build import get_learn_run, get_runner, listify
@@ -111,8 +124,13 @@ if TYPE_CHECKING:
         AvgStats,
         AvgStatsCallback,
         BatchTransformXCallback,
+        Checkpoint,
+        CheckpointError,
         CSVLogger,
         CudaCallback,
+        GraphHolder,
+        GraphMonitor,
+        GraphReport,
         HaltOnNaN,
         Hook,
         Hooks,
@@ -124,6 +142,7 @@ if TYPE_CHECKING:
         ParamScheduler,
         ProgressCallback,
         Recorder,
+        SaveBest,
         accuracy,
         annealer,
         append_stats,
@@ -156,6 +175,7 @@ if TYPE_CHECKING:
         normalize_to,
         view_tfm,
     )
+    from .graph import AutogradGraph, GraphNode, LeafTable, autograd_graph, leaf_table, record_modules
     from .learn import (
         EVENTS,
         Callback,

@@ -79,6 +79,13 @@ def rate(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    return _both()[0]
+
+
+def _both() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole command line's parser, and that of `train` within it."""
+    from ._cli_compare_args import add_compare
+
     top = argparse.ArgumentParser(
         prog="fastrbn",
         description="Train with running batch norm: batch norm for every batch size down to one.",
@@ -87,16 +94,25 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"fastrbn {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_train(commands)
+    train = _add_train(commands)
+    add_compare(commands)
     commands.add_parser(
         "callbacks",
         help="list what --cb takes: built-in callbacks and plug-ins",
         description="List the built-in callbacks and those of plug-ins (entry points of the group fastrbn.callbacks).",
     )
-    return top
+    return top, train
 
 
-def _add_train(commands) -> None:
+def given(argv) -> set[str]:
+    """The names of the options of `train` that `argv` has, also those given their default."""
+    top, train = _both()
+    names, unset = vars(top.parse_args(argv)), []  # a list, which an option that is repeatable copies and extends
+    train.set_defaults(**dict.fromkeys(names, unset))
+    return {name for name, value in vars(top.parse_args(argv)).items() if value is not unset} - {"command"}
+
+
+def _add_train(commands) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "train",
         help="train a net on images",
@@ -152,6 +168,21 @@ def _add_train(commands) -> None:
     p.add_argument("--no-halt", action="store_true", help="train on after NaN or Inf")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATA-LAYER-DATE-TIME)")
     p.add_argument("--force", action="store_true", help="write into --out although it is not empty")
+    p.add_argument(
+        "--checkpoint-every",
+        type=whole(1),
+        metavar="N",
+        help="save all that training depends on every N steps, after Ctrl-C and at the end, in the run's folder, for "
+        "--resume",
+    )
+    p.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run in the folder RUN from its newest whole checkpoint, with the run's own arguments; "
+        "--epochs may be raised (the schedule is stretched), --checkpoint-every and --data-dir be others",
+    )
+    return p
 
 
 def _names(names) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from . import plots
+from . import checkpoints, plots
 from ._cli_args import BAD_ARGUMENTS, ERROR, CliError
 from .files import write_whole
 
 REPORT = "nan_report.txt"
-RESULTS = ("config.json", "model.pt", "history.csv", "curves.png", "params.png", REPORT)
+CHECKPOINTS = "checkpoints"  # a folder
+RESULTS = ("config.json", "model.pt", "history.csv", "curves.png", "params.png", REPORT, "nan_report.json", "nan_batch.pt")
 
 
 def check_folder(folder: Path | None, force: bool) -> None:
@@ -33,8 +34,8 @@ def claim_folder(folder: Path) -> Path:
     """Make `folder`, and drop the results of an earlier run there, which would pass for this one's."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in RESULTS:
-            (folder / name).unlink(missing_ok=True)
+        for file in (*(folder / name for name in RESULTS), *(f for _, f in checkpoints.files(folder / CHECKPOINTS))):
+            file.unlink(missing_ok=True)
     except OSError as e:
         raise CliError(f"the results cannot go to {folder}: {e.strerror or e}; choose another folder with --out", ERROR)
     return folder

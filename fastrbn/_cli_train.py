@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 
 from . import _cli_results as results
+from . import _cli_resume as resuming
 from ._cli_args import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, LAYERS, MANY, CliError, default_lr, nearest
 from ._cli_callbacks import make_callback
 from ._version import __version__
 from .build import get_learn_run, get_runner
 from .callbacks import (
     AvgStatsCallback,
+    Checkpoint,
+    CheckpointError,
     CSVLogger,
     HaltOnNaN,
     ParamMagnitudes,
@@ -43,6 +46,7 @@ MAGNITUDES = 500  # about as many moments as params.png has columns
 
 def train(args) -> int:
     """Run `fastrbn train` and return the exit status. CliError where nothing was trained."""
+    args = args if args.resume is None else resuming.resumed(args)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or (1 if args.model == "cnn" and args.bs < MANY else before))
     try:
@@ -52,14 +56,15 @@ def train(args) -> int:
 
 
 def _train(args) -> int:
-    results.check_folder(args.out, args.force)  # what can be known to be wrong is said before anything is loaded
+    if args.resume is None:
+        results.check_folder(args.out, args.force)  # what can be known to be wrong is said before anything is loaded
     norm_kwargs, device = _norm_kwargs(args), _device(args.device)
     added = [make_callback(spec) for spec in args.cb]
     images = _images(args)
     torch.manual_seed(args.seed)
     data = image_databunch(images, args.bs, seed=args.seed, device=device, limit=args.limit)
     lr = default_lr(args.bs) if args.lr is None else args.lr
-    folder = results.claim_folder(_folder(args, images.name))
+    folder = results.claim_folder(_folder(args, images.name)) if args.resume is None else args.resume
     cbs = _callbacks(args, lr, folder, len(data.train_dl), added)
     try:
         learn, run = _build(args, data, lr, cbs, norm_kwargs)
@@ -67,6 +72,8 @@ def _train(args) -> int:
     except (ValueError, RuntimeError) as e:
         raise CliError(f"{args.model} cannot be made for {images}: {e}") from e
     config = _config(args, images, data, lr, device, learn, run)
+    config["arguments"] = resuming.to_keep(args, images, lr, device, torch.get_num_threads())
+    config = config if args.resume is None else resuming.with_history(config, args)
     results.write_config(folder, config)
     _announce(images, data, config, folder)
     return _fit(args, learn, run, folder, config)
@@ -75,9 +82,12 @@ def _train(args) -> int:
 def _fit(args, learn, run, folder, config) -> int:
     """Train, write the results whatever happened, and say so in a sentence."""
     began, error = time.perf_counter(), None
+    resume = None if args.resume is None else resuming.start(folder)
     try:
-        run.fit(args.epochs, learn)
+        run.fit(args.epochs, learn, resume=resume)
     except Exception as e:  # noqa: BLE001 - a callback's or the model's: the way there is shown, and what was learnt is kept
+        if isinstance(e, CheckpointError) and resume is not None and run.resumed_from is None:
+            raise CliError(str(e)) from e  # nothing has begun: the run's results stay as they are
         traceback.print_exc()
         error = e
     seconds = time.perf_counter() - began
@@ -90,7 +100,8 @@ def _fit(args, learn, run, folder, config) -> int:
     results.write_config(folder, config)
     if failures and status == DONE:
         status = ERROR
-    print(f"{sentence}; results in {folder}", file=sys.stdout if status == DONE else sys.stderr)
+    onward = f"; go on with: fastrbn train --resume {folder}" if status == INTERRUPTED and args.checkpoint_every else ""
+    print(f"{sentence}; results in {folder}{onward}", file=sys.stdout if status == DONE else sys.stderr)
     for failure in failures:
         print(f"fastrbn train: error: {failure}", file=sys.stderr)
     return status
@@ -182,10 +193,15 @@ def _callbacks(args, lr, folder, steps, added) -> list:
     own = [Recorder(), AvgStatsCallback(accuracy), ProgressCallback()]
     own.append(ParamMagnitudes(every=max(1, steps * args.epochs // MAGNITUDES)))
     if not args.no_halt:
-        own.append(HaltOnNaN())
+        own.append(HaltOnNaN(path=folder))
+    for cb in added:
+        if type(cb) is HaltOnNaN and cb.path is None:
+            cb.path = folder
     classes = {type(cb) for cb in added}
     own = [cb for cb in own if type(cb) not in classes]
     own.append(CSVLogger(folder / "history.csv"))  # beside one that is added: that has its own path
+    if args.checkpoint_every is not None:
+        own.append(Checkpoint(folder / results.CHECKPOINTS, every=args.checkpoint_every))
     if (sched := _schedule(args, lr)) is not None:
         own.append(ParamScheduler("lr", sched))
     return own + added

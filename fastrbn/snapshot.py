@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import random
 import sys
 
@@ -26,19 +27,54 @@ class RandomState:
         self._generators = [(g, g.get_state()) for g in _generators(loaders)]
         self._loaders = [(dl, dl.state_dict()) for dl in loaders if hasattr(dl, "load_state_dict")]
 
-    def restore(self) -> None:
+    def restore(self, loaders=True) -> None:
+        """Put all of it back; without `loaders` (what their `state_dict` held stays, their generators do not)."""
         torch.set_rng_state(self._torch)
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
         for module, states in self._devices:
-            module.set_rng_state_all(states)
+            for device, state in zip(range(module.device_count()), states):
+                module.set_rng_state(state, device)
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)
         for generator, state in self._generators:
             generator.set_state(state)
-        for loader, state in self._loaders:
+        for loader, state in self._loaders if loaders else ():
             loader.load_state_dict(state)
+
+    def state_dict(self) -> dict:
+        """The same in tensors, numbers, strings, lists and dictionaries, for a file."""
+        numpy = self._numpy and [self._numpy[0], torch.tensor(self._numpy[1].tolist()), *self._numpy[2:]]
+        return {
+            "torch": self._torch,
+            "python": [self._python[0], list(self._python[1]), self._python[2]],
+            "numpy": numpy,
+            "devices": {module.__name__.removeprefix("torch."): states for module, states in self._devices},
+            "mps": self._mps,
+            "generators": [state for _, state in self._generators],
+            "loaders": [state for _, state in self._loaders],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` gave, perhaps in another process, so that `restore` puts that back. An
+        accelerator that is not here is left out. ValueError for loaders with other generators."""
+        for kind, here in (("generators", self._generators), ("loaders", self._loaders)):
+            if len(state[kind]) != len(here):
+                raise ValueError(
+                    f"random states are put back into the loaders they came from: those had {len(state[kind])} {kind} "
+                    f"with a state, these have {len(here)}; make the loaders as they were made then"
+                )
+        self._torch, self._mps = state["torch"], state["mps"] if torch.backends.mps.is_available() else None
+        self._python = (state["python"][0], tuple(state["python"][1]), state["python"][2])
+        self._numpy = None
+        if state["numpy"] is not None:
+            name, keys, *rest = state["numpy"]
+            self._numpy = (name, importlib.import_module("numpy").array(keys.tolist(), dtype="uint32"), *rest)
+        modules = ((name, getattr(torch, name, None)) for name in state["devices"])
+        self._devices = [(m, state["devices"][name]) for name, m in modules if m is not None and m.is_available()]
+        self._generators = [(g, s) for (g, _), s in zip(self._generators, state["generators"])]
+        self._loaders = [(dl, s) for (dl, _), s in zip(self._loaders, state["loaders"])]
 
 
 class Snapshot:

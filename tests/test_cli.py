@@ -339,7 +339,7 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--device meta", "--device must be auto, cpu, or … got 'meta'"),
         ("--epoch 3", "unrecognized arguments: --epoch"),
         ("--cb HaltOnNan2", "no callback 'HaltOnNan2'. Did you mean 'HaltOnNaN'? There are: ActivationStats, "),
-        ("--cb HaltOnNaN:evry=2", "HaltOnNaN takes every=1, raise_error=False. Did you mean 'every'?"),
+        ("--cb HaltOnNaN:evry=2", "HaltOnNaN takes every=1, raise_error=False, path=None. Did you mean 'every'?"),
         ("--cb HaltOnNaN:every=0", "every must be a whole number, 1 or more; got 0"),
         ("--cb HaltOnNaN:every", "are written ARG=VALUE, separated by commas; got 'every'"),
         ("--cb HaltOnNaN:every=1,every=2", "'every' is given twice"),
@@ -394,8 +394,11 @@ def test_nan_halts_with_3_a_sentence_a_report_and_all_results(cli):
     status, _, err = cli("train", "glyphs", "--lr", "1e30", "--out", "r")
     assert status == 3
     assert re.match(r"halted: NaN or Inf in the .* of step \d+ .*; results in r\n$", err), err
-    assert set(os.listdir("r")) == RESULTS | {"nan_report.txt"}
+    assert set(os.listdir("r")) == RESULTS | {"nan_report.txt", "nan_report.json", "nan_batch.pt"}
     assert "last losses" in Path("r/nan_report.txt").read_text()
+    report = json.loads(Path("r/nan_report.json").read_text())
+    assert report["sentence"] in err and report["phase"] in ("forward", "backward", "step")
+    assert torch.load("r/nan_batch.pt", weights_only=True)["xb"].dim() == 4
     assert json.loads(Path("r/config.json").read_text())["result"]["status"] == 3
     state = torch.load("r/model.pt", weights_only=True)
     assert all(t.isfinite().all() for t in state.values()), "the last finite state is what is wanted"
@@ -530,7 +533,7 @@ def test_the_listing_names_every_built_in_callback_with_arguments_and_a_line(cli
     assert status == 0
     for name, cls in _cli_callbacks.built_in().items():
         assert f"  {name}(" in out and cls.__doc__.splitlines()[0] in out
-    assert "HaltOnNaN(every=1, raise_error=False)" in out
+    assert "HaltOnNaN(every=1, raise_error=False, path=None)" in out
 
 
 def test_a_plug_in_is_listed_and_trains(cli, monkeypatch):

@@ -1,6 +1,8 @@
 """Callbacks, by purpose. None of them knows another; what they share, they read from the run."""
 
+from .checkpoint import Checkpoint, CheckpointError, SaveBest
 from .device import BatchTransformXCallback, CudaCallback
+from .graph import GraphHolder, GraphMonitor, GraphReport
 from .hooks import ActivationStats, Hook, Hooks, ListContainer, append_stats, children
 from .loggers import CSVLogger
 from .nonfinite import HaltOnNaN, NonFiniteError, NonFiniteReport
@@ -25,7 +27,12 @@ __all__ = [
     "AvgStatsCallback",
     "BatchTransformXCallback",
     "CSVLogger",
+    "Checkpoint",
+    "CheckpointError",
     "CudaCallback",
+    "GraphHolder",
+    "GraphMonitor",
+    "GraphReport",
     "HaltOnNaN",
     "Hook",
     "Hooks",
@@ -37,6 +44,7 @@ __all__ = [
     "ParamScheduler",
     "ProgressCallback",
     "Recorder",
+    "SaveBest",
     "accuracy",
     "annealer",
     "append_stats",

@@ -43,6 +43,13 @@ class CSVLogger(Callback):
         out.writerows(self._stats.history)
         write_whole(self.path, self._before + text.getvalue())
 
+    def state_dict(self):
+        """The rows of earlier fits, which `append` keeps; those of this one are AvgStatsCallback's."""
+        return {"before": self._before}
+
+    def load_state_dict(self, state):
+        self._before = state["before"]  # by now the file has rows of this very fit as well
+
     def after_fit(self):
         self.__dict__.pop("_stats", None)  # a copy of this callback should not copy that one
 

@@ -71,6 +71,19 @@ class ParamMagnitudes(Callback):
             self._host.append(fetched)
             self._new = []
 
+    def state_dict(self):
+        """What was recorded. Waits for the device."""
+        return {"steps": torch.tensor(self.steps), "names": list(self.names), "values": dict(self.values)}
+
+    def load_state_dict(self, state):
+        if list(state["values"]) != list(self.stats):
+            raise ValueError(
+                f"ParamMagnitudes can go on only with the same stats; the saved ones are {', '.join(state['values'])}, "
+                f"here they are {', '.join(self.stats)}: give stats and grads as in the first fit"
+            )
+        self.steps, self._new = state["steps"].tolist(), []
+        self._host = [torch.stack(list(state["values"].values()), dim=1)]
+
     @property
     def values(self) -> dict[str, torch.Tensor]:
         """For each of `stats` a tensor (steps, names)."""

@@ -39,6 +39,13 @@ class _Tape:
                 joined.clear()
         return self._columns
 
+    def state_dict(self) -> dict:
+        return {"columns": [torch.tensor(column, dtype=torch.float64) for column in self.read()]}
+
+    def load_state_dict(self, state) -> None:
+        self.__init__(len(state["columns"]))
+        self._columns = [column.tolist() for column in state["columns"]]
+
     def __getstate__(self):
         return {"_new": [], "_joined": [[] for _ in self._columns], "_columns": self.read()}
 
@@ -75,6 +82,14 @@ class Recorder(Callback):
 
     def after_fit(self):
         self._tape.read()
+
+    def state_dict(self):
+        """Losses and rates so far. Waits for the device."""
+        return {"losses": self._tape.state_dict(), "lrs": [torch.tensor(r, dtype=torch.float64) for r in self.lrs]}
+
+    def load_state_dict(self, state):
+        self._tape.load_state_dict(state["losses"])
+        self._lrs = [rates.tolist() for rates in state["lrs"]]
 
     @property
     def losses(self) -> list[float]:
@@ -173,6 +188,20 @@ class AvgStats:
         count = self.count
         return [total / count for total in self.all_stats] if count else []
 
+    def state_dict(self) -> dict:
+        """The values of each batch so far and its size. Waits for the device."""
+        return {"names": list(self.names), "sizes": torch.tensor(self._sizes), **self._tape.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`. ValueError where that measured other things."""
+        if state["names"] != self.names:
+            raise ValueError(
+                f"averages can go on only with the same metrics; the saved ones are {', '.join(state['names'])}, here "
+                f"they are {', '.join(self.names)}: give the metrics of the first fit"
+            )
+        self._sizes = state["sizes"].tolist()
+        self._tape.load_state_dict(state)
+
     def __repr__(self):
         if not self.count:
             return ""
@@ -229,6 +258,17 @@ class AvgStatsCallback(Callback):
         else:
             for text in filter(None, map(repr, (self.train_stats, self.valid_stats))):
                 run.logger(text)
+
+    def state_dict(self):
+        """The history, and of the epoch under way the averages' parts and the seconds. Waits for the device."""
+        parts = {"train": self.train_stats.state_dict(), "valid": self.valid_stats.state_dict()}
+        return {"history": [dict(row) for row in self.history], "seconds": time.perf_counter() - self._start, **parts}
+
+    def load_state_dict(self, state):
+        self.train_stats.load_state_dict(state["train"])
+        self.valid_stats.load_state_dict(state["valid"])
+        self.history = [dict(row) for row in state["history"]]
+        self._start = time.perf_counter() - state["seconds"]
 
     def __repr__(self):
         return f"AvgStatsCallback({', '.join(self.train_stats.names[1:])})"

@@ -10,7 +10,7 @@ from .events import EVENTS, nearest_event
 # What the loop itself keeps on the run. A callback reads these as its own; writing them needs `self.run.`.
 RUN_STATE = frozenset(
     "learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger "
-    "stop_reason".split()
+    "stop_reason resumed_from".split()
 )
 
 
@@ -89,6 +89,18 @@ class Callback:
 
     def after_cancel_train(self):
         """A `CancelTrainException` was raised; `after_fit` follows."""
+
+    # What a checkpoint keeps of the callback.
+
+    def state_dict(self) -> dict:
+        """What the rest of the fit, or what is shown of it, depends on: tensors, numbers, strings, and lists, tuples
+        and dictionaries of these. Asked for between steps. Default: nothing; a resumed fit begins with a fresh
+        callback. Containers that go on changing are copied."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` gave. Called in a resumed fit after `begin_fit`, and in the middle of an epoch
+        again after `begin_epoch`; the run's `epoch` and `n_iter` follow."""
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ import traceback
 
 import torch
 
+from . import resume as resuming
 from .callback import RUN_STATE, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
 
@@ -24,6 +25,7 @@ class Runner:
     - During a fit the run holds `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred
       loss in_train logger stop_reason`. What callbacks replace of `model opt loss_func data logger` is put back after.
     - `stop_reason`: None after a fit that ran to its end, else a sentence.
+    - `resumed_from`: the checkpoint that the fit goes on from, None if it begins anew.
 
     Source: fast.ai course, part 2 (2019), notebooks 04 and 09b. Unlike there, a handler's return value means nothing:
     what a callback wants to stop, it stops by a `Cancel…Exception`.
@@ -46,13 +48,17 @@ class Runner:
         if not self._fitting:
             self._handlers = self._resolve()
 
-    def fit(self, epochs: int, learn=None) -> None:
+    def fit(self, epochs: int, learn=None, resume=None) -> None:
         """Train `learn` (default: the one trained last) for `epochs` passes over `learn.data.train_dl`.
+
+        `resume`: a checkpoint, or the folder that `Checkpoint` wrote (the newest whole one is taken). The fit then goes
+        on from there to `epochs`, counted from the very beginning; `learn` and callbacks are made as they were made
+        for the fit that wrote it. See `Checkpoint`; CheckpointError when it cannot be used.
 
         `after_fit` fires once, whatever happens, for every callback. An error is raised again after it. Ctrl-C ends
         the fit without an error, and `stop_reason` says so.
         """
-        self._prepare(epochs, learn)
+        self._prepare(epochs, learn, resume)
         failed = False
         try:
             self._train()
@@ -67,7 +73,8 @@ class Runner:
     def _train(self) -> None:
         try:
             self._outside_epoch("begin_fit")
-            for self.epoch in range(self.epochs):
+            first = resuming.restore(self, self._resumed) if self._resumed else 0
+            for self.epoch in range(first, self.epochs):
                 self._all_batches("begin_epoch", self.data.train_dl)
                 if self.data.valid_dl is not None:
                     with torch.no_grad():
@@ -80,7 +87,7 @@ class Runner:
         self.dl, self.iters, self.iter = dl, _length(dl), None
         try:
             self._outside_batch(begin)
-            for self.iter, batch in enumerate(dl):
+            for self.iter, batch in resuming.batches(self, dl):
                 self._one_batch(batch)
         except CancelEpochException:
             self._cancelled("epoch")
@@ -109,6 +116,14 @@ class Runner:
             self._outside_epoch("after_batch")  # whatever it cancels, it is the fit that ends
             raise
         self._outside_batch("after_batch")
+
+    def state_dict(self, phase: str) -> dict:
+        """All that the rest of the fit depends on, in plain data (`torch.load(…, weights_only=True)` reads it back).
+
+        `phase`: where the fit is: "train" in `after_batch`, "valid" in `begin_validate` (training batches are done,
+        however many), "end" in `after_epoch`. Between these a step is half done, and its state not one to go on from.
+        """
+        return resuming.collect(self, phase)
 
     def __call__(self, event: str) -> None:
         """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""
@@ -143,7 +158,7 @@ class Runner:
         except _CANCEL[what]:
             pass  # it is cancelled already
 
-    def _prepare(self, epochs, learn) -> None:
+    def _prepare(self, epochs, learn, resume) -> None:
         if self._fitting:
             raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
@@ -158,12 +173,13 @@ class Runner:
         self.epochs, self.learn, self.stop_reason = epochs, learn, None
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
         self.epoch, self.iter, self.iters, self.dl, self.n_iter, self.n_epochs = 0, None, None, None, 0, 0.0
-        self.xb = self.yb = self.pred = None
+        self.xb = self.yb = self.pred = self._before_pass = None
         self.loss, self.in_train = torch.tensor(0.0), False
         self._borrowed = {name: getattr(self, name) for name in _LENT}
         for cb in self.cbs:
             cb.set_runner(self)  # a callback may have been in another run since
         self._handlers = self._resolve()
+        self.resumed_from, self._resumed = (None, None) if resume is None else resuming.find(resume, self)
         self.opt.zero_grad()  # an earlier fit may have been cut between backward and step
         self._fitting = True
 

@@ -17,14 +17,17 @@ from fastrbn.callbacks import (
     ActivationStats,
     AvgStatsCallback,
     BatchTransformXCallback,
+    Checkpoint,
     CSVLogger,
     CudaCallback,
+    GraphMonitor,
     HaltOnNaN,
     LR_Find,
     ParamMagnitudes,
     ParamScheduler,
     ProgressCallback,
     Recorder,
+    SaveBest,
     accuracy,
     sched_cos,
 )
@@ -40,15 +43,19 @@ MAKERS = {
     ActivationStats: ActivationStats,
     AvgStatsCallback: lambda: AvgStatsCallback(accuracy),
     BatchTransformXCallback: lambda: BatchTransformXCallback(double),
+    Checkpoint: lambda: Checkpoint("checkpoints", overwrite=True),
     CSVLogger: lambda: CSVLogger("history.csv"),
     CudaCallback: lambda: CudaCallback("cpu"),
+    GraphMonitor: GraphMonitor,
     HaltOnNaN: HaltOnNaN,
     LR_Find: lambda: LR_Find(max_iter=20, max_lr=0.1),
     ParamMagnitudes: lambda: ParamMagnitudes(grads=True),
     ParamScheduler: lambda: ParamScheduler("lr", sched_cos(0.1, 0.2)),
     ProgressCallback: ProgressCallback,
     Recorder: Recorder,
+    SaveBest: lambda: SaveBest("best.pt", monitor="train_loss"),
 }
+NEED_AVERAGES = {CSVLogger, SaveBest}
 CHANGE_TRAINING = {BatchTransformXCallback, LR_Find, ParamScheduler}
 
 every_callback = pytest.mark.parametrize("cls", MAKERS, ids=lambda c: c.__name__)
@@ -60,7 +67,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def make_run(cls, *cbs):
-    extra = [AvgStatsCallback(accuracy)] if cls is CSVLogger else []
+    extra = [AvgStatsCallback(accuracy)] if cls in NEED_AVERAGES else []
     return Runner([MAKERS[cls](), *extra, *cbs])
 
 
@@ -136,7 +143,7 @@ def test_it_can_be_copied_and_pickled(cls, when, make_learn):
         assert "run" not in vars(other)
         assert repr(other) == repr(cb)
         learn = make_learn()
-        extra = [AvgStatsCallback(accuracy)] if cls is CSVLogger else []
+        extra = [AvgStatsCallback(accuracy)] if cls in NEED_AVERAGES else []
         again = Runner([other, *extra])
         fit(again, 1, learn)
         check_left_clean(again, learn)

@@ -1,0 +1,259 @@
+"""What a fit depends on, as plain data, and how a later fit goes on from it: `Runner.state_dict` and `fit(resume=…)`.
+
+A fit continues bit for bit because everything it reads is put back: parameters, buffers and switches of the model, the
+optimiser, the callbacks' own state, the random states, and the place in the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import torch
+
+from fastrbn import checkpoints
+from fastrbn.checkpoints import CheckpointError
+from fastrbn.snapshot import RandomState
+
+from .callback import Callback
+
+PHASES = ("train", "valid", "end")
+
+
+def collect(run, phase: str) -> dict:
+    """The state of `run`. Tensors in it are the model's own, not copies. `phase`: see `Runner.state_dict`."""
+    if phase not in PHASES:
+        raise ValueError(f"phase is one of {', '.join(PHASES)}; got {phase!r}")
+    model, opt, loaders = run.learn.model, run.learn.opt, _loaders(run)
+    weights = model.state_dict()
+    position = {
+        "phase": phase,
+        "epoch": run.epoch,
+        "done": run.iter + 1 if phase == "train" else None,
+        "n_iter": run.n_iter,
+        "n_epochs": run.n_epochs,
+        "epochs": run.epochs,
+        "iters": _length(run.data.train_dl),
+    }
+    if phase == "train":
+        loader = run.data.train_dl
+        position["loader"] = loader.state_dict(mid_epoch=True) if _skips(loader) else None
+        position["before_pass"] = run._before_pass
+    return {
+        "position": position,
+        "model": weights,
+        "buffers": {name: b for name, b in model.named_buffers() if name not in weights},
+        "switches": {f"{n}.{k}": v for n, m in model.named_modules() for k, v in _switches(m)},
+        "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
+        "grads": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},  # accumulated so far
+        "opt": opt.state_dict(),
+        "callbacks": {
+            name: {"class": type(cb).__name__, "state": cb.state_dict()} for name, cb in _callbacks(run).items()
+        },
+        "random": RandomState(loaders).state_dict(),
+    }
+
+
+def find(path, run):
+    """`(file, state)` of the checkpoint at `path` for `run.learn`; CheckpointError when there is none that fits."""
+
+    def check(state):
+        _check_model(run.learn.model, state["model"])
+        _check_opt(run.learn.opt, state["opt"])
+
+    file, state = checkpoints.find(path, check)
+    place = state["position"]
+    if run.epochs < place["epoch"] + 1:
+        raise CheckpointError(
+            f"the checkpoint {file} stands in epoch {place['epoch']} (the first is 0), beyond the end of a fit of "
+            f"{run.epochs}: epochs counts from the very beginning; that fit had {place['epochs']}"
+        )
+    _tell_of_callbacks(run, state["callbacks"])
+    return file, state
+
+
+def restore(run, state) -> int:
+    """Put `state` into `run` and all that it holds; returns the first epoch to run."""
+    model, place = run.learn.model, state["position"]
+    _restore_model(model, state)
+    _restore_opt(run.learn.opt, state["opt"])
+    for name, cb in _callbacks(run).items():
+        saved = state["callbacks"].get(name)
+        if saved is not None and saved["class"] == type(cb).__name__:
+            cb.load_state_dict(saved["state"])
+    run.epoch, run.n_iter, run.n_epochs = place["epoch"], place["n_iter"], place["n_epochs"]
+    _random(run, state["random"]).restore()
+    return place["epoch"] + (place["phase"] == "end")
+
+
+def batches(run, dl):
+    """`enumerate(dl)`; in the epoch that a checkpoint stands in, from there on."""
+    if not run.in_train:
+        return enumerate(dl)
+    state, run._resumed = run._resumed, None
+    place = state and state["position"]
+    if state is None or place["phase"] == "end":
+        run._before_pass = None if _skips(dl) else RandomState(_loaders(run)).state_dict()
+        return enumerate(dl)
+    restore(run, state)  # once more: begin_epoch came after the first time
+    if place["phase"] == "valid":
+        return iter(())
+    done, iters = place["done"], _length(dl)
+    if iters != place["iters"]:
+        raise CheckpointError(
+            f"to go on within an epoch its batches must be the same; the checkpoint was made with {place['iters']} "
+            f"batches an epoch, the training loader has {iters}: use the same data and batch size, or a checkpoint "
+            f"from the end of an epoch"
+        )
+    run._before_pass = place["before_pass"]
+    if _skips(dl):
+        dl.load_state_dict(place["loader"])
+        return enumerate(dl.iter_from(done), done)
+    return enumerate(_forward(run, dl, done, state), done)
+
+
+def _forward(run, dl, done, state):
+    """An iterator over `dl` as it was after `done` batches: begun under the random states from then, and run through
+    up to there, which has the same order drawn and the same numbers used up by samplers and workers."""
+    if getattr(dl, "persistent_workers", False) and run.epoch > 0:
+        warnings.warn(
+            "workers that outlive an epoch (persistent_workers=True) have random states that no checkpoint holds: if "
+            "the data set draws random numbers, the resumed fit draws others",
+            stacklevel=2,
+        )
+    if state["position"]["before_pass"] is not None:
+        _random(run, state["position"]["before_pass"]).restore()
+    batches = iter(dl)
+    if batches is dl:
+        warnings.warn(
+            f"the training loader is an iterator ({type(dl).__name__}), which cannot begin its epoch again: its first "
+            f"{done} batches are skipped, which is right only if it starts where the checkpoint's epoch did",
+            stacklevel=2,
+        )
+    skipped = sum(1 for _ in itertools.islice(batches, done))
+    if skipped < done:
+        raise CheckpointError(
+            f"the checkpoint stands after {done} batches of its epoch, and the training loader gave {skipped}: use the "
+            f"same data and batch size"
+        )
+    _random(run, state["random"]).restore(loaders=False)  # their state is where they are now
+    return batches
+
+
+def _loaders(run) -> list:
+    """Training and validation loader; one that is both counts once."""
+    return list({id(dl): dl for dl in (run.data.train_dl, run.data.valid_dl) if dl is not None}.values())
+
+
+def _skips(dl) -> bool:
+    """Whether the loader can begin in the middle of an epoch by itself, as `BatchLoader` can."""
+    return hasattr(dl, "iter_from") and hasattr(dl, "load_state_dict")
+
+
+def _random(run, saved) -> RandomState:
+    state, dist = RandomState(_loaders(run)), torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        own = state.state_dict()  # rank 0 saved: with its random numbers all ranks would drop the same units
+        saved = {**own, "loaders": saved["loaders"]}
+    state.load_state_dict(saved)
+    return state
+
+
+def _callbacks(run) -> dict[str, Callback]:
+    return {name: cb for name, cb in vars(run).items() if any(cb is known for known in run.cbs)}
+
+
+def _tell_of_callbacks(run, saved) -> None:
+    """Warn of state that finds no callback, and of callbacks with state that the checkpoint does not know."""
+    here = {name: type(cb).__name__ for name, cb in _callbacks(run).items()}
+    lost = [n for n, entry in saved.items() if entry["state"] and here.get(n) != entry["class"]]
+    known = {n for n, entry in saved.items() if here.get(n) == entry["class"]}
+    fresh = [n for n, cb in _callbacks(run).items() if n not in known and has_state(cb)]
+    if lost:
+        warnings.warn(f"the checkpoint has state of callbacks that this run has not: {', '.join(lost)}", stacklevel=5)
+    if fresh:
+        warnings.warn(f"callbacks that the checkpoint does not know begin anew: {', '.join(fresh)}", stacklevel=5)
+
+
+def has_state(cb) -> bool:
+    """Whether the callback's class defines `state_dict`."""
+    return type(cb).state_dict is not Callback.state_dict
+
+
+def _switches(module):
+    return ((k, v) for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_"))
+
+
+def _check_model(model, saved) -> None:
+    """CheckpointError that names what differs first between the model and the state_dict `saved`."""
+    here = model.state_dict()
+    wrong = []
+    for name in {**saved, **here}:
+        a, b = (_shape(state[name]) if name in state else "nothing" for state in (saved, here))
+        if a != b:
+            wrong.append(f"{name} ({a} there, {b} here)")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint is of another model: {', '.join(wrong[:3])}{more}; make the model as it was made then"
+        )
+
+
+def _shape(value) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _check_opt(opt, saved) -> None:
+    here, there = ([len(g["params"]) for g in groups] for groups in (opt.param_groups, saved["param_groups"]))
+    if here != there:
+        raise CheckpointError(
+            f"the checkpoint is of another optimiser: it has param groups of {there} parameters, {type(opt).__name__} "
+            f"has {here}; make the optimiser as it was made then"
+        )
+    for now, then in zip(opt.param_groups, saved["param_groups"]):
+        if missing := sorted(set(then) ^ set(now)):
+            raise CheckpointError(
+                f"the checkpoint is of another optimiser than {type(opt).__name__}: only one of them has "
+                f"{', '.join(missing)}; make the optimiser as it was made then"
+            )
+
+
+@torch.no_grad()
+def _restore_model(model, state) -> None:
+    model.load_state_dict(state["model"])
+    for name, saved in state["buffers"].items():
+        module, _, own = name.rpartition(".")
+        owner = model.get_submodule(module)
+        now = owner._buffers.get(own)
+        owner._buffers[own] = saved.clone() if now is None else saved.to(now.device, copy=True)
+    for name, module in model.named_modules():
+        for attr, _ in list(_switches(module)):
+            if f"{name}.{attr}" in state["switches"]:
+                setattr(module, attr, state["switches"][f"{name}.{attr}"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in state["frozen"])
+        saved = state["grads"].get(name)
+        p.grad = None if saved is None else saved.to(p.device, copy=True)
+
+
+def _restore_opt(opt, saved) -> None:
+    tensors = [{k: v for k, v in g.items() if isinstance(v, torch.Tensor)} for g in opt.param_groups]
+    opt.load_state_dict(saved)
+    for group, kept in zip(opt.param_groups, tensors):
+        for name, value in kept.items():  # a compiled or captured optimiser keeps its rate in this very tensor
+            group[name] = value.copy_(torch.as_tensor(group[name]))
+    indices = (i for g in saved["param_groups"] for i in g["params"])
+    for i, p in zip(indices, (p for g in opt.param_groups for p in g["params"])):
+        for name, value in saved["state"].get(i, {}).items():
+            now = opt.state[p].get(name)
+            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
+                opt.state[p][name] = value.to(now.device, copy=True)  # torch gave it the parameter's dtype
+
+
+def _length(dl) -> int | None:
+    try:
+        return len(dl)
+    except TypeError:
+        return None

@@ -1,0 +1,260 @@
+"""Which checkpoints are written and kept, what a full disk does, and SaveBest."""
+
+import errno
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrbn import checkpoints
+from fastrbn.callbacks import AvgStatsCallback, Checkpoint, CheckpointError, SaveBest, accuracy
+from fastrbn.learn import Callback, CancelTrainException, Runner
+
+
+class SetLoss(Callback):
+    """Makes the epochs' losses those of a list."""
+
+    def __init__(self, losses):
+        self._losses = losses
+
+    def after_pred(self):
+        loss = self._losses[self.run.epoch]
+        self.run.loss_func = lambda pred, yb: pred.sum() * 0 + loss
+
+
+def make_run(folder, *cbs, **kwargs):
+    run = Runner([AvgStatsCallback(accuracy), Checkpoint(folder, **kwargs), *cbs])
+    run.logger = lambda line: None
+    return run
+
+
+def steps(folder):
+    """The steps after which the checkpoints there were written, in the order of writing."""
+    return [int(p.stem.split("-")[-1]) for _, p in checkpoints.files(folder)]
+
+
+@pytest.mark.parametrize(
+    "kwargs, expected",
+    [
+        ({"keep": None}, [4, 8, 12]),
+        ({}, [8, 12]),
+        ({"keep": 1}, [12]),
+        ({"every": 3, "keep": None}, [3, 6, 9, 12, 12]),
+        ({"every": 5, "keep": None}, [5, 10, 12]),
+        ({"every": 5, "keep": None, "monitor": "train_loss"}, [4, 5, 8, 10, 12]),
+    ],
+    ids=str,
+)
+def test_it_saves_when_it_says_and_keeps_the_newest(kwargs, expected, make_learn, tmp_path):
+    make_run(tmp_path / "c", **kwargs).fit(3, make_learn())
+    assert steps(tmp_path / "c") == expected
+    assert not list(tmp_path.glob("c/.*")), "nothing temporary is left"
+
+
+def test_the_best_epochs_file_stays_beside_the_newest_also_after_a_resume(make_learn, tmp_path):
+    losses = [3.0, 1.0, 2.0, math.nan, 1.0, 0.5]
+    run = make_run(tmp_path / "c", SetLoss(losses), keep=1, monitor="train_loss")
+    run.fit(4, make_learn())
+    assert steps(tmp_path / "c") == [8, 16]
+    assert run.checkpoint.best == 1.0 and run.checkpoint.best_path.name == "checkpoint-0002-step-8.pt"
+    again = make_run(tmp_path / "c", SetLoss(losses), keep=1, monitor="train_loss")
+    again.fit(5, make_learn(), resume=tmp_path / "c")
+    assert steps(tmp_path / "c") == [8, 20], "a draw is no gain"
+    again.fit(6, resume=tmp_path / "c")
+    assert steps(tmp_path / "c") == [24] and again.checkpoint.best == 0.5
+
+
+@pytest.mark.parametrize(
+    "kwargs, text",
+    [
+        ({"every": 0}, "every must be a whole number, 1 or more, or None; got 0"),
+        ({"keep": 2.5}, "keep must be a whole number"),
+        ({"monitor": "valid_f1"}, "whether 'valid_f1' should fall .* got None"),
+        ({"monitor": "valid_loss", "mode": "low"}, "got 'low'"),
+        ({"mode": "min"}, "give monitor as well"),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_an_error(kwargs, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        Checkpoint(tmp_path / "c", **kwargs)
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(make_learn, tmp_path):
+    with pytest.raises(ValueError, match=r"needs a folder, .*got the file .*model.pt"):
+        Checkpoint(tmp_path / "model.pt")
+    run = make_run(tmp_path / "c")
+    (tmp_path / "c").write_text("")
+    with pytest.raises(NotADirectoryError, match="take another name"):
+        run.fit(1, make_learn())
+
+
+@pytest.mark.parametrize("cls", [Checkpoint, SaveBest])
+def test_a_monitor_that_is_not_measured_is_an_error_before_training(cls, make_learn, tmp_path):
+    def fit(monitor, *cbs, **kwargs):
+        Runner([cls(tmp_path / "c", monitor=monitor), *cbs]).fit(1, make_learn(**kwargs))
+
+    with pytest.raises(ValueError, match="'valid_loss' among what AvgStatsCallback measures, and the run has none"):
+        fit("valid_loss")
+    with pytest.raises(ValueError, match="got 'vaild_accuracy'. Did you mean 'valid_accuracy'?"):
+        fit("vaild_accuracy", AvgStatsCallback(accuracy))
+    with pytest.raises(ValueError, match="measured in validation, and there is none"):
+        fit("accuracy", AvgStatsCallback(accuracy), n_valid=0)
+
+
+# --- folders that hold something
+
+
+def test_checkpoints_of_another_fit_are_not_overwritten_unasked(make_learn, tmp_path):
+    run = make_run(tmp_path / "c")
+    run.fit(1, make_learn())
+    run.fit(1)  # the same callback goes on in its folder
+    assert steps(tmp_path / "c") == [4, 4]
+    with pytest.raises(FileExistsError, match=r"another fit \(checkpoint-0002-step-4.pt\): go on .*resume="):
+        make_run(tmp_path / "c").fit(1, make_learn())
+    make_run(tmp_path / "c").fit(2, make_learn(), resume=tmp_path / "c")
+    assert steps(tmp_path / "c") == [4, 8]
+    make_run(tmp_path / "c", overwrite=True).fit(1, make_learn())
+    assert steps(tmp_path / "c") == [4]
+
+
+def test_the_newest_is_the_one_written_last_not_the_one_of_most_steps(make_learn, tmp_path):
+    make_run(tmp_path / "c", keep=None).fit(3, make_learn())
+    first = checkpoints.files(tmp_path / "c")[0][1]
+    again = make_run(tmp_path / "c", Ends(1), keep=None)
+    again.fit(3, make_learn(), resume=first)
+    assert steps(tmp_path / "c") == [4, 8, 12, 8]
+    last = make_run(tmp_path / "c")
+    last.fit(3, make_learn(), resume=tmp_path / "c")
+    assert last.resumed_from.name == "checkpoint-0004-step-8.pt"
+
+
+class Ends(Callback):
+    _order = 2000
+
+    def __init__(self, epoch):
+        self._epoch = epoch
+
+    def after_epoch(self):
+        if self.run.epoch == self._epoch:
+            raise CancelTrainException("enough")
+
+
+# --- a full disk
+
+
+class Disk:
+    """Refuses the writes of the numbers given, counted from 1; as a disk does, in the middle."""
+
+    def __init__(self, monkeypatch, *full):
+        self.full, self.count = full, 0
+        self._write = checkpoints.write_whole
+        monkeypatch.setattr(checkpoints, "write_whole", self)
+
+    def __call__(self, path, content):
+        self.count += 1
+        if self.count in self.full:
+            Path(path).with_name(f".{Path(path).name}.1.tmp").write_bytes(content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._write(path, content)
+
+
+def test_one_write_that_fails_is_told_and_the_next_one_makes_up_for_it(make_learn, tmp_path, monkeypatch):
+    Disk(monkeypatch, 2)
+    run = make_run(tmp_path / "c", SetLoss([2.0, 1.0, 1.5]), monitor="train_loss")
+    text = (
+        r"checkpoint-0002-step-8.pt could not be written \(No space left on device\); the one before, "
+        r"checkpoint-0001-step-4.pt, is whole. Training goes on"
+    )
+    with pytest.warns(RuntimeWarning, match=text):
+        run.fit(3, make_learn())
+    assert steps(tmp_path / "c") == [4, 12] and run.stop_reason is None
+    assert run.checkpoint.best == 1.5 and run.checkpoint.best_path.exists(), "the best of those that there are"
+
+
+def test_two_in_a_row_or_the_last_end_the_fit_and_the_one_before_is_whole(make_learn, tmp_path, monkeypatch):
+    Disk(monkeypatch, 2, 3, 5)
+    run = make_run(tmp_path / "c")
+    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError, match="Make room and resume from it"):
+        run.fit(5, make_learn())
+    assert run.epoch == 2 and run.stop_reason.startswith("CheckpointError in Checkpoint.after_epoch")
+    assert steps(tmp_path / "c") == [4]
+    again = make_run(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="checkpoint-0003-step-12.pt could not be written"):
+        again.fit(3, make_learn(), resume=tmp_path / "c")
+    assert steps(tmp_path / "c") == [4, 8]
+    again.fit(3, resume=tmp_path / "c")
+    assert steps(tmp_path / "c") == [8, 12] and not list(tmp_path.glob("c/.*"))
+
+
+def test_the_first_write_that_fails_says_that_there_is_nothing_before(make_learn, tmp_path, monkeypatch):
+    Disk(monkeypatch, 1)
+    with pytest.raises(CheckpointError, match="there is none before it"):
+        make_run(tmp_path / "c").fit(1, make_learn())
+
+
+def test_files_can_be_read_whatever_torch_was_told_about_checksums(make_learn, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        make_run(tmp_path / "c").fit(1, make_learn())
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+    make_run(tmp_path / "c").fit(2, make_learn(), resume=tmp_path / "c")
+
+
+# --- SaveBest
+
+
+def save_best(path, losses, epochs, make_learn, **kwargs):
+    run = Runner([SaveBest(path, **kwargs), AvgStatsCallback(accuracy), SetLoss(losses)])
+    run.logger = lambda line: None
+    seen = []
+
+    class Keeps(Callback):
+        def after_epoch(self):
+            seen.append({k: v.clone() for k, v in self.run.model.state_dict().items()})
+
+    run.add_cbs(Keeps)
+    run.fit(epochs, make_learn())
+    return run, seen
+
+
+@pytest.mark.parametrize("mode, best", [(None, 1), ("min", 1), ("max", 0)])
+def test_the_weights_are_those_of_the_best_epoch(mode, best, make_learn, tmp_path):
+    run, seen = save_best(tmp_path / "a" / "best.pt", [3.0, 1.0, 2.0, math.nan, 1.0], 5, make_learn, mode=mode)
+    assert (run.save_best.best, run.save_best.best_epoch) == ([3.0, 1.0][best], best)
+    saved = torch.load(tmp_path / "a" / "best.pt", weights_only=True)
+    learn = make_learn()
+    learn.model.load_state_dict(saved)
+    assert saved.keys() == seen[best].keys()
+    assert all(torch.equal(saved[k], seen[best][k]) for k in saved)
+    assert not all(torch.equal(saved[k], seen[best + 1][k]) for k in saved)
+
+
+def test_a_metrics_name_means_validation_and_nothing_is_written_when_all_is_nan(make_learn, tmp_path):
+    run, _ = save_best(tmp_path / "a.pt", [1.0, 1.0], 2, make_learn, monitor="accuracy")
+    assert run.save_best.best == max(row["valid_accuracy"] for row in run.avg_stats.history)
+    run, _ = save_best(tmp_path / "b.pt", [math.nan], 1, make_learn)
+    assert run.save_best.best is None and not (tmp_path / "b.pt").exists()
+
+
+def test_the_best_so_far_goes_on_through_a_resume(make_learn, tmp_path):
+    def run():
+        made = make_run(tmp_path / "c", SaveBest(tmp_path / "best.pt", "train_loss"), SetLoss([1.0, 2.0, 3.0, 0.5]))
+        return made
+
+    first = run()
+    first.fit(2, make_learn())
+    before = (tmp_path / "best.pt").read_bytes()
+    again = run()
+    again.fit(3, make_learn(), resume=tmp_path / "c")
+    assert (tmp_path / "best.pt").read_bytes() == before and again.save_best.best_epoch == 0
+    again.fit(4, resume=tmp_path / "c")
+    assert (tmp_path / "best.pt").read_bytes() != before and again.save_best.best == 0.5
+
+
+def test_a_folder_in_place_of_its_file_is_an_error(make_learn, tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"add a name, best.pt"):
+        save_best(tmp_path, [1.0], 1, make_learn)
