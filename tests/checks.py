@@ -99,14 +99,15 @@ class ClosedForm:
             averaged,
         )
 
-    def default_rate(self, x, read=None, steady=320):
+    def default_rate(self, x, read=None):
         """λ of the default recipe for a batch x of which the samples `read` are read, before `step` moves the state."""
         x, bs = x.detach().double(), len(x)
         dims = [d for d in range(x.dim()) if d != 1]
         xr = x if read is None else x[read]
         n = xr.numel() / x.shape[1]
         drift = n * ((xr.mean(dims) - self.mean) ** 2 / (self.var + self.eps)).mean().item()
-        return bs / (bs + 40) if self.count == 0 else min(bs / (bs + 40), n / steady * max(1, drift))
+        memory = min(max(0.05 * self.samples, 320), 3000)
+        return bs / (bs + 40) if self.count == 0 else min(bs / (bs + 40), n / memory * max(1, drift) ** 2)
 
     def step(self, x, dy, rate, backward_rate=None, read=None, floor_samples=20, floor=0.01):
         x, dy = x.detach().double(), dy.double()

@@ -116,7 +116,7 @@ def test_a_norm_that_is_none_is_refused_before_anything_is_trained(text, words):
 
 def test_a_description_has_every_setting_and_changes_with_a_recipe(monkeypatch):
     text = describe("default:kappa=0.5")
-    assert "kappa=0.5" in text and f"steady={RECIPES['default'].steady}" in text and "0x" not in text
+    assert "kappa=0.5" in text and "steady=Steady(least=320,most=3000,share=0.05)" in text and "0x" not in text
     before = describe("default")
     monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", kappa=0.125))
     assert describe("default") != before

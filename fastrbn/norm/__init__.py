@@ -3,7 +3,7 @@
 from .convert import convert_batchnorm, fuse_conv_rbn, to_batchnorm
 from .dispatch import running_batch_norm
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
-from .recipes import RECIPES, Clamp, Recipe, Skip, get_recipe
+from .recipes import RECIPES, Clamp, Recipe, Skip, Steady, get_recipe
 from .reference import NormState
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RunningBatchNorm2d",
     "RunningBatchNorm3d",
     "Skip",
+    "Steady",
     "convert_batchnorm",
     "fuse_conv_rbn",
     "get_recipe",

@@ -32,7 +32,6 @@ def choose(
     state: NormState,
     process_group=None,
     backend: str = "auto",
-    recipe: Recipe | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[str, str]:
@@ -50,7 +49,7 @@ def choose(
     elif x.dtype is not (wide := state.running_mean.dtype) and (wide is torch.float64 or x.dtype is torch.float64):
         why_not = f"{x.dtype} input in a layer with {wide} statistics is computed in the wider one"
     if backend == "triton" and why_not is None:
-        why_not = _why_not_triton(x, state, recipe)
+        why_not = _why_not_triton(x, state)
     if backend == "native" and why_not is None:
         why_not = native.why_not(x, weight, bias, state)
     if backend not in ("auto", "reference") and why_not is not None:
@@ -65,15 +64,13 @@ def choose(
     if why_not:
         why = f"{why}; not the C kernels: {why_not}"
     if _TRITON_BY_DEFAULT and x.device.type == "cuda":
-        if (why_not := _why_not_triton(x, state, recipe)) is None:
+        if (why_not := _why_not_triton(x, state)) is None:
             return "triton", "its kernels for CUDA tensors"
         why = f"{why}; not Triton's kernels: {why_not}"
     return "fused", why
 
 
-def _why_not_triton(x: Tensor, state: NormState, recipe: Recipe | None) -> str | None:
-    if recipe is not None and recipe.steady is not None:
-        return "its kernels know no drift, which a recipe with `steady` asks for"
+def _why_not_triton(x: Tensor, state: NormState) -> str | None:
     if state.running_mean.dtype is not torch.float32 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return (
             f"it takes float32, bfloat16 and float16 input and float32 statistics, and got {x.dtype} and "
@@ -129,7 +126,7 @@ def running_batch_norm(
     check_input(x, nf)
     _check_parameters(nf, weight, bias)
     recipe = get_recipe(recipe)
-    implementation = _implementation(choose(x, state, process_group, backend, recipe, weight, bias)[0])
+    implementation = _implementation(choose(x, state, process_group, backend, weight, bias)[0])
     if not training or (x.numel() == 0 and process_group is None):
         return implementation.evaluate(x, weight, bias, state, eps)
     twice = recent is not None and may_run_again()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import reference
 from .memory import Moment, recall, running_again
-from .recipes import Plan, steadied
+from .recipes import Plan
 from .reference import NormState, all_but_channel, average_gradients, elements_per_sample, per_channel, read
 
 _SCALAR_LOOPS_PAY = 1 << 14  # elements up to which PyTorch's scalar statistics beat two vectorised passes, CPU
@@ -145,9 +145,9 @@ def _advance_on_host(x: Tensor, state: NormState, plan: Plan) -> Moment:
         samples += bs
         shift, rate, count = m - mean, recipe.rate(plan.mom, bs, n), state.running_count.item()
         # nothing drifts from nowhere, and with enough elements the rate is the smaller one at any drift
-        if recipe.steady is not None and count != 0 and n < rate * recipe.steady:
+        if recipe.steady is not None and count != 0 and n < rate * recipe.steady.most:
             drift = n * (shift.square() / (var + plan.eps)).mean().item()
-            rate = steadied(rate, recipe.steady, n, drift)
+            rate = recipe.steady.rate(rate, n, drift, samples - bs)
         count = n if count < 0 else count + rate * (n - count)
         a = rate * n / count
         mean.add_(shift, alpha=a)

@@ -112,9 +112,7 @@ class RunningBatchNorm(nn.Module):
 
     def explain(self, x: Tensor) -> str:
         """Which backend works on `x`, and why, in a sentence."""
-        name, why = choose(
-            x, self.state, self.process_group, self.backend, self.recipe, self.weight, self.bias
-        )
+        name, why = choose(x, self.state, self.process_group, self.backend, self.weight, self.bias)
         return f"{name}: {why}"
 
     def reset_running_stats(self) -> None:

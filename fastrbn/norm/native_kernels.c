@@ -305,7 +305,7 @@ static void map(const Map *a, int threads) {
 typedef struct {
   Layout layout;
   int64_t bs, threads;
-  double rate, steady, eps;      /* steady 0: none */
+  double rate, least, most, grows, eps; /* the memory of `Steady`; most 0: none */
   double clamp, young_until;     /* floor under V while fewer samples were seen; young_until 0: never */
   int64_t batch;                 /* statistics="batch": normalise with the batch's own */
   int64_t skip_every, skip_after; /* skip_every 0: never */
@@ -367,14 +367,16 @@ static double steadied(const Forward *f, int64_t c, double n) {
     drift += shift * shift / (f->var[j] + f->eps);
   }
   drift *= n / c;
-  const double calm = n / f->steady * (drift > 1 ? drift : 1);
+  double memory = f->grows * (double)*f->samples;
+  memory = memory < f->least ? f->least : memory > f->most ? f->most : memory;
+  const double calm = n / memory * (drift > 1 ? drift * drift : 1);
   return calm < f->rate ? calm : f->rate;
 }
 
 /* Move the running statistics by the batch's in saved; the batch's share. */
 static double move(const Forward *f, int64_t c, double n) {
   const REAL *m = f->saved + M * c, *v = f->saved + V * c;
-  const double old = *f->count, rate = f->steady > 0 && old != 0 ? steadied(f, c, n) : f->rate;
+  const double old = *f->count, rate = f->most > 0 && old != 0 ? steadied(f, c, n) : f->rate;
   if (f->batch) { /* nn.BatchNorm's: the variance unbiased where it can be */
     const double unbiased = n > 1 ? n / (n - 1) : 1;
     for (int64_t j = 0; j < c; j++) {

@@ -87,15 +87,47 @@ class Clamp:
 
 
 @dataclass(frozen=True)
+class Steady:
+    """A long memory for statistics whose means stand still: λ = min(rate, n/memory · max(1, drift)²).
+
+    - n: elements a channel of this batch; drift: n·mean((m−M)²/(V+ε)) over the channels, about 1 for means that stand
+      still. One that is a deviation off makes 3 of it at n = 2 and 9 at n = 8, so λ is there within a few steps.
+    - memory, in elements a channel: `share` of the samples seen so far, at least `least` and at most `most`. Weights move
+      fast at first, when little is known anyway.
+
+    The numbers are the best of those measured (norm/README.md). The first batch takes the rate.
+    """
+
+    least: float = 320
+    most: float = 3000
+    share: float = 0.05
+
+    def __post_init__(self):
+        if not (1 <= self.least <= self.most and 0 <= self.share):
+            raise ValueError(
+                f"a memory is at least 1 element a channel, `most` at least `least`, and `share` not negative; got {self}"
+            )
+
+    def rate(self, rate, n, drift, samples):
+        """λ from the recipe's rate, n, the drift and the number of samples seen before; numbers or tensors."""
+        if isinstance(drift, torch.Tensor):
+            memory = (self.share * samples.to(drift.dtype)).clamp(self.least, self.most)
+            drift = drift.clamp_min(1)
+            calm = n / memory * drift * drift
+            return torch.minimum(calm, rate) if isinstance(rate, torch.Tensor) else calm.clamp_max(rate)
+        memory, drift = min(max(self.share * samples, self.least), self.most), max(1.0, drift)
+        return min(rate, n / memory * drift * drift)  # drift**2 would raise where this is inf
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What distinguishes one running batch norm from another.
 
     - `rate`: the averaging rate λ of the statistics from (mom, batch size, elements a channel that they read).
     - `statistics`: `"running"` normalises with the running statistics in training too; `"batch"` with the batch's own,
       as nn.BatchNorm does, and keeps running ones for evaluation.
-    - `steady`: while the batch means stay within their noise, keep a memory of this many elements a channel at least:
-      λ = min(rate, n/steady · max(1, drift)), where drift is n·mean((m−M)²/(V+ε)) over the channels, about 1 for a mean
-      that stands still; the first batch takes the rate. None: λ is the rate.
+    - `steady`: a longer memory while the means stand still, see `Steady`; a number for one of that many elements a
+      channel throughout. None: λ is the rate.
     - `backward`: `"exact"` differentiates through this batch's share a of the statistics; `"averaged"` adds the share
       `kappa` of the running averages of mean(dy) and mean(dy·x̂) for the rest 1−a; `"detached"` treats the statistics
       as constants.
@@ -111,7 +143,7 @@ class Recipe:
     name: str
     rate: Rate = rate_per_sample
     statistics: str = "running"
-    steady: int | None = None
+    steady: Steady | float | None = None
     backward: str = "exact"
     kappa: float = 0.0
     backward_rate: Rate = rate_backward
@@ -131,9 +163,12 @@ class Recipe:
                 f"a skipped step normalises with running statistics, statistics='batch' never does; got both, with "
                 f"{self.skip}: leave one out"
             )
-        for name, what in (("elements", "reads"), ("steady", "remembers")):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"a recipe {what} at least 1 element a channel, or {name}=None; got {name}={value}")
+        if self.elements is not None and self.elements < 1:
+            raise ValueError(f"a recipe reads at least 1 element a channel, or elements=None; got {self.elements}")
+        if isinstance(self.steady, (int, float)):
+            object.__setattr__(self, "steady", Steady(self.steady, self.steady))
+        if not isinstance(self.steady, (Steady, type(None))):
+            raise ValueError(f"steady is a Steady, a number of elements, or None; got {self.steady!r}")
 
     def but(self, **changes) -> Recipe:
         """A copy with some fields changed, named after this one unless `name` is given."""
@@ -152,7 +187,7 @@ RECIPES = {
     r.name: r
     for r in (
         # each number: the best of the cells measured so far at batch 1 to 512 (norm/README.md)
-        Recipe("default", steady=320, backward="averaged", kappa=0.25, elements=4096, clamp=_COURSE_CLAMP),
+        Recipe("default", steady=Steady(), backward="averaged", kappa=0.25, elements=4096, clamp=_COURSE_CLAMP),
         Recipe("course", rate=rate_course, clamp=_COURSE_CLAMP),
         Recipe(
             "skip-alternate",
@@ -165,14 +200,6 @@ RECIPES = {
         Recipe("batch", rate=rate_fixed, statistics="batch"),
     )
 }
-
-
-def steadied(rate, steady: int, n, drift):
-    """λ of a recipe with `steady`, from its rate and the drift; numbers or tensors."""
-    if isinstance(drift, torch.Tensor):
-        calm = drift.clamp_min(1) * (n / steady)
-        return torch.minimum(calm, rate) if isinstance(rate, torch.Tensor) else calm.clamp_max(rate)
-    return min(rate, n / steady * max(1.0, drift))
 
 
 class Plan(NamedTuple):

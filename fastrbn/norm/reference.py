@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .groups import merge_over_ranks, sum_over_ranks
 from .memory import Moment, recall, snapshot
-from .recipes import Plan, at_least_one, steadied
+from .recipes import Plan, at_least_one
 
 
 class NormState(NamedTuple):
@@ -146,7 +146,8 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
     moves = seen
     if recipe.steady is not None:
         drift = n * ((m - old_mean).square() / (old_var + plan.eps)).mean()
-        rate = torch.where(count == 0, rate, steadied(rate, recipe.steady, n, drift))  # nothing drifts from nowhere
+        calm = recipe.steady.rate(rate, n, drift, state.num_samples_tracked)
+        rate = torch.where(count == 0, rate, calm)  # nothing drifts from nowhere
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
         seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch

@@ -11,7 +11,7 @@ Functions that are not called `…_kernel` are pieces; the kernels put them toge
 in `work`, which is float32 and holds, with K = C in planes and W in columns:
 
 - forward: count, mean − origin, M2 (slots, K) each | a flag a program: not finite | old count, skipped, young if this
-  batch counts, young if it does not | old mean, old variance, origin (C) each
+  batch counts, young if it does not, λ by the drift | old mean, old variance, origin (C) each
 - backward: Σdy, Σdy·(x−mean) (slots, K) each | flags | old weight | old A, B (C) each | u, z, u_read, z_read (C) each
 
 What a forward pass leaves for the backward pass is its `moment`, float32: m, v, mean, variance (C) each | share, moves,
@@ -47,6 +47,7 @@ class Rule(NamedTuple):
     SKIP_AFTER: tl.constexpr
     YOUNG: tl.constexpr  # samples until which the floor holds; 0: no floor
     FLOOR: tl.constexpr  # of the variance
+    DRIFT: tl.constexpr  # whether λ depends on the drift of the means: `Recipe.steady`, and few elements
 
 
 class Shape(NamedTuple):
@@ -228,7 +229,7 @@ def statistics(block, slot, x, state, work, shape, rows, tiles, slots, step, bs,
     bad = tl.where(inside & ~(tl.abs(m2) < float("inf")), 1.0, 0.0)
     tl.store(flag + slot * blocks + block, tl.sum(bad, 0))
     if slot == 0:
-        once, to, channels = inside & (key % shape.inner == 0), old + 4 + c, shape.channels
+        once, to, channels = inside & (key % shape.inner == 0), old + 5 + c, shape.channels
         tl.store(to, tl.load(state.running_mean + c, mask=once), mask=once)
         tl.store(to + channels, tl.load(state.running_var + c, mask=once), mask=once)
         tl.store(to + 2 * channels, origin, mask=once)
@@ -265,16 +266,39 @@ def merge_statistics(c, work, shape, parts, cut, PARTS: tl.constexpr):
 
 
 @triton.jit
+def rate_by_drift(state, work, shape, parts, flags, numbers, cut, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """λ of a recipe with `steady` into `work`, by one program: the mean over all channels is asked for."""
+    old = work + 3 * parts * keys_of(0, shape, cut)[1] + flags
+    total = tl.zeros((CHANNELS,), tl.float32)
+    for i in range(0, shape.channels, CHANNELS):
+        c = tl.arange(0, CHANNELS) + i
+        inside = c < shape.channels
+        mean = tl.load(old + 5 + c, mask=inside, other=0.0)
+        var = tl.load(old + 5 + shape.channels + c, mask=inside, other=1.0)
+        m, v = merge_statistics(c, work, shape, parts, cut, PARTS)
+        gap = m + tl.load(old + 5 + 2 * shape.channels + c, mask=inside, other=0.0) - mean
+        total += tl.where(inside, gap * gap / (var + numbers.eps), 0.0)
+    drift = tl.maximum(numbers.n / shape.channels * tl.sum(total, 0), 1.0)
+    memory = numbers.share * tl.load(state.num_samples_tracked).to(tl.float32)
+    memory = tl.minimum(tl.maximum(memory, numbers.least), numbers.most)
+    calm = tl.minimum(numbers.n / memory * drift * drift, numbers.rate)
+    tl.store(old + 4, tl.where(tl.load(old) == 0, numbers.rate, calm))  # nothing drifts from nowhere
+
+
+@triton.jit
 def advance(c, write, first, state, moment, work, shape, parts, flags, numbers, bs, cut, rule, PARTS: tl.constexpr):
     """Move the state of channels c by the batch: `write` to store it, `first` to store what channels share as well.
     Returns mean and variance to normalise with, and whether the layer is young. As `reference.advance`."""
-    n, rate, channels, inside = numbers.n, numbers.rate, shape.channels, c < shape.channels
+    n, rate, new, channels, inside = numbers.n, numbers.rate, numbers.new, shape.channels, c < shape.channels
     flag = work + 3 * parts * keys_of(0, shape, cut)[1]
     old = flag + flags
+    if rule.DRIFT:
+        rate = tl.load(old + 4)
+        new = rate * n
     m, v = merge_statistics(c, work, shape, parts, cut, PARTS)
-    old_mean = tl.load(old + 4 + c, mask=inside, other=0.0)
-    old_var = tl.load(old + 4 + channels + c, mask=inside, other=1.0)
-    m += tl.load(old + 4 + 2 * channels + c, mask=inside, other=0.0)
+    old_mean = tl.load(old + 5 + c, mask=inside, other=0.0)
+    old_var = tl.load(old + 5 + channels + c, mask=inside, other=1.0)
+    m += tl.load(old + 5 + 2 * channels + c, mask=inside, other=0.0)
     count, seen = tl.load(old), all_finite(flag, flags)
     moves = seen
     if rule.SKIP_EVERY > 0:
@@ -287,9 +311,9 @@ def advance(c, write, first, state, moment, work, shape, parts, flags, numbers, 
         a, moved = count * 0 + 1, n
         mean, var = old_mean + rate * (m - old_mean), old_var + rate * (v * (n / tl.maximum(n - 1, 1.0)) - old_var)
     else:
-        moved = tl.where(count < 0, n, numbers.new + (1 - rate) * count)
+        moved = tl.where(count < 0, n, new + (1 - rate) * count)
         # rounded right: 1 on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
-        a = tl.where(moves, tl.div_rn(numbers.new + 0 * count, moved), 0.0)
+        a = tl.where(moves, tl.div_rn(new + 0 * count, moved), 0.0)
         gap = m - old_mean
         mean, var = old_mean + a * gap, (1 - a) * old_var + a * v + a * (1 - a) * gap * gap
     mean, var = tl.where(moves, mean, old_mean), tl.where(moves, var, old_var)
@@ -342,6 +366,14 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
+def rate_kernel(
+    state, work, shape, numbers, parts, flags, cut: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr
+):
+    """λ by the drift, for whatever moves the state next. One program."""
+    rate_by_drift(state, work, shape, parts, flags, numbers, cut, CHANNELS, PARTS)
+
+
+@triton.jit(do_not_specialize=VARYING)
 def advance_kernel(
     state, moment, work, shape, numbers, parts, flags, bs,
     cut: tl.constexpr, rule: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
@@ -380,6 +412,9 @@ def forward_kernel(
     """The whole forward pass in one program, whose tiles are as wide as the tensor (columns)."""
     statistics(0, 0, x, state, work, shape, read_rows, read_tiles, 1, step, bs, cut, rule, RELU)
     tl.debug_barrier()  # what one thread has written, another may now read
+    if rule.DRIFT:
+        rate_by_drift(state, work, shape, 1, 1, numbers, cut, CHANNELS, PARTS)
+        tl.debug_barrier()
     c = tl.arange(0, CHANNELS)
     advance(c, True, True, state, moment, work, shape, 1, 1, numbers, bs, cut, rule, PARTS)
     tl.debug_barrier()

@@ -8,6 +8,7 @@ Launches a step, forward + backward (units: one read or write of the activations
 - 3 + 3 (same units) otherwise: a launch between merges, so that it is not done many times over;
 - backward 2 launches (3 units) where dx needs no sums of this batch: `detached`, evaluation, `one_pass`.
 
+Few elements in a recipe with `steady` take one launch more, where there are several: λ is by the drift of all channels.
 A step that the recipe skips reads nothing of x but to normalise it: 2 units forward. Nothing is asked of the device,
 so a CUDA graph can record a step. Batches of other sizes compile no new kernels, unless they have fewer rows than a
 tile. The programs are in `triton_forward` and `triton_backward`, how they share the work in `triton_cuts`.
@@ -111,12 +112,15 @@ def _backward(ctx, dy):
 
 
 class _Numbers(NamedTuple):
-    """Of a forward pass: elements n a channel that the statistics read, λ, λ·n, ε."""
+    """Of a forward pass: elements n a channel that the statistics read, λ, λ·n, ε, the recipe's `Steady`."""
 
     n: float
     rate: float
     new: float
     eps: float
+    least: float
+    most: float
+    share: float
 
 
 class _BackwardNumbers(NamedTuple):
@@ -132,9 +136,13 @@ class _BackwardNumbers(NamedTuple):
 def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
     """Move the state and normalise: y, the moment, the job and the rule."""
     recipe, bs, channels = plan.recipe, x.shape[0], x.shape[1]
-    rule = _rule(recipe, plan.eps, plan.twice)
     if not all(t.is_contiguous() for t in (state.running_mean, state.running_var, state.running_grad)):
         raise ValueError("the triton backend needs a contiguous state: make it so with .contiguous()")
+    kept = recipe.samples_read(bs, elements_per_sample(x)) * elements_per_sample(x)
+    rate = float(recipe.rate(plan.mom, bs, kept))
+    # with enough elements the rate is the smaller one at any drift
+    drift = recipe.steady is not None and kept < rate * recipe.steady.most
+    rule = _rule(recipe, plan.eps, plan.twice, drift=drift)
     if plan.recent and running_again():
         seen = x.relu() if relu == "before" else x
         found = recall(plan.recent, *fused._statistics(seen, state, recipe)[:2])
@@ -146,8 +154,7 @@ def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
     job = _job(x, last, recipe)
     y, affine = torch.empty_like(x), _affine(weight, bias)
     work, moment = _floats(job.forward_work, x), _floats(4 * channels + 3, x)
-    rate = float(recipe.rate(plan.mom, bs, job.kept * elements_per_sample(x)))
-    numbers = _Numbers(job.n, rate, rate * job.n, float(plan.eps))
+    numbers = _Numbers(job.n, rate, rate * job.n, float(plan.eps), *_memory(recipe))
     s, flags, common = job.statistics, job.statistics.slots * job.blocks, job.common
     with _on(x.device):
         if job.one:
@@ -160,6 +167,10 @@ def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
                 x, state, work, job.shape, job.read_rows, job.read_tiles, s.slots, job.step, bs, job.cut, rule, relu,
                 **common,
             )  # fmt: skip
+            if drift:
+                forward.rate_kernel[(1,)](
+                    state, work, job.shape, numbers, s.slots, flags, job.cut, job.channels, job.parts, **_MERGING
+                )
             if not s.inside:
                 forward.advance_kernel[(triton.cdiv(channels, job.channels),)](
                     state, moment, work, job.shape, numbers, s.slots, flags, bs, job.cut, rule, job.channels,
@@ -177,7 +188,7 @@ def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
 def _map(x, last: bool, weight, bias, state, moment, eps: float, rule, relu: str, recipe=None):
     """y for a moment, or a frozen state, that is known; and the job."""
     job = _job(x, last, recipe)
-    y, numbers = torch.empty_like(x), _Numbers(0.0, 0.0, 0.0, float(eps))
+    y, numbers = torch.empty_like(x), _Numbers(0.0, 0.0, 0.0, float(eps), 1.0, 1.0, 0.0)
     with _on(x.device):
         forward.map_kernel[(job.tiles * job.blocks,)](
             x, y, _affine(weight, bias), state, moment, None, job.shape, numbers, job.rows, job.tiles, job.tiles, 0, 0,
@@ -268,11 +279,16 @@ def _differentiable(ctx, x, weight, bias, dy):
 
 
 _MERGING = {"num_warps": 4, "enable_fp_fusion": True}
-_FROZEN = Rule(*map(tl.constexpr, (True, False, False, False, False, 0, 0, 0, 0.0)))
+_FROZEN = Rule(*map(tl.constexpr, (True, False, False, False, False, 0, 0, 0, 0.0, False)))
+
+
+def _memory(recipe: Recipe) -> tuple[float, float, float]:
+    s = recipe.steady
+    return (1.0, 1.0, 0.0) if s is None else (float(s.least), float(s.most), float(s.share))
 
 
 @lru_cache(maxsize=256)
-def _rule(recipe: Recipe, eps: float, twice: bool = False, for_x: bool = True) -> Rule:
+def _rule(recipe: Recipe, eps: float, twice: bool = False, for_x: bool = True, drift: bool = False) -> Rule:
     """What the recipe's kernels are compiled for; `for_x`: x needs a gradient, so the averages move."""
     skip, clamp, batch = recipe.skip, recipe.clamp, recipe.statistics == "batch"
     through, averaged = for_x and recipe.backward != "detached", for_x and recipe.backward == "averaged"
@@ -280,7 +296,8 @@ def _rule(recipe: Recipe, eps: float, twice: bool = False, for_x: bool = True) -
     young, floor = 0, 0.0
     if clamp is not None:
         young, floor = clamp.samples, clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
-    return Rule(*map(tl.constexpr, (False, batch, through, averaged, twice, every, after, young, float(floor))))
+    settings = (False, batch, through, averaged, twice, every, after, young, float(floor), drift)
+    return Rule(*map(tl.constexpr, settings))
 
 
 def _job(x: Tensor, last: bool, recipe: Recipe | None) -> cuts.Job:
