@@ -35,6 +35,8 @@ def why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormSt
     real, mean = x.dtype, state.running_mean
     if not x.is_cpu or real not in _REAL:
         return f"its C kernels take float32 and float64 on the CPU; got {real} on {x.device}"
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or _is_lazy(x):
+        return f"a {type(x).__name__} that is not what lies in memory answers for itself"
     c = x.shape[1]
     for t, numel in zip(state, (c, c, 1, 1, 1, 2 * c, 1), strict=True):
         if not (t.is_cpu and t.is_contiguous() and t.numel() == numel):
@@ -90,7 +92,7 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *fused._differentiable_backward(_as_fused(ctx), x, weight, bias, dy), None, None
         recipe, mom, state, c = ctx.plan.recipe, ctx.plan.mom, ctx.state, x.shape[1]
-        if dy.stride() != x.stride():
+        if dy.stride() != x.stride() or _is_lazy(dy):
             dy = torch.empty_like(x).copy_(dy)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # of their own, not two views of one: autograd takes such gradients as they are, and copies views
@@ -124,6 +126,11 @@ def _layout(x: Tensor, recipe: Recipe) -> tuple[tuple[int, ...], int]:
 def _threads(x: Tensor) -> int:
     numel = x.numel()
     return 1 if numel < 2 * _WORTH_A_THREAD else min(torch.get_num_threads(), numel // _WORTH_A_THREAD, _MOST_THREADS)
+
+
+def _is_lazy(t: Tensor) -> bool:
+    """Whether a real tensor's values are not those in its memory: the sign is still to be turned, or all are zero."""
+    return t.is_neg() or t._is_zerotensor()
 
 
 def _pointer(t: Tensor | None) -> int:

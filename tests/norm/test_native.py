@@ -82,6 +82,21 @@ def test_slices_and_expanded_gradients_are_laid_out_anew(last):
     assert_same(got, want, 1e-10)
 
 
+def test_what_lies_in_memory_is_not_taken_for_a_tensor_whose_sign_is_still_to_be_turned():
+    x, dy = data((4, 3, 6), torch.float64)
+    lazy = [torch._neg_view(-t) for t in (x, dy)]
+    assert lazy[0].is_neg() and torch.equal(lazy[0], x)
+    want = step(layer_of(backend="reference", dtype=torch.float64), x, dy)
+    assert_same(step(layer_of(backend="native", dtype=torch.float64), x, lazy[1]), want, 1e-10)
+    layer = layer_of(dtype=torch.float64)
+    assert layer.explain(lazy[0]).startswith("fused")
+    layer(lazy[0])
+    assert torch.allclose(layer.running_mean, want["running_mean"])
+    zero = torch._efficientzerotensor(x.shape, dtype=torch.float64)
+    got, want = (step(layer_of(backend=b, dtype=torch.float64), x, zero) for b in ("native", "reference"))
+    assert_same(got, want, 1e-10)
+
+
 def test_parameters_and_states_of_another_size_never_reach_c():
     x = torch.randn(4, 3, 5)
     for name, bad in (("weight", torch.ones(2)), ("bias", torch.zeros(4))):
