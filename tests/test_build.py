@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from fastrbn.build import get_learn_run, get_runner
+from fastrbn.build import get_learn_run, get_runner, param_groups
 from fastrbn.learn import Callback, Learner, Runner, TrainEvalCallback
 from fastrbn.models import conv_bn, conv_rbn
+from fastrbn.norm import RunningBatchNorm
 
 
 class Losses(Callback):
@@ -103,3 +104,55 @@ def test_wrong_arguments_say_what_came(data):
         get_learn_run([8], data, 0.1, "conv_rbn")
     with pytest.raises(TypeError, match="derive from fastrbn.Callback; got"):
         get_runner(nn.Linear(2, 2), data, cbs=[dict])
+
+
+# --- weight decay
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.rbn = nn.Conv2d(1, 4, 3), RunningBatchNorm(4)
+        self.norm, self.own = nn.LayerNorm((4, 6, 6)), nn.Parameter(torch.zeros(4))
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4, bias=False)
+        self.b.weight = self.a.weight
+        self.attention = nn.MultiheadAttention(4, 2)
+
+
+def test_norms_biases_and_vectors_are_left_out_of_weight_decay():
+    net = Net()
+    names = {p: n for n, p in net.named_parameters()}
+    decay, rest = param_groups(net, 0.05)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
+    assert [names[p] for p in decay["params"]] == [
+        "conv.weight",
+        "a.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    ]
+    assert sorted(map(names.get, (*decay["params"], *rest["params"]))) == sorted(names.values())
+    optim.AdamW([decay, rest], lr=0.1)
+
+
+def test_an_empty_group_is_left_out():
+    (group,) = param_groups(nn.Linear(3, 2, bias=False))
+    assert group["weight_decay"] == 0.01
+    (group,) = param_groups(nn.BatchNorm1d(3))
+    assert group["weight_decay"] == 0.0
+
+
+def test_a_runner_takes_weight_decay_in_groups():
+    data = SimpleNamespace(train_dl=[], valid_dl=None)
+    learn, _ = get_runner(nn.Linear(3, 2), data, weight_decay=0.1)
+    assert [(len(g["params"]), g["weight_decay"]) for g in learn.opt.param_groups] == [(1, 0.1), (1, 0.0)]
+    learn, _ = get_runner(nn.Linear(3, 2), data, opt_func=optim.AdamW)
+    assert [(len(g["params"]), g["weight_decay"]) for g in learn.opt.param_groups] == [(2, 0.01)]
+
+
+@pytest.mark.parametrize("wd", [-1, "0.1", True, float("nan")])
+def test_a_weight_decay_that_is_none_is_told(wd):
+    with pytest.raises(ValueError, match="weight_decay is a finite number, 0 or more; got"):
+        param_groups(nn.Linear(3, 2), wd)
+    with pytest.raises(TypeError, match="param_groups needs an nn.Module; got"):
+        param_groups([torch.zeros(3)])

@@ -39,7 +39,7 @@ class Batch:
         if device is not None and (kind := device.type) != "cpu":
             module = getattr(torch, kind)
             random.append((functools.partial(module.set_rng_state, device=device), module.get_rng_state(device)))
-        autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        autocast = run._parts.forward(_autocast, kind)  # as the model is called, see Runner.claim
         return cls(run.n_iter, run.epoch, run.iter, run.in_train, random, counters, autocast, host, run.xb, run.yb)
 
 
@@ -89,17 +89,24 @@ def replay(run, batch, backward=False) -> Trace:
     return trace
 
 
+def _autocast(kind):
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
 def _again(run, batch, backward, trace):
     context = contextlib.nullcontext()
     if batch.autocast is not None:
         context = torch.autocast(batch.autocast[0], dtype=batch.autocast[1])
-    with context:
-        run.pred = run.model(batch.xb)
-        run.loss = run.loss_func(run.pred, batch.yb)
-    if not all(map(is_finite, float_tensors(run.loss))):
-        trace.bad.add(("loss", "loss"))
-    if backward:
-        run.loss.backward()
+    # other ranks of a distributed run have not come here
+    alone = run.model.alone() if hasattr(type(run.model), "alone") else contextlib.nullcontext(run.model)
+    with alone as model:
+        with context:
+            run.pred = model(batch.xb)
+            run.loss = run.loss_func(run.pred, batch.yb)
+        if not all(map(is_finite, float_tensors(run.loss))):
+            trace.bad.add(("loss", "loss"))
+        if backward:
+            run.loss.backward()
 
 
 @contextlib.contextmanager

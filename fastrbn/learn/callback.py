@@ -23,7 +23,8 @@ def camel2snake(name: str) -> str:
 class Callback:
     """Base of all callbacks: override the events you need, leave the rest.
 
-    - `_order` (int, default 0): callbacks run by ascending `_order`, those of equal order as they were given.
+    - `_order` (int, default 0): callbacks run by ascending `_order`, those of equal order as they were given; in the
+      events that `_last` names a callback runs after all others.
     - `self.run` is the `Runner`; reading an attribute the callback does not have reads the run's, so `self.loss` is
       the run's loss. Writing one of the run's own names (`self.loss = …`) raises: it would only shadow it.
     - An event whose name is misspelt raises when the class is made, with the nearest event.
@@ -33,6 +34,7 @@ class Callback:
     """
 
     _order = 0
+    _last = frozenset()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -18,6 +18,16 @@ class Learner:
     def __init__(self, model, opt, loss_func, data):
         self.model, self.opt, self.loss_func, self.data = model, opt, loss_func, data
 
+    def summary(self, xb=None):
+        """A table of the model's modules, output shapes, parameters and norms, and totals: a `Summary`, to print.
+
+        `xb`: a batch as the model takes it; None: the first of the training data, as it comes from the loader. The
+        model and all random states are afterwards what they were. See `fastrbn.model_summary`.
+        """
+        from fastrbn.summary import of_learner
+
+        return of_learner(self, xb)
+
     def __repr__(self):
         loss = getattr(self.loss_func, "__name__", type(self.loss_func).__name__)
         return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss})"

@@ -154,7 +154,7 @@ def _random(run, saved) -> RandomState:
     state, dist = RandomState(_loaders(run)), torch.distributed
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         own = state.state_dict()  # rank 0 saved: with its random numbers all ranks would drop the same units
-        saved = {**own, "loaders": saved["loaders"]}
+        saved = {**own, "loaders": saved["loaders"], "generators": saved["generators"]}  # the data's order is shared
     state.load_state_dict(saved)
     return state
 

@@ -11,6 +11,7 @@ import torch
 from . import resume as resuming
 from .callback import RUN_STATE, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
+from .parts import Parts
 
 _CANCEL = {"batch": CancelBatchException, "epoch": CancelEpochException, "train": CancelTrainException}
 _LENT = ("model", "opt", "loss_func", "data", "logger")  # callbacks may replace these for the length of a fit
@@ -33,6 +34,7 @@ class Runner:
 
     def __init__(self, cbs=None, cb_funcs=None):
         self.__dict__.update(dict.fromkeys(RUN_STATE), in_train=False, logger=print, cbs=[], _fitting=False)
+        self._parts = Parts()
         made = [_make(cb) for cb in (*_as_list(cbs), *_as_list(cb_funcs))]
         if not any(isinstance(cb, TrainEvalCallback) for cb in made):
             made.insert(0, TrainEvalCallback())
@@ -47,6 +49,32 @@ class Runner:
         self.cbs.sort(key=lambda cb: cb._order)
         if not self._fitting:
             self._handlers = self._resolve()
+
+    def remove_cbs(self, cbs) -> None:
+        """Take callbacks off again; during a fit, they take part until its end. ValueError for one that is not here."""
+        for cb in _as_list(cbs):
+            if not any(cb is known for known in self.cbs):
+                raise ValueError(f"only a callback of this run can be removed; {cb!r} is none of {self.cbs}")
+            self.cbs = [known for known in self.cbs if known is not cb]
+            for name in [name for name, value in vars(self).items() if value is cb]:
+                delattr(self, name)
+        if not self._fitting:
+            self._handlers = self._resolve()
+
+    def claim(self, owner, **functions) -> None:
+        """Take over parts of the step, for the fit that is under way; called in `begin_fit` by the callback `owner`.
+
+        - `forward(function, *args)`: calls the model with the batch, and the loss function with `pred` and `yb`.
+        - `weigh(loss)`: returns the loss to differentiate; `run.loss` stays as it is. Those of several classes are
+          called one after the other.
+        - `backward(loss)`: leaves gradients in the parameters.
+        - `step(opt)`: moves the parameters.
+
+        Events come as ever. RuntimeError when another callback has one of them.
+        """
+        if not self._fitting:
+            raise RuntimeError(f"parts of the step are claimed for a fit, in begin_fit; {owner!r} claims outside one")
+        self._parts.claim(type(owner).__name__, functions)
 
     def fit(self, epochs: int, learn=None, resume=None) -> None:
         """Train `learn` (default: the one trained last) for `epochs` passes over `learn.data.train_dl`.
@@ -93,20 +121,18 @@ class Runner:
             self._cancelled("epoch")
 
     def _one_batch(self, batch) -> None:
+        parts = self._parts
         try:
             try:
                 self.xb, self.yb = _pair(batch)
                 self("begin_batch")
-                self.pred = self.model(self.xb)
+                self.pred = parts.forward(self.model, self.xb)
                 self("after_pred")
-                self.loss = self.loss_func(self.pred, self.yb)
+                self.loss = parts.forward(self.loss_func, self.pred, self.yb)
                 self("after_loss")
                 if self.in_train:
-                    self.loss.backward()
-                    self("after_backward")
-                    self.opt.step()
-                    self("after_step")
-                    self.opt.zero_grad()
+                    parts.backward(parts.weigh(self.loss))
+                    self.update()
             except CancelBatchException:
                 self._cancelled("batch")
         except CancelEpochException:
@@ -117,6 +143,14 @@ class Runner:
             raise
         self._outside_batch("after_batch")
 
+    def update(self) -> None:
+        """The second half of a training step, from gradients to new parameters. A callback that has held gradients
+        back takes it itself when there is no batch left to take it in."""
+        self("after_backward")
+        self._parts.step(self.opt)
+        self("after_step")
+        self.opt.zero_grad()
+
     def state_dict(self, phase: str) -> dict:
         """All that the rest of the fit depends on, in plain data (`torch.load(…, weights_only=True)` reads it back).
 
@@ -124,6 +158,16 @@ class Runner:
         however many), "end" in `after_epoch`. Between these a step is half done, and its state not one to go on from.
         """
         return resuming.collect(self, phase)
+
+    def summary(self, xb=None, learn=None):
+        """`Learner.summary` of `learn` (default: the one trained last), whose batch goes through those callbacks first
+        that change batches and need no fit for it, such as BatchTransformXCallback."""
+        from fastrbn.summary import of_learner
+
+        learn = self.learn if learn is None else learn
+        if learn is None:
+            raise TypeError("this run has not trained yet: say what to look at, run.summary(learn=learn)")
+        return of_learner(learn, xb, self.cbs)
 
     def __call__(self, event: str) -> None:
         """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""
@@ -176,6 +220,7 @@ class Runner:
         self.xb = self.yb = self.pred = self._before_pass = None
         self.loss, self.in_train = torch.tensor(0.0), False
         self._borrowed = {name: getattr(self, name) for name in _LENT}
+        self._parts.reset()
         for cb in self.cbs:
             cb.set_runner(self)  # a callback may have been in another run since
         self._handlers = self._resolve()
@@ -194,6 +239,7 @@ class Runner:
                 failures.append(e)
         self._fitting = False
         self.__dict__.update(self._borrowed)
+        self._parts.reset()
         for name in ("pred", "loss"):  # the last batch's graph is not kept
             if isinstance(value := getattr(self, name), torch.Tensor):
                 setattr(self, name, value.detach())
@@ -214,12 +260,14 @@ class Runner:
             self._last_call(lambda: self._cancelled(what))  # which lets only larger cancels out
 
     def _resolve(self) -> dict[str, tuple]:
-        """The handlers of each event, in order: only methods that are not the base class's no-op."""
+        """The handlers of each event, in order, and after them those of callbacks that want to be last in it: only
+        methods that are not the base class's no-op."""
 
         def overrides(cb, event):
             return event in vars(cb) or getattr(type(cb), event) is not getattr(Callback, event)
 
-        return {e: tuple(getattr(cb, e) for cb in self.cbs if overrides(cb, e)) for e in EVENTS}
+        ordered = {e: sorted(self.cbs, key=lambda cb: e in cb._last) for e in EVENTS}  # noqa: B023
+        return {e: tuple(getattr(cb, e) for cb in ordered[e] if overrides(cb, e)) for e in EVENTS}
 
     def _free_name(self, cb) -> str:
         name = cb.name

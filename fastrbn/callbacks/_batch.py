@@ -1,0 +1,20 @@
+"""What can be said of any batch."""
+
+from __future__ import annotations
+
+
+def batch_size(xb) -> int:
+    """The number of samples; of several inputs (a tuple, list or dictionary) that of the first."""
+    while isinstance(xb, (list, tuple, dict)):
+        xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
+    return len(xb)
+
+
+def step_size(run) -> int:
+    """The number of samples in the run's batch, over all processes (see `Distributed`)."""
+    return vars(run).get("samples") or batch_size(run.xb)
+
+
+def gradients(opt) -> list:
+    """The gradients that `opt` is about to step with."""
+    return [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]

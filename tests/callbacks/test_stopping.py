@@ -1,0 +1,139 @@
+"""EarlyStopping: when it ends a fit, what it says, and what a resumed fit makes of it."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastrbn.callbacks import AvgStatsCallback, Checkpoint, EarlyStopping, SaveBest
+from fastrbn.learn import Callback, Learner, Runner
+
+VALUES = [5.0, 4.0, 3.0, 3.5, 2.9, 2.95, 2.92, 2.91, 2.0, 1.0]
+
+
+def make_learn(values=VALUES):
+    """The validation loss of epoch i is values[i], whatever is trained."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+
+    def loss_func(pred, yb):
+        return pred.mean() if model.training else values[loss_func.run.epoch] + 0 * pred.mean()
+
+    batch = [(torch.randn(3, 2), torch.zeros(3))]
+    data = SimpleNamespace(train_dl=batch, valid_dl=batch)
+    return Learner(model, torch.optim.SGD(model.parameters(), lr=0.01), loss_func, data)
+
+
+def last_row(pred, yb):
+    return pred.mean()
+
+
+def fit(learn, epochs, *cbs, resume=None):
+    run = Runner([AvgStatsCallback(last_row), *cbs])
+    learn.loss_func.run = run
+    run.logger = lambda line: None
+    run.fit(epochs, learn, resume=resume)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "epochs", "best_epoch", "sentence"),
+    [
+        ({"patience": 1}, 4, 2, "valid_loss has not fallen for 1 epoch (best: 3 in epoch 2)"),
+        ({"patience": 2}, 7, 4, "valid_loss has not fallen for 2 epochs (best: 2.9 in epoch 4)"),
+        ({"patience": 3}, 8, 4, "valid_loss has not fallen for 3 epochs (best: 2.9 in epoch 4)"),
+        ({"patience": 4}, 10, 9, None),
+        (
+            {"patience": 2, "min_delta": 0.5},
+            5,
+            2,
+            "valid_loss has not fallen by more than 0.5 for 2 epochs (best: 3 in epoch 2)",
+        ),
+        ({"patience": 2, "mode": "max"}, 3, 0, "valid_loss has not risen for 2 epochs (best: 5 in epoch 0)"),
+    ],
+    ids=str,
+)
+def test_it_ends_after_so_many_epochs_without_a_gain(kwargs, epochs, best_epoch, sentence):
+    run = fit(make_learn(), 10, EarlyStopping(**kwargs))
+    stopping = run.early_stopping
+    assert len(run.avg_stats.history) == epochs
+    assert run.stop_reason == sentence
+    assert (stopping.best_epoch, stopping.best) == (best_epoch, pytest.approx(VALUES[best_epoch]))
+    assert run.epoch == epochs - 1
+
+
+def test_nan_is_no_gain():
+    run = fit(make_learn([math.nan] * 5), 5, EarlyStopping(patience=2))
+    assert run.stop_reason == "valid_loss has not fallen for 2 epochs (it was NaN throughout)"
+    assert len(run.avg_stats.history) == 2
+
+
+def test_the_others_have_the_last_epoch_too(tmp_path):
+    class Counts(Callback):
+        n = 0
+
+        def after_epoch(self):
+            self.n += 1
+
+        def state_dict(self):
+            return {}
+
+    run = fit(
+        make_learn(), 10, EarlyStopping(patience=2), Counts(), Checkpoint(tmp_path / "c"), SaveBest(tmp_path / "b")
+    )
+    assert run.counts.n == 7 == len(run.avg_stats.history)
+    assert max(p.name for p in (tmp_path / "c").iterdir()).endswith("step-7.pt")
+    assert run.save_best.best_epoch == 4
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_resumed_fit_ends_where_the_whole_one_did(number, tmp_path):
+    whole = fit(make_learn(), 10, EarlyStopping(patience=2), Checkpoint(tmp_path / "c", keep=None))
+    (file,) = (tmp_path / "c").glob(f"checkpoint-*{number}-step-*.pt")
+    again = fit(make_learn(), 10, EarlyStopping(patience=2), Checkpoint(tmp_path / "c", keep=None), resume=file)
+    assert again.stop_reason == whole.stop_reason
+    assert len(again.avg_stats.history) == 7
+    assert vars(again.early_stopping)["best"] == whole.early_stopping.best
+    assert again.n_iter == whole.n_iter
+
+
+def test_a_fit_begins_anew():
+    stopping = EarlyStopping(patience=2)
+    fit(make_learn(), 10, stopping)
+    run = fit(make_learn(), 2, stopping)
+    assert run.stop_reason is None and stopping.waited == 0 and stopping.best_epoch == 1
+
+
+def test_a_metric_of_unknown_direction_needs_a_mode():
+    with pytest.raises(ValueError, match=r"EarlyStopping: mode says whether 'last_row' should fall \('min'\) or rise"):
+        EarlyStopping("last_row")
+    run = fit(make_learn(), 2, EarlyStopping("last_row", mode="max"))
+    assert run.early_stopping.best is not None
+
+
+def test_a_name_that_is_not_measured_is_told():
+    with pytest.raises(
+        ValueError, match="EarlyStopping: monitor is one of train_loss, .*; got 'val_loss'. Did you mean"
+    ):
+        fit(make_learn(), 1, EarlyStopping("val_loss"))
+    with pytest.raises(
+        ValueError, match="EarlyStopping finds 'valid_loss' among what AvgStatsCallback measures, and the"
+    ):
+        Runner([EarlyStopping()]).fit(1, make_learn())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"patience": 0}, "patience is a whole number of epochs, 1 or more; got 0"),
+        ({"patience": 2.5}, "patience is a whole number of epochs, 1 or more; got 2.5"),
+        ({"min_delta": -1}, "min_delta is a finite number, 0 or more; got -1"),
+        ({"min_delta": math.nan}, "min_delta is a finite number, 0 or more; got nan"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_told(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        EarlyStopping(**kwargs)
