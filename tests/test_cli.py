@@ -58,9 +58,12 @@ def cli(tmp_path, monkeypatch, capsys):
 def plug_in(monkeypatch, **named):
     """Entry points of the group, as if packages that provide them were installed."""
     points = [SimpleNamespace(name=name, value=f"tests:{name}", dist=None, load=load) for name, load in named.items()]
-    monkeypatch.setattr(
-        importlib.metadata, "entry_points", lambda *, group: points if group == "fastrbn.callbacks" else []
-    )
+    real = importlib.metadata.entry_points  # of which others, such as triton, ask as well
+
+    def entry_points(**asked):
+        return points if asked == {"group": "fastrbn.callbacks"} else real(**asked)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
 def rows(path):
