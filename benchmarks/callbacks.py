@@ -3,12 +3,12 @@
     python benchmarks/callbacks.py [--csv results/callbacks_cpu.csv] [--case HaltOnNaN] [--rounds 15] [--steps 200]
 
 Each case is a callback and a check that it does its work: HaltOnNaN must find a planted NaN, name the parameter, and
-give the weights back. No case is timed before its check has passed, and before fits with and without it have ended with
-the same parameters, bit for bit. Then fits with and without it take turns in one process; reported is the median of the
-ratios of neighbours, "plain again" against "plain" being the noise of the machine. On the CPU the clock is the process's
-own (time that others take does not count). The net is the course's (8, 16, 32,
-64, 64 channels) at batch 32 and others, with one thread on the CPU; `--device cuda` times the whole fit until the device
-is done.
+give the weights back; ParamMagnitudes and ActivationStats must have the numbers that double precision gives. No case is
+timed before its check has passed, and before fits with and without it have ended with the same parameters, bit for bit.
+Then fits with and without it take turns in one process; reported is the median of the ratios of neighbours, "plain
+again" against "plain" being the noise of the machine. On the CPU the clock is the process's own (time that others take
+does not count). The net is the course's (8, 16, 32, 64, 64 channels) at batch 32 and others, with one thread on the CPU;
+`--device cuda` times the whole fit until the device is done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fastrbn import Callback, HaltOnNaN, conv_rbn, get_learn_run
+from fastrbn import ActivationStats, Callback, HaltOnNaN, ParamMagnitudes, conv_rbn, get_learn_run
 
 NFS = [8, 16, 32, 64, 64]
 
@@ -61,6 +61,75 @@ def check_halt(make):
         raise SystemExit("HaltOnNaN left a model that is not finite: nothing was timed")
 
 
+class Watches(Callback):
+    """Parameters before and after step `at`, gradients and the first module's output in it, in double precision."""
+
+    _order = 99
+
+    def __init__(self, at):
+        self.at = at
+
+    def begin_fit(self):
+        self._handle = self.run.model[0].register_forward_hook(self._look)
+
+    def _look(self, module, inp, out):
+        if self.run.n_iter == self.at:
+            self.out = out.detach().double()
+
+    def after_backward(self):
+        if self.run.n_iter == self.at:
+            self.before = [p.detach().double() for p in self.run.model.parameters()]
+
+    def after_step(self):
+        if self.run.n_iter == self.at:
+            self.params = [p.detach().double() for p in self.run.model.parameters()]
+            self.grads = [p.grad.double() for p in self.run.model.parameters()]
+
+    def after_fit(self):
+        self._handle.remove()
+
+
+def _refuse(what, found, expected):
+    expected = torch.tensor([float(v) for v in expected], dtype=torch.float64)
+    if not torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-7):
+        raise SystemExit(f"{what} is wrong: nothing was timed")
+
+
+def check_magnitudes(make):
+    """Its numbers are those of the parameters, computed in double precision."""
+    everything = functools.partial(ParamMagnitudes, stats=("max", "rms", "update"), grads=True)
+    learn, run = make([everything, functools.partial(Watches, 7)])
+    run.fit(1, learn)
+    seen, values = run.watches, run.param_magnitudes.values
+
+    def rms(t):
+        return t.square().mean().sqrt()
+
+    _refuse("max", values["max"][7], [p.abs().max() for p in seen.params])
+    _refuse("rms", values["rms"][7], [rms(p) for p in seen.params])
+    _refuse("grad_rms", values["grad_rms"][7], [rms(g) for g in seen.grads])
+    _refuse("grad_max", values["grad_max"][7], [g.abs().max() for g in seen.grads])
+    changed = [rms(b - a) / rms(a) for a, b in zip(seen.before, seen.params, strict=True)]
+    grown_from_nothing = torch.tensor([not a.any() for a in seen.before])
+    update = values["update"][7].masked_fill(grown_from_nothing, 0)
+    if not torch.allclose(update.double(), torch.tensor(changed).double().nan_to_num(posinf=0), rtol=1e-2):
+        raise SystemExit("update is wrong: nothing was timed")
+
+
+def check_activations(make):
+    """Its numbers are those of the first module's output, computed in double precision."""
+    learn, run = make([ActivationStats, functools.partial(Watches, 7)])
+    run.fit(1, learn)
+    stats, out = run.activation_stats, run.watches.out
+    near = out.abs() < 0.01
+    found = torch.stack([stats.means[7, 0], stats.stds[7, 0], stats.near_zero[7, 0], stats.dead[7, 0]])
+    expected = [out.mean(), out.std(correction=0), near.double().mean(), near.all(3).all(2).all(0).double().mean()]
+    if not torch.allclose(found.double(), torch.tensor([float(v) for v in expected]).double(), atol=1e-5):
+        raise SystemExit("ActivationStats is wrong: nothing was timed")
+    if (stats.hists[7, 0] - out.float().histc(40, -5, 5).cpu()).abs().sum() > 1e-3 * out.numel():
+        raise SystemExit("the histogram is wrong: nothing was timed")
+
+
 def no_check(make):
     """Nothing to find: that it trains as without is checked for each case."""
 
@@ -70,6 +139,18 @@ CASES = {
     "plain again": ([], no_check, None, None),
     "HaltOnNaN()": ([HaltOnNaN], check_halt, 0.03, 0.01),
     "HaltOnNaN(every=10)": ([functools.partial(HaltOnNaN, every=10)], no_check, None, None),
+    "ParamMagnitudes()": ([ParamMagnitudes], check_magnitudes, 0.05, 0.03),
+    "ParamMagnitudes + update": (
+        [functools.partial(ParamMagnitudes, stats=("max", "rms", "update"))],
+        no_check,
+        None,
+        None,
+    ),
+    "ParamMagnitudes(grads)": ([functools.partial(ParamMagnitudes, grads=True)], no_check, None, None),
+    "ParamMagnitudes(every=10)": ([functools.partial(ParamMagnitudes, every=10)], no_check, None, None),
+    "ActivationStats()": ([ActivationStats], check_activations, None, None),
+    "ActivationStats(hist=False)": ([functools.partial(ActivationStats, hist=False)], no_check, None, None),
+    "ActivationStats(every=10)": ([functools.partial(ActivationStats, every=10)], no_check, None, None),
 }
 
 
@@ -170,12 +251,12 @@ def main():
         sys.exit(f"--case must be part of one of: {', '.join(CASES)}; got {args.case!r}")
     rows, about = [], machine(args.device)
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    print(f"{'callback':<24}{'batch':>6}{'µs a step':>11}{'ratio':>8}{'target':>8}  met")
+    print(f"{'callback':<28}{'batch':>6}{'µs a step':>11}{'ratio':>8}{'target':>8}  met")
     for bs in args.bs or ([2, 32] if args.device.type == "cpu" else [32, 512]):
         make = maker(bs, args.steps, args.device)
         check(cases, make)
         for row in report(measure(cases, make, args.rounds, args.steps, args.device), cases, bs, args.device):
-            print("{callback:<24}{batch:>6}{us_per_step:>11}{ratio:>8}{target:>8}  {met}".format(**row), flush=True)
+            print("{callback:<28}{batch:>6}{us_per_step:>11}{ratio:>8}{target:>8}  {met}".format(**row), flush=True)
             rows.append(row)
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -115,62 +115,39 @@ def plot_lr_find(lrs, losses, suggestion=None):
 def plot_magnitudes(values, names, steps, title="magnitude"):
     """Magnitudes of parameters over steps: `values` (steps, names), a row for each name, colour the logarithm.
 
-    What is 0 or not finite stays blank. Names in the order of the model, from top to bottom.
+    What is 0 or missing stays blank, what is NaN or infinite after it was finite is red. Names in the order of the
+    model, from top to bottom. Of many steps, neighbours share a pixel, which shows their largest value.
     """
-    values = torch.as_tensor(values).float().reshape(len(steps), len(names))
-    drawn = (values > 0) & values.isfinite()
-    fig = new_figure(8.0, max(2.4, 1.2 + 0.22 * len(names)))
-    ax = _axes(fig, xlabel="step", grid=False)
-    if drawn.any():
-        first, last = steps[0], steps[-1]
-        half = (last - first) / max(len(steps) - 1, 1) / 2 or 0.5
-        image = ax.imshow(
-            torch.where(drawn, values, torch.nan).T.numpy(),
-            norm="log",
-            aspect="auto",
-            interpolation="nearest",
-            extent=(first - half, last + half, len(names) - 0.5, -0.5),
-        )
-        fig.colorbar(image, ax=ax, pad=0.02, label=title)
-    ax.set_facecolor("#e9ecef")
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.tick_params(axis="y", length=0)
-    return fig
+    from ._plots_diagnose import magnitudes
+
+    return magnitudes(values, names, steps, title)
 
 
-def plot_activations(means, stds, near_zero, names, steps):
-    """Statistics of module outputs over steps, each (steps, names): a panel for mean, deviation, share near zero."""
-    fig = new_figure(12.0, 3.8)
-    colors = _colors(len(names))
-    panels = (("mean", means), ("standard deviation", stds), ("share near zero", near_zero))
-    for i, (label, values) in enumerate(panels):
-        ax = _axes(fig, 1, 3, i + 1, xlabel="step", ylabel=label)
-        values = torch.as_tensor(values).float().reshape(len(steps), len(names))
-        for column, (name, color) in enumerate(zip(names, colors)):
-            ax.plot(steps, values[:, column].numpy(), color=color, lw=1.2, label=name)
-        if label != "mean":
-            ax.set_ylim(bottom=0)
-    lines, labels = ax.get_legend_handles_labels()
-    if labels:
-        fig.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8, title="module")
-    return fig
+def plot_magnitude_lines(values, names, steps, title="magnitude"):
+    """Magnitudes of parameters over steps, `values` (steps, names), a line for each name, logarithmic.
+
+    With more than 10 names those that grew most have a colour and their name in the legend, the others are grey. A line
+    that ends in NaN or Inf has a cross at its last finite value.
+    """
+    from ._plots_diagnose import magnitude_lines
+
+    return magnitude_lines(values, names, steps, title)
+
+
+def plot_activations(means, stds, near_zero, names, steps, dead=None):
+    """Statistics of module outputs over steps, each (steps, names): a panel for mean, deviation, share near zero, and
+    for the share of dead channels when it is given. Where the mean was finite and is no more, there is a cross."""
+    from ._plots_diagnose import activations
+
+    return activations(means, stds, near_zero, names, steps, dead)
 
 
 def plot_histograms(hists, names, steps, value_range):
     """Histograms of module outputs over steps, `hists` (steps, names, bins): an image for each module, colour
-    log(1 + count), values upwards."""
-    hists = torch.as_tensor(hists).float()
-    columns = min(len(names), 4) or 1
-    rows = -(-len(names) // columns) or 1
-    fig = new_figure(3.2 * columns + 0.6, 2.3 * rows + 0.4)
-    for i, name in enumerate(names):
-        last_row = i + columns >= len(names)
-        label = "value" if i % columns == 0 else None
-        ax = _axes(fig, rows, columns, i + 1, xlabel="step" if last_row else None, ylabel=label, grid=False)
-        extent = (steps[0] - 0.5, steps[-1] + 0.5, *value_range) if len(steps) else None
-        ax.imshow(hists[:, i].log1p().T.numpy(), origin="lower", aspect="auto", cmap="magma", extent=extent)
-        ax.set_title(name, fontsize=9)
-    return fig
+    log(1 + count) from 0 to the module's largest, values upwards. NaN (the module was not called) stays blank."""
+    from ._plots_diagnose import histograms
+
+    return histograms(hists, names, steps, value_range)
 
 
 def box_size(title: str, detail: str) -> tuple[float, float]:

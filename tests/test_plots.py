@@ -100,9 +100,65 @@ def test_magnitudes_have_a_row_for_each_parameter_and_a_logarithmic_colour():
     assert max(heights) <= ax.get_window_extent().height / 25 + 1, "the names overlap"
 
 
-@pytest.mark.parametrize("values", [torch.empty(0, 2), torch.zeros(3, 2), torch.full((1, 2), math.nan), torch.ones(1, 2)])
+NOTHING_MUCH = [torch.empty(0, 2), torch.zeros(3, 2), torch.full((1, 2), math.nan), torch.ones(1, 2)]
+
+
+@pytest.mark.parametrize("values", NOTHING_MUCH)
 def test_magnitudes_of_nothing_much_are_drawn_all_the_same(values):
     png(plots.plot_magnitudes(values, ["a", "b"], list(range(len(values)))))
+
+
+def test_what_broke_is_red_in_the_map_and_what_was_never_there_is_not():
+    values = torch.ones(6, 3)
+    values[4:, 0], values[:3, 1], values[5, 2] = math.nan, math.nan, 0.0
+    fig = plots.plot_magnitudes(values, ["a", "b", "c"], list(range(6)))
+    ax, _ = fig.axes
+    red = ax.images[1].get_array()[..., 3]
+    assert red.tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6, [0] * 6]
+    assert "NaN" in ax.get_title(loc="right")
+    assert len(plots.plot_magnitudes(torch.ones(6, 3), ["a", "b", "c"], list(range(6))).axes[0].images) == 1
+
+
+def test_a_peak_of_one_step_among_thousands_is_seen():
+    values = torch.ones(5000, 1)
+    values[1234] = 100.0
+    shown = plots.plot_magnitudes(values, ["a"], list(range(5000))).axes[0].images[0].get_array()
+    assert shown.shape[1] < 1000
+    assert shown.max() == 100
+
+
+def test_lines_are_named_where_they_grow_most_and_crossed_where_they_break():
+    names = [f"p{i}" for i in range(14)]
+    values = torch.ones(20, 14)
+    values[:, 7] = torch.logspace(0, 5, 20)
+    values[12:, 3] = math.inf
+    fig = plots.plot_magnitude_lines(values, names, list(range(20)), "rms")
+    (ax,) = fig.axes
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "rms")
+    (legend,) = fig.legends
+    texts = [t.get_text() for t in legend.get_texts()]
+    assert len(texts) == 10
+    assert {"p3", "p7"} <= set(texts)
+    assert "4 more" in legend.get_title().get_text()
+    (cross,) = [line for line in ax.lines if line.get_marker() == "X"]
+    assert cross.get_xdata()[0] == 11
+    png(fig)
+
+
+@pytest.mark.parametrize("values", NOTHING_MUCH)
+def test_lines_of_nothing_much_are_drawn_all_the_same(values):
+    png(plots.plot_magnitude_lines(values, ["a", "b"], list(range(len(values)))))
+    png(plots.plot_activations(values, values, values, ["a", "b"], list(range(len(values))), values))
+
+
+@pytest.mark.parametrize(("largest", "scales"), [(10.0, ["linear", "linear"]), (1e9, ["symlog", "log"])])
+def test_activations_that_explode_have_logarithmic_axes(largest, scales):
+    values = torch.ones(50, 2)
+    values[-1] = largest
+    fig = plots.plot_activations(values, values, torch.zeros(50, 2), ["a", "b"], list(range(50)), torch.zeros(50, 2))
+    assert [ax.get_yscale() for ax in fig.axes[:2]] == scales
+    assert [ax.get_ylabel() for ax in fig.axes[2:]] == ["share near zero", "share of dead channels"]
+    png(fig)
 
 
 def test_activations_have_three_panels_and_histograms_one_for_each_module():
@@ -124,6 +180,7 @@ def test_nothing_recorded_is_drawn_as_nothing():
         Recorder().plot_loss(),
         LR_Find().plot(),
         ParamMagnitudes().plot(),
+        ParamMagnitudes().plot(kind="lines"),
         ActivationStats().plot(),
         ActivationStats().plot_hist(),
     ):

@@ -11,69 +11,144 @@ import torch
 from fastrbn.files import write_whole
 from fastrbn.learn.callback import Callback
 
-_STATS = ("max", "rms")
+from ._magnitudes import OF_GRADS, Meter
+from ._rows import Rows, check_counts, notice
+
+_LABELS = {
+    "rms": "root mean square",
+    "max": "largest |value|",
+    "update": "change in a step / value before (rms)",
+    "grad_rms": "root mean square of the gradient",
+    "grad_max": "largest |gradient|",
+}
+_STATS = ("max", "rms", "update")
+_KINDS = ("map", "lines")
 
 
 class ParamMagnitudes(Callback):
     """Records the magnitude of each named parameter after training steps.
 
     - `every`: record each `every`-th step (`n_iter` 0, `every`, …).
-    - `stats`: of "max" (largest absolute value) and "rms" (root mean square) those wanted.
-    - `grads`: the same of the gradients that the step used, as "grad_max" and "grad_rms"; NaN where there is none.
+    - `stats`: those wanted of "max" (largest absolute value), "rms" (root mean square) and "update": the rms of what
+      this step changed over the rms before it, some 1e-3 in a healthy fit; inf for what was 0.
+    - `grads`: "max" and "rms" of the gradients that the step used too, as "grad_max" and "grad_rms" (of those in
+      `stats`; "grad_rms" when neither is); NaN where there is none.
+    - `keep`: at most so many rows. When they are there, every second one is dropped with a line in `run.logger`, and
+      from then on every second step is recorded, and so on.
 
     After the fit, and during it at the price of waiting for the device: `.steps` (list of `n_iter`), `.names`,
     `.values[stat]` (float32 tensor on the host, steps × names). Numbers come over once an epoch. Each fit begins anew;
-    what was recorded survives its errors.
+    what was recorded survives its errors. `.growth()` names what blows up.
+
+    Frozen parameters count, shared ones once, under their first name; empty ones have 0, lazy and meta ones NaN. What
+    comes within a fit is there from the next step on (what a new module brings, or has another shape: from the next
+    epoch on), with NaN in the rows before; what is gone has NaN after. The rms of values beyond 1e19 is inf: their
+    squares are, in float32.
+
+    Of a small model (copies of 4 MiB on a CPU, 64 elsewhere) it keeps a copy of the parameters on their device, and one
+    each for "update" and `grads`; of a large one a copy for "update", and none else. What it costs:
+    `benchmarks/callbacks.py`.
     """
 
-    def __init__(self, every=1, stats=_STATS, grads=False):
+    def __init__(self, every=1, stats=("max", "rms"), grads=False, keep=10_000):
         stats = (stats,) if isinstance(stats, str) else tuple(stats)
-        if not (isinstance(every, int) and every >= 1):
-            raise ValueError(f"every must be a whole number, 1 or more; got {every!r}")
+        check_counts(every=(every, 1), keep=(keep, 2))
         if not stats or set(stats) - set(_STATS):
             raise ValueError(f"stats are some of {', '.join(_STATS)}; got {stats}")
-        self.every, self.grads = every, grads
-        self.stats = (*stats, *(f"grad_{s}" for s in stats)) if grads else stats
-        self._measured = stats
+        self.every, self.grads, self.keep = every, grads, keep
+        of_grads = [s for s in stats if s != "update"] or ["rms"]
+        self.stats = (*stats, *(OF_GRADS + s for s in of_grads)) if grads else stats
         self._clear([])
 
-    def _clear(self, named):
-        self.steps, self.names = [], [name for name, _ in named]
-        self._params, self._new, self._host = [p for _, p in named], [], []
-        self._root_sizes = torch.tensor([float(max(p.numel(), 1)) for _, p in named]).sqrt()
+    def _clear(self, names):
+        self.names, self._gone = names, set()
+        self._rows = Rows(self.keep, (len(self.stats), len(names)))
+        self._meter, self._tables, self._known, self._armed = None, [], None, False
 
     def begin_fit(self):
-        self._clear(list(self.run.model.named_parameters()))
+        self._clear([name for name, _ in self.run.model.named_parameters()])
+
+    def begin_epoch(self):
+        self._tables = [m._parameters for m in self.run.model.modules()]
+        self._known = None
+
+    def after_backward(self):
+        self._armed = False
+        if "update" in self.stats and self._rows.wants(self.run.n_iter, self.every):
+            self._look_up()
+            self._meter.before()
+            self._armed = True
 
     def after_step(self):
         step = self.run.n_iter
-        if step % self.every == 0 and self._params:
-            with torch.no_grad():
-                scalars = _magnitudes(self._params, self._measured)
-                if self.grads:
-                    scalars += _magnitudes([p.grad for p in self._params], self._measured)
-                self._new.append(torch.stack(scalars))
-            self.steps.append(step)
+        if not self._rows.wants(step, self.every):
+            return
+        if "update" not in self.stats:
+            self._look_up()
+        elif not self._armed:
+            return  # there is nothing to compare with
+        if not self._meter.names:
+            return
+        self._meter.after()
+        self._rows.steps.append(step)
+        if self._meter.is_full():
+            self._flush()
+        if self._rows.is_full():
+            self._flush()
+            self._rows.thin()
+            self.run.logger(notice("ParamMagnitudes", self._rows, self.every))
+
+    def _look_up(self):
+        """Make the meter anew when parameters came, went, or are not what they were."""
+        known = [id(p) for table in self._tables for p in table.values()]
+        if known == self._known:
+            return
+        named, self._known = list(self.run.model.named_parameters()), known
+        if self._meter is None or not self._meter.is_of(named):
+            self._flush()
+            self._rename([name for name, _ in named])
+            self._meter = Meter(named, self.stats)
+
+    def _rename(self, names):
+        """Go on with these names: columns that are new begin with NaN, those that are gone end with it."""
+        self._gone = set(self.names) - set(names)
+        every = [*self.names, *(n for n in names if n not in set(self.names))]
+        if every != self.names:
+            before = self._rows.fetch()
+            after = torch.full((len(before), len(self.stats), len(every)), math.nan)
+            after[..., : before.shape[-1]] = before
+            self._rows.replace(self._rows.steps, after, self._rows.stride)
+            self.names = every
 
     def after_epoch(self):
         self._fetch()
 
     def after_fit(self):
         self._fetch()
-        self._params = []
+        self._meter, self._tables, self._known = None, [], None
+
+    def _flush(self):
+        if self._meter is None or not self._meter.count:
+            return
+        block = self._meter.flush()
+        if self._meter.names != self.names:
+            at = torch.tensor([self.names.index(n) for n in self._meter.names], dtype=torch.int64, device=block.device)
+            whole = block.new_full((*block.shape[:2], len(self.names)), math.nan)
+            block = whole.index_copy_(2, at, block)
+        self._rows.put(block)
 
     def _fetch(self):
-        if self._new:
-            fetched = torch.stack(self._new).cpu().float().reshape(-1, len(self.stats), len(self.names))
-            for column, stat in zip(fetched.unbind(1), self.stats):
-                if stat.endswith("rms"):
-                    column /= self._root_sizes  # so far it is the root of the sum
-            self._host.append(fetched)
-            self._new = []
+        self._flush()
+        return self._rows.fetch()
 
     def state_dict(self):
         """What was recorded. Waits for the device."""
-        return {"steps": torch.tensor(self.steps), "names": list(self.names), "values": dict(self.values)}
+        return {
+            "steps": torch.tensor(self.steps),
+            "names": list(self.names),
+            "values": dict(self.values),
+            "stride": self._rows.stride,
+        }
 
     def load_state_dict(self, state):
         if list(state["values"]) != list(self.stats):
@@ -81,34 +156,49 @@ class ParamMagnitudes(Callback):
                 f"ParamMagnitudes can go on only with the same stats; the saved ones are {', '.join(state['values'])}, "
                 f"here they are {', '.join(self.stats)}: give stats and grads as in the first fit"
             )
-        self.steps, self._new = state["steps"].tolist(), []
-        self._host = [torch.stack(list(state["values"].values()), dim=1)]
+        self._meter, self._known, self._gone = None, None, set()
+        self.names = list(state["names"])
+        values = torch.stack(list(state["values"].values()), dim=1)
+        self._rows.replace(state["steps"].tolist(), values, state.get("stride", 1))
+
+    @property
+    def steps(self) -> list[int]:
+        """`n_iter` of each row."""
+        return self._rows.steps
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
         """For each of `stats` a tensor (steps, names)."""
-        self._fetch()
-        if len(self._host) != 1:
-            self._host = [torch.cat(self._host) if self._host else torch.empty(0, len(self.stats), len(self.names))]
-        return dict(zip(self.stats, self._host[0].unbind(1)))
+        return dict(zip(self.stats, self._fetch().unbind(1)))
 
     def growth(self, stat=None) -> dict[str, float]:
-        """Last over first magnitude by name, the largest first (`stat`: "rms" where it was recorded, else "max").
+        """Last over first magnitude by name, the largest first (`stat`: "rms" where it was recorded, else "max", else
+        the first of `stats`).
 
-        What grew from 0 grew infinitely (`inf`); what stayed 0 did not grow (1). NaN counts as the largest.
+        What grew from 0 grew infinitely (`inf`); what stayed 0 did not grow (1). NaN counts as the largest. A parameter
+        that came later or is gone is judged by the rows that have it; what never had a value is left out.
         """
-        values = self._of(stat)
-        if not len(values):
-            return {}
-        ratios = {n: _ratio(b, a) for n, a, b in zip(self.names, values[0].tolist(), values[-1].tolist())}
+        ratios = {}
+        for name, column in zip(self.names, self._of(stat).unbind(1)):
+            there = column.isnan().logical_not().nonzero().flatten().tolist()
+            if there:
+                last = there[-1] if name in self._gone else -1
+                ratios[name] = _ratio(column[last].item(), column[there[0]].item())
         return dict(sorted(ratios.items(), key=lambda kv: (not math.isnan(kv[1]), -kv[1])))
 
-    def plot(self, stat=None):
-        """A row for each parameter, colour the magnitude over the steps. Returns the matplotlib Figure."""
+    def plot(self, stat=None, kind="map"):
+        """Magnitudes over the steps. Returns the matplotlib Figure.
+
+        - `stat`: one of `stats`; by default as in `growth`.
+        - `kind`: "map", a row for each parameter, colour the magnitude; or "lines", a line for each.
+        """
         from fastrbn import plots
 
+        if kind not in _KINDS:
+            raise ValueError(f"kind is one of {', '.join(_KINDS)}; got {kind!r}")
         values = self._of(stat)
-        return plots.plot_magnitudes(values, self.names, self.steps, title=_LABELS[stat or self._default()])
+        draw = plots.plot_magnitudes if kind == "map" else plots.plot_magnitude_lines
+        return draw(values, self.names, self.steps, title=_LABELS[stat or self._default()])
 
     def to_csv(self, path) -> None:
         """Write a row for each recorded step, with columns `step`, `<name>:<stat>`…; whole or not at all."""
@@ -119,8 +209,33 @@ class ParamMagnitudes(Callback):
         out.writerows([step, *(f"{v:.7g}" for v in row)] for step, row in zip(self.steps, table))
         write_whole(path, text.getvalue())
 
+    def to_tensorboard(self, log) -> None:
+        """Write what was recorded as scalars `<stat>/<name>`.
+
+        - `log`: a folder for TensorBoard's event files, or a writer with `add_scalar` (SummaryWriter of
+          torch.utils.tensorboard or tensorboardX), which stays open.
+        """
+        if hasattr(log, "add_scalar"):
+            self._write_scalars(log)
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise ImportError(
+                "to_tensorboard needs the package tensorboard, which is not installed here: pip install tensorboard, "
+                "or take to_csv"
+            ) from e
+        with SummaryWriter(str(log)) as writer:
+            self._write_scalars(writer)
+
+    def _write_scalars(self, writer):
+        for stat, table in self.values.items():
+            for name, column in zip(self.names, table.T.tolist()):
+                for step, value in zip(self.steps, column):
+                    writer.add_scalar(f"{stat}/{name}", value, step)
+
     def _default(self):
-        return "rms" if "rms" in self.stats else self.stats[0]
+        return next((s for s in ("rms", "max") if s in self.stats), self.stats[0])
 
     def _of(self, stat):
         stat = stat or self._default()
@@ -130,49 +245,14 @@ class ParamMagnitudes(Callback):
 
     def __getstate__(self):
         self._fetch()
-        return {**super().__getstate__(), "_params": []}  # they are the model's
+        # the parameters are the model's; a copy of what was recorded within a fit begins anew in its own
+        return {**super().__getstate__(), "_meter": None, "_tables": [], "_known": None, "_armed": False}
 
     def __repr__(self):
         return f"ParamMagnitudes(every={self.every}, stats={self.stats})"
-
-
-_LABELS = {
-    "max": "largest |value|",
-    "rms": "root mean square",
-    "grad_max": "largest |gradient|",
-    "grad_rms": "root mean square of the gradient",
-}
 
 
 def _ratio(last, first):
     if first == 0:
         return 1.0 if last == 0 else math.nan if math.isnan(last) else math.inf
     return last / first
-
-
-def _magnitudes(tensors, stats) -> list[torch.Tensor]:
-    """For each of `stats`, for each tensor, a scalar on the device of the first: the largest absolute value, or the
-    root of the sum of squares. NaN in place of None."""
-    home = next((t.device for t in tensors if t is not None), None)
-    dense = [t if t is None or t.layout is torch.strided else t.coalesce().values() for t in tensors]
-    where = [i for i, t in enumerate(dense) if t is not None and t.numel()]
-    # half precision would overflow in sums of squares; foreach functions want absolute values real
-    members = [dense[i].float() if dense[i].dtype in (torch.float16, torch.bfloat16) else dense[i] for i in where]
-    scalars = []
-    for stat in stats:
-        found = _foreach(stat, members) if members else []
-        if len(members) == len(tensors):
-            scalars += found
-        else:
-            at = dict(zip(where, found))
-            absent = torch.tensor(math.nan, device=home), torch.tensor(0.0, device=home)
-            scalars += [at.get(i, absent[0] if t is None else absent[1]) for i, t in enumerate(dense)]
-    return [s if s.device == home else s.to(home) for s in scalars]
-
-
-def _foreach(stat, tensors):
-    if stat == "rms":
-        return torch._foreach_norm(tensors, 2)
-    if tensors[0].device.type == "cpu":  # there the norm of order inf takes three times as long
-        return torch._foreach_max(torch._foreach_abs(tensors))
-    return torch._foreach_norm(tensors, math.inf)

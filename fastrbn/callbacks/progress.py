@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import math
 import sys
 import time
 
 import torch
 
 from fastrbn.learn.callback import Callback
+
+from ._ranks import rank
 
 _REDRAW = 0.5  # seconds between looks at the loss, each of which waits for the device
 _SPEAK = 10.0  # seconds between lines where a bar cannot be drawn
@@ -34,7 +37,8 @@ class ProgressCallback(Callback):
 
     def begin_fit(self):
         self._losses = collections.deque(maxlen=64)
-        self._display = (_Bars if _can_draw() else _Lines)(self.run.epochs)
+        kind = _Nothing if rank() != 0 else _Bars if _can_draw() else _Lines
+        self._display = kind(self.run.epochs)
         self.run.logger = self._display.log
 
     def begin_epoch(self):
@@ -128,6 +132,28 @@ class _Lines:
 
     def close(self):
         """Nothing is open."""
+
+
+class _Nothing:
+    """Of many processes rank 0 speaks for all."""
+
+    def __init__(self, epochs):
+        self.wait, self.log = math.inf, _Log(lambda line: None)
+
+    def begin_pass(self, what, epoch, total):
+        """Silence."""
+
+    def draw(self, done, loss):
+        """Silence."""
+
+    def draw_curve(self, what, step, loss):
+        """Silence."""
+
+    def end_pass(self):
+        """Silence."""
+
+    def close(self):
+        """Silence."""
 
 
 class _Bars:

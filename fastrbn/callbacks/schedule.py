@@ -11,6 +11,8 @@ from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelEpochException, CancelTrainException
 from fastrbn.snapshot import Snapshot
 
+from ._lr_rules import RULES
+
 
 class Schedule:
     """A function of the position (0: start of the fit, 1: its end), made by an annealer; copies and pickles."""
@@ -197,9 +199,9 @@ class LR_Find(Callback):
     - `min_lr`, `max_lr`: first and last rate; the rates between grow by the same factor each step.
 
     The fit ends when the sweep is done, when the smoothed loss is above 10 times its best, or when the loss is not
-    finite. There is no validation. After it `.lrs` and `.losses` hold a number for each step, `.suggestion` a rate,
-    and model (parameters, buffers), optimiser and random states are bit for bit those from before the fit, also after
-    an error or Ctrl-C. Each step waits for the device, to read the loss.
+    finite. There is no validation. After it `.lrs` and `.losses` hold a number for each step, `.suggestion` a rate
+    (`.suggest(rule)` knows more rules than one), and model (parameters, buffers), optimiser and random states are bit
+    for bit those from before the fit, also after an error or Ctrl-C. Each step waits for the device, to read the loss.
 
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, section 3.3; fast.ai course,
     part 2 (2019), notebook 05b.
@@ -260,18 +262,25 @@ class LR_Find(Callback):
 
     @property
     def suggestion(self) -> float | None:
-        """The rate at which the loss falls fastest per factor of the rate, before its lowest: the middle of the window
-        of a fifth of the sweep with the steepest line through it. None when there are fewer than 10 steps or the loss
-        never falls."""
-        losses = [loss for loss in self.losses if math.isfinite(loss)]
-        half = max(2, len(losses) // 10)
-        if len(losses) < 10:
-            return None
-        means = {i: math.fsum(losses[i - half : i + half + 1]) for i in range(half, len(losses) - half)}
-        lowest = min(means, key=means.get)
-        slopes = {i: _slope(losses[i - half : i + half + 1]) for i in means if i <= lowest}
-        steepest = min(slopes, key=slopes.get)
-        return self.lrs[steepest] if slopes[steepest] < 0 else None
+        """The rate at which the loss falls fastest: `suggest("steepest")`."""
+        return self.suggest()
+
+    def suggest(self, rule="steepest") -> float | None:
+        """A rate, or None when there are fewer than 10 steps or the loss never falls. `rule`:
+
+        - "steepest": the middle of the window of a fifth of the sweep with the steepest line through it, of those
+          before the lowest: where the loss falls fastest per factor of the rate.
+        - "minimum": a tenth of the rate at which the loss, as the mean over such windows, is lowest.
+        - "valley": the middle of the longest series of steps, not always next to each other, each with a smaller loss
+          than the one before.
+
+        On one curve they may differ thirtyfold ("valley" is the most careful). Of the peers, fastai's `lr_find` has all
+        three as `minimum`, `steep` and `valley` (its default, which it has from ESRI), Lightning's has "steepest".
+        """
+        if rule not in RULES:
+            raise ValueError(f"the rules of LR_Find are {', '.join(RULES)}; got {rule!r}")
+        losses = list(itertools.takewhile(math.isfinite, self.losses))
+        return RULES[rule](self.lrs, losses) if len(losses) >= 10 else None
 
     def plot(self, skip_last=0):
         """Loss against learning rate, with the suggestion. Returns the matplotlib Figure."""
@@ -282,9 +291,3 @@ class LR_Find(Callback):
 
     def __getstate__(self):
         return {**super().__getstate__(), "_snapshot": None}  # it holds the model
-
-
-def _slope(values):
-    """Of the least-squares line through values at equal distances, but for a factor."""
-    middle = (len(values) - 1) / 2
-    return math.fsum((i - middle) * v for i, v in enumerate(values))

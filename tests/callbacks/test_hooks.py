@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastrbn.callbacks import ActivationStats, Hook, Hooks, ListContainer, append_stats, children
+from fastrbn.callbacks.hooks import histogram
 from fastrbn.learn import Callback, Runner
 
 
@@ -166,6 +167,8 @@ def test_the_statistics_are_those_of_the_outputs(make_learn):
             torch.testing.assert_close(stats.stds[step, column], out.std(correction=0))
             torch.testing.assert_close(stats.near_zero[step, column], (out.abs() < 0.1).float().mean())
             torch.testing.assert_close(stats.hists[step, column], out.histc(20, -2, 2))
+            dead = (out.abs() < 0.1).all(0).float().mean()
+            torch.testing.assert_close(stats.dead[step, column], dead)
 
 
 def test_validation_costs_no_look(make_learn):
@@ -244,11 +247,11 @@ class Odd(nn.Module):
         return self.out(self.act(self.act(x) + 1))
 
 
-def test_odd_children_are_passed_over_or_counted_once(make_learn):
+def test_odd_children_are_counted_once_and_absent_ones_are_nan(make_learn):
     run = Runner([ActivationStats(["lstm", "rare", "act", "out"])])
     run.fit(1, make_learn(n_train=4, model=Odd()))
     means = run.activation_stats.means
-    assert means[:, 0].isnan().all()
+    assert means[:, 0].isfinite().all(), "of a tuple its first tensor counts"
     assert means[:, 1].isnan().tolist() == [False, True, False, True]
     assert (means[:, 2] >= 1).all(), "of two calls the last one counts"
     assert means[:, 3].isfinite().all()
@@ -297,4 +300,141 @@ def test_a_copy_of_the_model_within_a_fit_works_on_its_own(make_learn):
 
     run = Runner([ActivationStats, Copy])
     run.fit(1, make_learn())
+    assert run.activation_stats.means.isfinite().all()
+
+
+@pytest.mark.parametrize("bins, low, high", [(40, -5.0, 5.0), (7, 0.0, 1.0), (3, -2.0, -1.0), (16, 0.0, 6.0)])
+def test_the_histogram_is_torchs(bins, low, high):
+    torch.manual_seed(0)
+    edges = [torch.linspace(low, high, bins + 1), torch.tensor([low, high, high, 0.0, 1e30])]
+    x = torch.cat([torch.randn(5000) * 3, *edges])
+    found, expected = histogram(x, bins, low, high), x.histc(bins, low, high)
+    assert found.sum() == expected.sum() == ((x >= low) & (x <= high)).sum(), "the ends are not counted right"
+    inside = found.cumsum(0) - expected.cumsum(0)
+    assert inside.abs().max() <= 1, "more than rounding at an edge"
+
+
+def test_the_histogram_leaves_out_what_is_not_finite():
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.5, -0.5])
+    assert histogram(x, 2, -1.0, 1.0).tolist() == [1, 1]
+
+
+def test_dead_channels_are_those_near_zero_throughout_the_batch(make_learn):
+    class Kills(nn.Module):
+        def forward(self, x):
+            return torch.cat([x[:, :2], x[:, 2:] * 0], dim=1)[:, :, None].expand(-1, -1, 5)
+
+    model = nn.Sequential(nn.Linear(4, 8), Kills(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3))
+    run = Runner([ActivationStats(["0", "1"], near=1e-12)])
+    run.fit(1, make_learn(model=model))
+    assert run.activation_stats.dead[:, 1].tolist() == [0.75] * 4
+    assert run.activation_stats.near_zero[:, 1].tolist() == [0.75] * 4
+    assert run.activation_stats.dead[:, 0].tolist() == [0] * 4
+
+
+def test_outputs_with_nan_show_and_the_rest_goes_on(make_learn):
+    class Spoils(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            bad = torch.zeros_like(x)
+            bad[0, 0] = math.nan if self.calls > 4 else 0.0  # two of them in training
+            return x + bad
+
+    run = Runner([ActivationStats])
+    run.fit(1, make_learn(n_train=6, model=nn.Sequential(nn.Linear(4, 3), Spoils(), nn.Tanh())))
+    stats = run.activation_stats
+    for values in (stats.means, stats.stds, stats.near_zero, stats.dead):
+        assert values[:4].isfinite().all()
+        assert values[4:, 1].isnan().all()
+    assert stats.hists.isfinite().all()
+    assert stats.hists[4, 1].sum() == 17
+    stats.plot()
+    stats.plot_hist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_outputs_of_other_precision_are_looked_at_in_float32_at_least(make_learn, dtype):
+    class Casts(nn.Module):
+        def forward(self, x):
+            return {"ids": torch.ones(3, dtype=torch.int64), "out": (x * 3e4).clamp(-6e4, 6e4).to(dtype)}
+
+    class Takes(nn.Module):
+        def forward(self, found):
+            return found["out"].float()
+
+    run = Runner([ActivationStats(["1"])])
+    learn = make_learn(model=nn.Sequential(nn.Linear(4, 3), Casts(), Takes()))
+    run.fit(1, learn)
+    assert (run.activation_stats.stds > 1000).all()
+    assert run.activation_stats.stds.isfinite().all(), "half precision overflowed"
+
+
+def test_hooks_that_are_on_go_when_the_next_one_fails(make_learn, monkeypatch):
+    learn = make_learn(model=net())
+
+    def fails(hook):
+        raise RuntimeError("no hooks here")
+
+    learn.model[2].register_forward_hook = fails
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        Runner([ActivationStats]).fit(1, learn)
+    assert hooks_on(learn.model) == 0
+
+
+def test_every_so_many_steps_and_no_more_rows_than_wanted(make_learn):
+    lines = []
+    run = Runner([ActivationStats(every=2, keep=3, hist=False)])
+    run.logger = lines.append
+    run.fit(2, make_learn(n_train=5))
+    assert run.activation_stats.steps == [0, 8]
+    assert len(run.activation_stats.means) == 2
+    assert "ActivationStats has 3 rows" in lines[0]
+
+
+def test_a_layer_that_is_called_again_in_the_backward_pass_counts_once(make_learn):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    class Counts(Callback):
+        def after_backward(self):
+            assert not self.run.activation_stats._looking
+
+    run = Runner([ActivationStats(["0.inner"]), Counts])
+    run.fit(1, make_learn(model=nn.Sequential(Again(), nn.Tanh())))
+    assert run.activation_stats.means.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"every": 0}, {"bins": 0}, {"keep": 1}, {"value_range": (1, 1)}, {"value_range": (0, math.inf)}]
+)
+def test_wrong_arguments_are_errors(kwargs):
+    with pytest.raises(ValueError, match="must be a whole number|must be two finite numbers, the smaller first; got"):
+        ActivationStats(**kwargs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_never_waits_within_an_epoch(make_learn):
+    class NoWaiting(Callback):
+        _order = -9
+
+        def begin_batch(self):
+            torch.cuda.set_sync_debug_mode("error")
+
+        def after_epoch(self):
+            torch.cuda.set_sync_debug_mode("default")
+
+        after_fit = after_epoch
+
+    learn = make_learn(n_valid=0)
+    learn.model.cuda()
+    learn.data.train_dl = [(x.cuda(), y.cuda()) for x, y in learn.data.train_dl]
+    run = Runner([NoWaiting, ActivationStats])
+    run.fit(1, learn)
     assert run.activation_stats.means.isfinite().all()

@@ -152,6 +152,11 @@ def test_many_short_epochs_are_numbered_right(make_learn, terminal):
     assert all(f"Epoch {i + 1}/30 train:" in out for i in range(30))
 
 
+def test_in_a_terminal_a_plot_is_no_trouble(make_learn, terminal):
+    fit_into(terminal, with_stats(ProgressCallback(plot=True)), 2, make_learn())
+    assert "Epoch 2/2 valid:" in terminal.getvalue()
+
+
 @pytest.mark.parametrize("event", ["begin_batch", "after_epoch", "begin_validate"])
 @pytest.mark.parametrize(
     "error", [ValueError("broken"), KeyboardInterrupt(), CancelTrainException(), CancelEpochException()], ids=repr

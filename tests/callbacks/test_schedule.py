@@ -417,11 +417,34 @@ def test_the_suggestion_lies_where_the_loss_falls():
     assert finder.lrs[44] < finder.suggestion < finder.lrs[56]
 
 
+def test_each_rule_finds_its_place_on_a_sweep_that_is_known():
+    finder = LR_Find()
+    finder.lrs = [10 ** (-6 + i / 10) for i in range(70)]
+    # level to 1e-3, then straight down to 1e-1, then up
+    finder.losses = [2.0] * 30 + [2.0 - 0.05 * i for i in range(1, 21)] + [1.0 + 0.2 * i for i in range(1, 21)]
+    assert finder.suggest("steepest") == finder.suggestion
+    assert 1e-3 < finder.suggestion < 1e-1
+    assert 10**-2.6 <= finder.suggest("minimum") <= 10**-1.9
+    assert finder.suggest("valley") == pytest.approx(1e-2, rel=0.3)
+
+
+def test_the_valley_may_have_bumps():
+    finder = LR_Find()
+    finder.lrs = list(range(1, 14))
+    finder.losses = [9.0, 9.5, 8.0, 9.9, 7.0, 6.0, 6.5, 5.0, 4.0, 9.0, 9.0, 8.0, math.nan]
+    assert finder.suggest("valley") in (5, 6), "the middle of 9 8 7 6 5 4"
+
+
+def test_a_rule_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="the rules of LR_Find are steepest, minimum, valley; got 'slide'"):
+        LR_Find().suggest("slide")
+
+
 def test_without_a_fall_there_is_no_suggestion():
     finder = LR_Find()
     assert finder.suggestion is None
     finder.lrs, finder.losses = [1e-6 * 1.2**i for i in range(30)], [1 + 0.1 * i for i in range(30)]
-    assert finder.suggestion is None
+    assert [finder.suggest(rule) for rule in ("steepest", "minimum", "valley")] == [None] * 3
 
 
 @pytest.mark.parametrize("kwargs", [{"max_iter": 1}, {"min_lr": 0}, {"min_lr": 2, "max_lr": 1}, {"max_iter": 3.5}])
