@@ -72,8 +72,8 @@ def model_summary(model, xb) -> Summary:
       model's first parameter.
 
     The model is afterwards as it was: modes, buffers (bit for bit, the same tensors), plain attributes, hooks and
-    random states. Parameters are not copied; a forward pass that writes to them is a RuntimeError. So are lazy modules, which
-    the pass would initialise, a ValueError. Hooks that are on the model see the pass.
+    random states. Hooks that are on the model see the pass. Raises RuntimeError for a forward pass that writes to
+    parameters, which are not copied, and ValueError for lazy modules, which the pass would initialise.
     """
     lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if lazy:
