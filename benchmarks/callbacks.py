@@ -14,12 +14,8 @@ does not count). The net is the course's (8, 16, 32, 64, 64 channels) at batch 3
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import functools
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from about import in_words, machine, write_csv
 
 from fastrbn import ActivationStats, Callback, HaltOnNaN, ParamMagnitudes, conv_rbn, get_learn_run
 
@@ -217,24 +214,6 @@ def report(times, cases, bs, device):
     return rows
 
 
-def machine(device):
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _processor():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="write the table here too")
@@ -250,7 +229,7 @@ def main():
     if len(cases) == 1:
         sys.exit(f"--case must be part of one of: {', '.join(CASES)}; got {args.case!r}")
     rows, about = [], machine(args.device)
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    print(in_words(about))
     print(f"{'callback':<28}{'batch':>6}{'µs a step':>11}{'ratio':>8}{'target':>8}  met")
     for bs in args.bs or ([2, 32] if args.device.type == "cpu" else [32, 512]):
         make = maker(bs, args.steps, args.device)
@@ -259,11 +238,7 @@ def main():
             print("{callback:<28}{batch:>6}{us_per_step:>11}{ratio:>8}{target:>8}  {met}".format(**row), flush=True)
             rows.append(row)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as f:
-            out = csv.DictWriter(f, [*rows[0], *about], lineterminator="\n")
-            out.writeheader()
-            out.writerows({**row, **about} for row in rows)
+        write_csv(args.csv, rows, about)
 
 
 if __name__ == "__main__":

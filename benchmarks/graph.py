@@ -10,9 +10,6 @@ ratio is of one process. Medians; the steps in which all attributes are looked t
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +17,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from about import in_words, machine, write_csv
 
 from fastrbn import Callback, GraphMonitor, Learner, Runner, conv_rbn, get_cnn_model
 
@@ -104,14 +102,12 @@ def main():
     check()
     cases = [{"batch": 8}, {"batch": 64}, {"batch": 8, "backend": "reference"}]
     rows = [measure(steps=args.steps, **case) for case in cases]
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "date": str(datetime.date.today())}
+    about = machine()
+    print(in_words(about))
     for row in rows:
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     if args.csv:
-        with args.csv.open("w", newline="") as f:
-            writer = csv.DictWriter(f, [*rows[0], *versions])
-            writer.writeheader()
-            writer.writerows({**row, **versions} for row in rows)
+        write_csv(args.csv, rows, about)
 
 
 if __name__ == "__main__":

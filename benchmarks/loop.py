@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import datetime
 import functools
 import io
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +21,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from about import in_words, machine, write_csv
 
 from fastrbn.callbacks import AvgStatsCallback, ProgressCallback, Recorder, accuracy
 from fastrbn.learn import Learner, Runner
@@ -113,24 +110,6 @@ def report(times):
     return rows
 
 
-def machine():
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _processor():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="write the table here too")
@@ -144,16 +123,12 @@ def main():
     check(batches)
     rows, about = report(measure(batches, args.blocks)), machine()
 
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    print(in_words(about))
     print(f"{'loop':<55}{'µs a step':>10}{'added':>8}{'target':>8}  met")
     for row in rows:
         print("{loop:<55}{us_per_step:>10}{added_us:>8}{target_us:>8}  {met}".format(**row))
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as f:
-            out = csv.DictWriter(f, [*rows[0], *about], lineterminator="\n")
-            out.writeheader()
-            out.writerows({**row, **about} for row in rows)
+        write_csv(args.csv, rows, about)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import datetime
-import os
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from about import in_words, machine, write_csv
 from torch import nn
 
 from fastrbn.norm import RECIPES, RunningBatchNorm
@@ -212,21 +209,6 @@ def plot(rows, path, machine):
     fig.savefig(path, dpi=110)
 
 
-def machine(device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{name} ({os.cpu_count()} cores){threads}, {versions}, {datetime.date.today()}"
-
-
-def _processor():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -243,7 +225,8 @@ def main():
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     device, rows = torch.device(options.device), []
-    print(machine(device))
+    about = machine(device)
+    print(in_words(about))
     print(("{:>14} {:>13} {:>8} {:>22}" + " {:>11}" * 3 + " {:>6} {:>7} {:>8}").format(*COLUMNS))
     for shape in options.shapes or (CUDA_SHAPES if device.type == "cuda" else SHAPES):
         rank = shape.count("x") + 1
@@ -257,11 +240,9 @@ def main():
                 rows.append(row)
                 print(("{:>14} {:>13} {:>8} {:>22}" + " {:>11}" * 3 + " {:>6} {:>7} {:>8}").format(*row), flush=True)
     if options.csv:
-        with open(options.csv, "w", newline="") as f:
-            f.write(f"# {machine(device)}\n")
-            csv.writer(f).writerows([COLUMNS, *rows])
+        write_csv(options.csv, [dict(zip(COLUMNS, row, strict=True)) for row in rows], about)
     if options.plot:
-        plot(rows, options.plot, machine(device))
+        plot(rows, options.plot, in_words(about))
 
 
 if __name__ == "__main__":
