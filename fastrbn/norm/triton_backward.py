@@ -165,25 +165,14 @@ def load_projection(at, c, channels):
     return u, z, u_read, z_read
 
 
-@triton.jit
-def past_projection(c, state, moment, shape, numbers, cut, rule):
-    """The projection with the averages of the steps before in the place of this batch's means."""
-    channels, inside = shape.channels, c < shape.channels
-    mean, inv, free = normaliser(c, state, moment, numbers.eps, channels, rule)
-    weight = tl.maximum(tl.load(state.running_grad_weight), 1e-30)
-    past_dy = tl.load(state.running_grad + c, mask=inside, other=0.0) / weight
-    past_dot = tl.load(state.running_grad + channels + c, mask=inside, other=0.0) / weight
-    return project(past_dy, past_dot, past_dy, past_dot, moment, free, channels, numbers, cut, rule)
-
-
 @triton.jit(do_not_specialize=VARYING)
 def sweep_kernel(
     x, dy, dx, affine, grads, state, moment, work, shape, numbers, rows, tiles, slots, parts, flags, step, kept,
     cut: tl.constexpr, rule: tl.constexpr, RELU: tl.constexpr, SUMS: tl.constexpr, DX: tl.constexpr,
     PROJECTION: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """`sweep`. PROJECTION says where dx has it from: "none", "stored" by settle_kernel, "merged" here by each program
-    for its channels, or "past", the averages of the steps before."""
+    """`sweep`. PROJECTION says where dx has it from: "none", "stored" by settle_kernel, or "merged" here by each program
+    for its channels."""
     blocks = tl.num_programs(0) // slots
     block, slot = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     c = keys_of(block, shape, cut)[0] // shape.inner
@@ -194,8 +183,6 @@ def sweep_kernel(
         )
     elif PROJECTION == "stored":
         projection = load_projection(stored_at(c, work, shape, parts, flags, cut), c, shape.channels)
-    elif PROJECTION == "past":
-        projection = past_projection(c, state, moment, shape, numbers, cut, rule)
     else:
         projection = nothing(c)
     sweep(

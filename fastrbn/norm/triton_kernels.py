@@ -6,7 +6,7 @@ Launches a step, forward + backward (units: one read or write of the activations
 - 2 + 2 (3 + 5 units) where each program of the second launch can merge what the first left for its channels: planes,
   and channels last up to medium size. The first launch sums, the second moves the state and writes y, or dx;
 - 3 + 3 (same units) otherwise: a launch between merges, so that it is not done many times over;
-- backward 2 launches (3 units) where dx needs no sums of this batch: `detached`, evaluation, `one_pass`.
+- backward 2 launches (3 units) where dx needs no sums of this batch: `detached`, evaluation.
 
 Few elements in a recipe with `steady` take one launch more, where there are several: λ is by the drift of all channels.
 A step that the recipe skips reads nothing of x but to normalise it: 2 units forward. Nothing is asked of the device,
@@ -59,35 +59,26 @@ def normalize(
     state: NormState,
     plan: Plan,
     relu: str = "none",
-    one_pass: bool = False,
 ) -> Tensor:
     """As `reference.normalize`, for batches with at least one element and without a process group.
 
-    - `relu`: "before" normalises relu(x), "after" gives relu of the result; neither costs a pass.
-    - `one_pass`: the backward pass of a recipe with `averaged` puts the averages of the steps before in the place of
-      this batch's mean(dy) and mean(dy·x̂), and moves them afterwards: x and dy are read once. It has no second
-      derivative.
+    `relu`: "before" normalises relu(x), "after" gives relu of the result; neither costs a pass.
     """
     one_of("relu", relu, RELU)
-    if one_pass and plan.recipe.backward != "averaged":
-        raise ValueError(
-            f"one_pass takes the averages of past gradients, which only backward='averaged' keeps; got "
-            f"{plan.recipe.backward!r}: use one_pass=False or another recipe"
-        )
-    return _Normalize.apply(x, weight, bias, state, plan, relu, one_pass)
+    return _Normalize.apply(x, weight, bias, state, plan, relu)
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, state, plan, relu, one_pass):
+    def forward(ctx, x, weight, bias, state, plan, relu):
         ctx.save_for_backward(x, weight, bias)
-        ctx.state, ctx.plan, ctx.eps, ctx.relu, ctx.one_pass = state, plan, plan.eps, relu, one_pass
+        ctx.state, ctx.plan, ctx.eps, ctx.relu = state, plan, plan.eps, relu
         y, ctx.moment, ctx.job, ctx.rule = _step(x, weight, bias, state, plan, relu)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return *_backward(ctx, dy), None, None, None, None
+        return *_backward(ctx, dy), None, None, None
 
 
 class _Evaluate(torch.autograd.Function):
@@ -96,7 +87,7 @@ class _Evaluate(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         # copies: a training step may move the state before this forward's backward
         state = state._replace(running_mean=state.running_mean.clone(), running_var=state.running_var.clone())
-        ctx.state, ctx.plan, ctx.eps, ctx.relu, ctx.one_pass = state, None, eps, relu, False
+        ctx.state, ctx.plan, ctx.eps, ctx.relu = state, None, eps, relu
         ctx.moment, ctx.rule = None, _FROZEN
         y, ctx.job = _map(*_laid_out(x), weight, bias, state, None, eps, _FROZEN, relu)
         return y
@@ -200,7 +191,7 @@ def _map(x, last: bool, weight, bias, state, moment, eps: float, rule, relu: str
 def _gradients(ctx, x, weight, bias, dy):
     """dx, dγ, dβ, None where not needed; moves the averages of the gradient's reductions. No plan: evaluation."""
     plan, state, moment, relu, job, rule = ctx.plan, ctx.state, ctx.moment, ctx.relu, ctx.job, ctx.rule
-    (x, last), (need_x, need_weight, need_bias, *_), one_pass = _laid_out(x), ctx.needs_input_grad, ctx.one_pass
+    (x, last), (need_x, need_weight, need_bias, *_) = _laid_out(x), ctx.needs_input_grad
     if not (_is_channels_last(dy) if last else dy.is_contiguous()):
         dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
     averaged = through = False
@@ -231,13 +222,13 @@ def _gradients(ctx, x, weight, bias, dy):
     with _on(x.device):
         if not (need_weight or need_bias or through):
             sweep(job.tiles, False, True, "none")
-        elif job.one and not one_pass:
+        elif job.one:
             backward.backward_kernel[(1,)](
                 x, dy, dx, affine, grads, state, moment, work, job.shape, numbers, job.rows, job.tiles, job.step,
                 job.kept, job.cut, rule, relu, need_x, job.channels, job.parts, **job.common,
             )  # fmt: skip
-        elif one_pass or not through:  # dx, if any, waits for no sums of this batch
-            sweep(s.slots, True, need_x, "past" if need_x and one_pass else "none")
+        elif not through:  # dx, if any, waits for no sums of this batch
+            sweep(s.slots, True, need_x, "none")
             settle()
         else:
             sweep(s.slots, True, False, "none")
@@ -250,8 +241,6 @@ def _gradients(ctx, x, weight, bias, dy):
 def _differentiable(ctx, x, weight, bias, dy):
     """The gradients as a graph of x, weight, bias and dy; the reference's, in float32."""
     plan, eps, relu, state = ctx.plan, ctx.eps, ctx.relu, ctx.state
-    if ctx.one_pass:
-        raise RuntimeError("one_pass has no second derivative: call backward without create_graph=True")
     given, dy = x.float(), dy.float()
     if relu == "after":
         with torch.no_grad():

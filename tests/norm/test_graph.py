@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from checks import SumsOracle, course_rate, relative_error
-from norm.steps import ALL, ThreadLayer, assert_holds_no_graph, assert_same, assert_unmoved, buffers, grads, layer_of, serving
+from norm.steps import (
+    ALL,
+    ThreadLayer,
+    assert_holds_no_graph,
+    assert_same,
+    assert_unmoved,
+    buffers,
+    grads,
+    layer_of,
+    serving,
+)
 from torch import nn
 
 from fastrbn.norm import RECIPES

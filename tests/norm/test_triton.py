@@ -402,52 +402,6 @@ def test_relu_lets_a_nan_through():
         assert y[1].isnan() and not y[::2].isnan().any()
 
 
-@regimes
-@pytest.mark.parametrize("elements", [None, 30])
-def test_one_pass_uses_the_averages_of_the_steps_before(elements, regime):
-    recipe, eps = DEFAULT.but(elements=elements, clamp=None, kappa=0.5), 1e-5
-    state = NormState.new(3, DEVICE)
-    w, b = (torch.randn(3, device=DEVICE, requires_grad=True) for _ in range(2))
-    gamma = w.detach().double().view(1, -1, 1, 1)
-    mean, var, count = torch.zeros(3).double().to(DEVICE), torch.ones(3).double().to(DEVICE), 0.0
-    past, weight = torch.zeros(2, 3).double().to(DEVICE), 0.0
-    for i, (x, dy) in enumerate(batches(SHAPES[:4])):
-        bs, n_all = x.shape[0], x.numel() // 3
-        kept = recipe.samples_read(bs, n_all // bs)
-        n = kept * n_all // bs
-        v, m = torch.var_mean(x[:kept].double(), dim=[0, 2, 3], correction=0)
-        rate, backward_rate = recipe.rate(0.1, bs, n), recipe.backward_rate(0.1, bs, n_all)
-        count = (1 - rate) * count + rate * n
-        a = rate * n / count
-        var = (1 - a) * var + a * v + a * (1 - a) * (m - mean) ** 2
-        mean = mean + a * (m - mean)
-        inv = (var + eps).rsqrt().view(1, -1, 1, 1)
-        x_hat = (x.double() - mean.view(1, -1, 1, 1)) * inv
-        u, z = (past / max(weight, 1e-30)).view(2, 1, -1, 1, 1)
-        share = torch.full((bs, 1, 1, 1), 0.5 * (1 - a), device=DEVICE).double()
-        share[:kept] += a * n_all / n
-        want = {"dx": gamma * inv * (dy.double() - share * (u + x_hat * z))}
-        sums = torch.stack([dy.double().sum([0, 2, 3]), (dy.double() * x_hat).sum([0, 2, 3])])
-        past, weight = past + backward_rate * (sums / n_all - past), weight + backward_rate * (1 - weight)
-        want |= {"y": gamma * x_hat + b.detach().view(1, -1, 1, 1), "dbias": sums[0], "dweight": sums[1]}
-        want |= {"running_mean": mean, "running_var": var, "running_grad": past}
-        given = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        y = kernels.normalize(given, w, b, state, plan_of(recipe), one_pass=True)
-        dx, dweight, dbias = torch.autograd.grad(y, (given, w, b), dy)
-        got = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, **state._asdict()}
-        assert_same({k: got[k] for k in want}, want, 2e-6 * 5, f"step {i}")
-        assert abs(state.running_grad_weight.item() - weight) < 1e-6
-
-
-def test_one_pass_refuses_recipes_without_averages_and_second_derivatives():
-    x, state = torch.randn(3, 2, 5, device=DEVICE, requires_grad=True), NormState.new(2, DEVICE)
-    with pytest.raises(ValueError, match="one_pass .* got 'exact': use one_pass=False"):
-        kernels.normalize(x, None, None, state, plan_of(RECIPES["course"]), one_pass=True)
-    y = kernels.normalize(x, None, None, state, plan_of(DEFAULT), one_pass=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
-
-
 def test_relu_elsewhere_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="got 'befor'. Did you mean 'before'"):
         kernels.normalize(torch.randn(2, 3), None, None, NormState.new(3), plan_of(DEFAULT), relu="befor")
