@@ -50,9 +50,15 @@ __all__ = [  # noqa: RUF022 - in groups
     "get_learn_run",
     "get_runner",
     "listify",
+    "param_groups",
+    # around a fit
+    "LabelSmoothingCrossEntropy",
+    "fit_one_cycle",
+    "seed_everything",
     # data
     "BadDataError",
     "BatchLoader",
+    "Cutout",
     "DataBunch",
     "DataError",
     "DataNotFoundError",
@@ -69,6 +75,7 @@ __all__ = [  # noqa: RUF022 - in groups
     "load_dataset",
     "load_folder",
     "normalize_to",
+    "to_channels_last",
     "view_tfm",
     # callbacks
     "ActivationStats",
@@ -78,7 +85,13 @@ __all__ = [  # noqa: RUF022 - in groups
     "CSVLogger",
     "Checkpoint",
     "CheckpointError",
+    "CompileCallback",
     "CudaCallback",
+    "Distributed",
+    "EMA",
+    "EarlyStopping",
+    "GradientAccumulation",
+    "GradientClip",
     "GraphHolder",
     "GraphMonitor",
     "GraphReport",
@@ -87,13 +100,17 @@ __all__ = [  # noqa: RUF022 - in groups
     "Hooks",
     "LR_Find",
     "ListContainer",
+    "MixUp",
+    "MixedPrecision",
     "NonFiniteError",
     "NonFiniteReport",
     "ParamMagnitudes",
     "ParamScheduler",
+    "Profiler",
     "ProgressCallback",
     "Recorder",
     "SaveBest",
+    "TensorBoardLogger",
     "accuracy",
     "annealer",
     "append_stats",
@@ -111,23 +128,32 @@ __all__ = [  # noqa: RUF022 - in groups
     "autograd_graph",
     "leaf_table",
     "record_modules",
+    # what a model is made of
+    "Summary",
+    "model_summary",
 ]
 
 # A name is imported when it is first used (PEP 562), and with it torch: `fastrbn --help` does without. The imports
 # below are what editors and type checkers read; tests/test_architecture.py holds them against __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "training", "summary")
 
 if TYPE_CHECKING:
-    from .build import get_learn_run, get_runner, listify
+    from .build import get_learn_run, get_runner, listify, param_groups
     from .callbacks import (
+        EMA,
         ActivationStats,
         AvgStats,
         AvgStatsCallback,
         BatchTransformXCallback,
         Checkpoint,
         CheckpointError,
+        CompileCallback,
         CSVLogger,
         CudaCallback,
+        Distributed,
+        EarlyStopping,
+        GradientAccumulation,
+        GradientClip,
         GraphHolder,
         GraphMonitor,
         GraphReport,
@@ -136,13 +162,17 @@ if TYPE_CHECKING:
         Hooks,
         ListContainer,
         LR_Find,
+        MixedPrecision,
+        MixUp,
         NonFiniteError,
         NonFiniteReport,
         ParamMagnitudes,
         ParamScheduler,
+        Profiler,
         ProgressCallback,
         Recorder,
         SaveBest,
+        TensorBoardLogger,
         accuracy,
         annealer,
         append_stats,
@@ -157,6 +187,7 @@ if TYPE_CHECKING:
     from .data import (
         BadDataError,
         BatchLoader,
+        Cutout,
         DataBunch,
         DataError,
         DataNotFoundError,
@@ -173,6 +204,7 @@ if TYPE_CHECKING:
         load_dataset,
         load_folder,
         normalize_to,
+        to_channels_last,
         view_tfm,
     )
     from .graph import AutogradGraph, GraphNode, LeafTable, autograd_graph, leaf_table, record_modules
@@ -215,6 +247,8 @@ if TYPE_CHECKING:
         running_batch_norm,
         to_batchnorm,
     )
+    from .summary import Summary, model_summary
+    from .training import LabelSmoothingCrossEntropy, fit_one_cycle, seed_everything
 
 
 def __getattr__(name):

@@ -77,6 +77,17 @@ def rate(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """An argparse type: a number from 0, below 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, below 1; got '{text}'")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     return _both()[0]
@@ -113,6 +124,8 @@ def given(argv) -> set[str]:
 
 
 def _add_train(commands) -> argparse.ArgumentParser:
+    from . import _cli_recipe as recipe
+
     p = commands.add_parser(
         "train",
         help="train a net on images",
@@ -129,11 +142,21 @@ def _add_train(commands) -> argparse.ArgumentParser:
         help=f"{', '.join(DATA_SETS)}, or a folder of images, one subfolder a class (default: mnist, or glyphs where "
         "MNIST can neither be found nor downloaded)",
     )
-    p.add_argument("--layer", type=one_of(*LAYERS), default="conv_rbn", metavar="NAME", help=_names(LAYERS))
+    norm = p.add_mutually_exclusive_group()
+    norm.add_argument("--layer", type=one_of(*LAYERS), default="conv_rbn", metavar="NAME", help=_names(LAYERS))
+    recipe.add_norm(norm)
     p.add_argument("--recipe", metavar="NAME", help="how conv_rbn averages its statistics (default: default)")
     p.add_argument("--model", type=one_of(*MODELS), default="cnn", metavar="NAME", help=_names(MODELS))
-    p.add_argument("--bs", type=whole(1), default=8, metavar="N", help="batch size (default: 8)")
-    p.add_argument("--lr", type=rate, metavar="X", help="learning rate (default: 2·bs/(bs + 32), 0.4 at batch 8)")
+    p.add_argument(
+        "--bs", type=whole(1), default=8, metavar="N", help="batch size, under torchrun of each process (default: 8)"
+    )
+    p.add_argument(
+        "--lr",
+        type=rate,
+        metavar="X",
+        help="learning rate (default: 2·bs/(bs + 32), 0.4 at batch 8; "
+        "bs that of all processes together; for resnet9 a quarter of it; times 1 − momentum)",
+    )
     p.add_argument("--epochs", type=whole(0), default=1, metavar="N", help="passes over the data (default: 1)")
     p.add_argument(
         "--sched",
@@ -182,6 +205,7 @@ def _add_train(commands) -> argparse.ArgumentParser:
         help="go on with the run in the folder RUN from its newest whole checkpoint, with the run's own arguments; "
         "--epochs may be raised (the schedule is stretched), --checkpoint-every and --data-dir be others",
     )
+    recipe.add_options(p)
     return p
 
 

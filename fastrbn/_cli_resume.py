@@ -19,7 +19,8 @@ def to_keep(args, images, lr, device, threads) -> dict:
     """What `resumed` needs, resolved: defaults that depend on the machine or the moment would be others there."""
     kept = {k: v for k, v in vars(args).items() if k not in ("command", "argv", "resume", "force", "out", "config")}
     is_folder = args.data is not None and Path(args.data).is_dir()
-    kept.update(data=str(Path(args.data).resolve()) if is_folder else images.name if args.data is None else args.data)
+    by_name = images.name if args.data in (None, images.name.removesuffix("-jpeg")) else args.data  # what was found
+    kept.update(data=str(Path(args.data).resolve()) if is_folder else by_name)
     kept.update(lr=lr, device=str(device), threads=threads, data_dir=args.data_dir and str(args.data_dir.resolve()))
     return kept
 
@@ -49,6 +50,16 @@ def resumed(args) -> argparse.Namespace:
                 BAD_ARGUMENTS,
             )
     return argparse.Namespace(**merged)
+
+
+def restarted(args) -> argparse.Namespace:
+    """The arguments of the run `args.out`, which has these already; as they are when it did not get so far."""
+    try:
+        config = _config(args.out)
+    except CliError:
+        return args
+    kept = {k: v for k, v in config.get("arguments", {}).items() if k not in ("data", "device", "data_dir")}
+    return argparse.Namespace(**{**vars(args), **kept, "resume": args.out, "force": False, "config": config})
 
 
 def start(folder: Path) -> Path | None:

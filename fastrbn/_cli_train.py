@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from . import _cli_ranks as processes
+from . import _cli_recipe as recipes
 from . import _cli_results as results
 from . import _cli_resume as resuming
 from ._cli_args import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, LAYERS, MANY, CliError, default_lr, nearest
@@ -24,11 +26,13 @@ from .callbacks import (
     Checkpoint,
     CheckpointError,
     CSVLogger,
+    Distributed,
     HaltOnNaN,
     ParamMagnitudes,
     ParamScheduler,
     ProgressCallback,
     Recorder,
+    TensorBoardLogger,
     accuracy,
     combine_scheds,
     cos_1cycle_anneal,
@@ -46,40 +50,63 @@ MAGNITUDES = 500  # about as many moments as params.png has columns
 
 def train(args) -> int:
     """Run `fastrbn train` and return the exit status. CliError where nothing was trained."""
-    args = args if args.resume is None else resuming.resumed(args)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or (1 if args.model == "cnn" and args.bs < MANY else before))
+    before, ranks = torch.get_num_threads(), processes.Ranks()
     try:
-        return _train(args)
+        with ranks.quiet():
+            args = _resumed(args, ranks)
+            torch.set_num_threads(args.threads or (1 if args.model == "cnn" and args.bs < MANY else before))
+            return _train(args, ranks)
     finally:
         torch.set_num_threads(before)
+        ranks.leave()
 
 
-def _train(args) -> int:
-    if args.resume is None:
-        results.check_folder(args.out, args.force)  # what can be known to be wrong is said before anything is loaded
-    norm_kwargs, device = _norm_kwargs(args), _device(args.device)
+def _resumed(args, ranks):
+    """The arguments to train with: those given, those of the run to resume, or of one that torchrun starts again."""
+    if args.resume is not None:
+        return resuming.resumed(args)
+    if (folder := ranks.first(lambda: processes.restarted(args))) is None:
+        return args
+    args.out, args.force = Path(folder), True
+    return resuming.restarted(args) if args.checkpoint_every else args
+
+
+def _train(args, ranks) -> int:
+    processes.check_device(args.device, ranks)
+    if args.resume is None:  # what can be known to be wrong is said before anything is loaded
+        ranks.first(lambda: results.check_folder(args.out, args.force))
+    recipes.settle_norm(args)
+    model_kwargs = {**_norm_kwargs(args), **recipes.model_kwargs(args)}
+    device = _device(args.device)
     added = [make_callback(spec) for spec in args.cb]
-    images = _images(args)
+    images = ranks.first_then_others(lambda: _images(args))
     torch.manual_seed(args.seed)
-    data = image_databunch(images, args.bs, seed=args.seed, device=device, limit=args.limit)
-    lr = default_lr(args.bs) if args.lr is None else args.lr
-    folder = results.claim_folder(_folder(args, images.name)) if args.resume is None else args.resume
-    cbs = _callbacks(args, lr, folder, len(data.train_dl), added)
+    data = image_databunch(
+        images, args.bs, seed=args.seed, device=device, limit=args.limit, **recipes.data_kwargs(args, images, ranks.world)
+    )
+    lr = default_lr(args.bs * ranks.world) * recipes.default_factor(args) if args.lr is None else args.lr
+    folder = args.resume
+    if folder is None:
+        folder = Path(ranks.first(lambda: str(results.claim_folder(_folder(args, images.name)))))
+    cbs = _callbacks(args, lr, folder, len(data.train_dl) // ranks.world, added)
+    if ranks.world > 1 and not any(type(cb) is Distributed for cb in added):
+        cbs.append(Distributed())
     try:
-        learn, run = _build(args, data, lr, cbs, norm_kwargs)
-        learn.model.to(device)
+        learn, run = _build(args, data, lr, cbs, model_kwargs)
+        recipes.finish(args, learn, device)
     except (ValueError, RuntimeError) as e:
         raise CliError(f"{args.model} cannot be made for {images}: {e}") from e
     config = _config(args, images, data, lr, device, learn, run)
+    config.update(processes=ranks.world, launch=processes.launch())
     config["arguments"] = resuming.to_keep(args, images, lr, device, torch.get_num_threads())
     config = config if args.resume is None else resuming.with_history(config, args)
-    results.write_config(folder, config)
+    if ranks.rank == 0:
+        results.write_config(folder, config)
     _announce(images, data, config, folder)
-    return _fit(args, learn, run, folder, config)
+    return _fit(args, learn, run, folder, config, ranks)
 
 
-def _fit(args, learn, run, folder, config) -> int:
+def _fit(args, learn, run, folder, config, ranks) -> int:
     """Train, write the results whatever happened, and say so in a sentence."""
     began, error = time.perf_counter(), None
     resume = None if args.resume is None else resuming.start(folder)
@@ -88,13 +115,16 @@ def _fit(args, learn, run, folder, config) -> int:
     except Exception as e:  # noqa: BLE001 - a callback's or the model's: the way there is shown, and what was learnt is kept
         if isinstance(e, CheckpointError) and resume is not None and run.resumed_from is None:
             raise CliError(str(e)) from e  # nothing has begun: the run's results stay as they are
-        traceback.print_exc()
+        if not str(e).startswith("rank "):  # else another rank has shown it
+            traceback.print_exc()
         error = e
     seconds = time.perf_counter() - began
     stats, recorder, magnitudes = (_of(run, cls) for cls in (AvgStatsCallback, Recorder, ParamMagnitudes))
     halt = _of(run, HaltOnNaN)
     report = halt.report if halt is not None else None
-    status, sentence = _outcome(args, run, error, report, stats, seconds)
+    status, sentence = ranks.worst(*_outcome(args, run, error, report, stats, seconds))
+    if ranks.rank != 0:
+        return status
     failures = results.write_results(folder, learn.model, stats, recorder, magnitudes, report)
     config["result"] = {"status": status, "reason": run.stop_reason, "seconds": round(seconds, 2), "steps": run.n_iter}
     results.write_config(folder, config)
@@ -129,7 +159,10 @@ def _images(args):
         raise CliError(f"--data-dir must be a folder; {root} is a file", BAD_ARGUMENTS)
     try:
         if args.data is not None:
-            return load_dataset(args.data, root)
+            images = load_dataset(args.data, root)
+            if images.name == f"{args.data}-jpeg":
+                print(f"{args.data} is not here in its own format: training on the JPEG images in {images.name}")
+            return images
         try:
             return load_dataset("mnist", root)
         except (DownloadError, DataNotFoundError):
@@ -197,6 +230,9 @@ def _callbacks(args, lr, folder, steps, added) -> list:
     for cb in added:
         if type(cb) is HaltOnNaN and cb.path is None:
             cb.path = folder
+        if type(cb) is TensorBoardLogger and cb.path is None:
+            cb.path = folder / "tensorboard"
+    own += recipes.callbacks(args)
     classes = {type(cb) for cb in added}
     own = [cb for cb in own if type(cb) not in classes]
     own.append(CSVLogger(folder / "history.csv"))  # beside one that is added: that has its own path
@@ -207,11 +243,12 @@ def _callbacks(args, lr, folder, steps, added) -> list:
     return own + added
 
 
-def _build(args, data, lr, cbs, norm_kwargs):
+def _build(args, data, lr, cbs, model_kwargs):
+    how = recipes.learner_kwargs(args)
     if args.model == "cnn":
-        return get_learn_run(NFS, data, lr, BUILDERS[args.layer], cbs=cbs, **norm_kwargs)
-    model = resnet9(c_in=data.c_in, c_out=data.c, norm=LAYERS[args.layer], **norm_kwargs)
-    return get_runner(model, data, lr=lr, cbs=cbs)
+        return get_learn_run(NFS, data, lr, BUILDERS[args.layer], cbs=cbs, **how, **model_kwargs)
+    model = resnet9(c_in=data.c_in, c_out=data.c, norm=LAYERS[args.layer], **model_kwargs)
+    return get_runner(model, data, lr=lr, cbs=cbs, **how)
 
 
 def _of(run, cls):
@@ -248,6 +285,7 @@ def _config(args, images, data, lr, device, learn, run) -> dict:
         "sched": args.sched,
         "epochs": args.epochs,
         "optimiser": type(learn.opt).__name__,
+        **recipes.config(args),
         "seed": args.seed,
         "halt_on_nan": _of(run, HaltOnNaN) is not None,
         "callbacks": [repr(cb) for cb in run.cbs],
@@ -289,9 +327,11 @@ def _announce(images, data, config, folder) -> None:
         "1cycle": f"{lr / 10:.4g} → {lr:.4g} → {lr / 100:.4g} (one cycle)",
     }[config["sched"]]
     recipe = f" (recipe {config['recipe']})" if config["recipe"] else ""
+    n, bs = config["processes"], f"batch size {config['bs']}"
+    bs += f" on each of {n} processes ({n * config['bs']} a step)" if n > 1 else ""
     print(
-        f"{config['model']} of {config['layer']}{recipe}, {config['parameters']} parameters, batch size {config['bs']}, "
-        f"learning rate {path}, {_count(config['epochs'], 'epoch')}, on {config['device']}"
+        f"{config['model']} of {config['layer']}{recipe}, {config['parameters']} parameters, {bs}, "
+        f"learning rate {path}, {_count(config['epochs'], 'epoch')}, on {config['device']}{recipes.words(config)}"
     )
     print(f"results in {folder}", flush=True)
 

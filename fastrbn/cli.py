@@ -10,6 +10,7 @@ import os
 import sys
 
 from ._cli_args import DONE, ERROR, INTERRUPTED, CliError, parser
+from ._cli_ranks import is_first
 
 __all__ = ["main"]
 
@@ -36,7 +37,8 @@ def main(argv=None) -> int:
         sys.stdout.flush()  # so that a closed pipe shows here and not at exit
         return DONE
     except CliError as e:
-        print(f"fastrbn {args.command}: error: {e}", file=sys.stderr)
+        if is_first():
+            print(f"fastrbn {args.command}: error: {e}", file=sys.stderr)
         return e.status
     except KeyboardInterrupt:
         print(f"fastrbn {args.command}: interrupted (Ctrl-C)", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,17 +10,24 @@ from pathlib import Path
 def write_whole(path, content) -> Path:
     """Write `content` (str or bytes) to `path` under a temporary name beside it, then rename: whoever reads `path`
     sees the old file or the new one, never half of one. Folders that are missing are made."""
+    with whole_file(path) as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write into, which is `path` once the block has ended well: `write_whole` for what is too large to
+    hold in memory a second time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return path

@@ -21,7 +21,7 @@ LONGEST = 450  # lines of a file
 MAY_IMPORT = {
     "norm": [],
     "learn": ["checkpoints", "snapshot", "summary"],
-    "data": [],
+    "data": ["files"],
     "callbacks": ["learn.callback", "learn.events", "checkpoints", "files", "snapshot", "graph"],
     "plots": ["_plots_compare", "_plots_diagnose"],
     "_plots_compare": ["plots"],

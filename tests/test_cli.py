@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import fastrbn
-from fastrbn import _cli_callbacks, _cli_results, _cli_train
+from fastrbn import _cli_callbacks, _cli_ranks, _cli_results, _cli_train
 from fastrbn._cli_args import default_lr
 from fastrbn.cli import main
 from fastrbn.data import DownloadError, glyphs, image_databunch
@@ -629,3 +629,33 @@ def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 1 and err == ""
+
+
+def test_of_many_processes_the_gravest_ending_counts_and_an_error_of_the_first_is_everybodys():
+    ranks = object.__new__(_cli_ranks.Ranks)
+    ranks.world, ranks.rank = 2, 1
+    said = []
+    ranks._channel = SimpleNamespace(texts=lambda text: said)
+    said[:] = ['[0, "done"]', '[3, "halted"]']
+    assert ranks.worst(0, "done") == (3, "halted")
+    said[:] = ['[130, "interrupted"]', '[1, "error"]']
+    assert ranks.worst(1, "error") == (1, "error")
+    said[:] = ['{"value": "runs/a"}', ""]
+    assert ranks.first(lambda: pytest.fail("it is not the first")) == "runs/a"
+    said[:] = ['{"error": "the folder is not empty", "status": 2}', ""]
+    with pytest.raises(_cli_ranks.CliError, match="the folder is not empty") as caught:
+        ranks.first(lambda: None)
+    assert caught.value.status == 2
+
+
+def test_a_device_with_a_number_is_no_choice_for_many_processes():
+    with pytest.raises(_cli_ranks.CliError, match="must leave each of the 2 processes its own; got 'cuda:1': take cuda"):
+        _cli_ranks.check_device("cuda:1", SimpleNamespace(world=2))
+    _cli_ranks.check_device("cuda:1", SimpleNamespace(world=1))
+
+
+def test_processes_that_cannot_meet_end_the_command_with_a_sentence(cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    status, _, err = cli("train", "glyphs")
+    assert status == 1 and err.startswith("fastrbn train: error: the environment has WORLD_SIZE=2 but not RANK")

@@ -12,11 +12,22 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
 LIMIT = 2000  # training samples, in place of the notebooks' `limit = None`
 
 
+@pytest.fixture(scope="session")
+def real_cifar():
+    """The folder of real data sets, where CIFAR-10 is among them in one format or the other."""
+    root = Path(os.environ.get("FASTRBN_DATA") or Path.home() / ".cache" / "fastrbn" / "data")
+    if not any((root / name).is_dir() for name in ("cifar-10-batches-py", "cifar10-jpeg")):
+        pytest.skip(f"no CIFAR-10 under {root}: set FASTRBN_DATA to the folder that holds cifar-10-batches-py")
+    return root
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore::DeprecationWarning:zmq")
 def test_notebook_runs_and_its_asserts_hold(path, request, monkeypatch):
     if "get_data" in path.read_text():
         monkeypatch.setenv("FASTRBN_DATA", str(request.getfixturevalue("real_data")))
+    if "cifar10" in path.read_text():
+        monkeypatch.setenv("FASTRBN_DATA", str(request.getfixturevalue("real_cifar")))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:

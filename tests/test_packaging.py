@@ -55,9 +55,9 @@ def installed(wheel, tmp_path_factory):
     return target
 
 
-def test_the_wheel_holds_every_module_and_readme_of_the_package_and_nothing_else(wheel):
+def test_the_wheel_holds_every_module_kernel_and_readme_of_the_package_and_nothing_else(wheel):
     tree = wheel.parents[1]
-    kept = {p for p in (tree / "fastrbn").rglob("*") if p.suffix == ".py" or p.name == "README.md"}
+    kept = {p for p in (tree / "fastrbn").rglob("*") if p.suffix in (".py", ".c") or p.name == "README.md"}
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert names == {p.relative_to(tree).as_posix() for p in kept}
 
@@ -94,7 +94,7 @@ def test_the_metadata_says_what_users_need(installed):
     assert (meta["Name"], meta["Version"], meta["Requires-Python"]) == ("fastrbn", fastrbn.__version__, ">=3.10")
     assert "Apache-2.0" in (meta["License"], meta["License-Expression"])
     assert list(info.rglob("LICENSE")) != []
-    assert {"test", "notebooks", "dev"} == set(meta.get_all("Provides-Extra"))
+    assert {"test", "notebooks", "dev", "tensorboard"} == set(meta.get_all("Provides-Extra"))
     scripts = {e.name: e.value for e in dist.entry_points if e.group == "console_scripts"}
     assert scripts == {"fastrbn": "fastrbn.cli:main"}
     callbacks = {e.name: e for e in dist.entry_points if e.group == "fastrbn.callbacks"}

@@ -1,12 +1,19 @@
 """Callbacks, by purpose. None of them knows another; what they share, they read from the run."""
 
 from .checkpoint import Checkpoint, CheckpointError, SaveBest
+from .compiling import CompileCallback
 from .device import BatchTransformXCallback, CudaCallback
+from .distributed import Distributed
+from .ema import EMA
 from .graph import GraphHolder, GraphMonitor, GraphReport
 from .hooks import ActivationStats, Hook, Hooks, ListContainer, append_stats, children
-from .loggers import CSVLogger
+from .loggers import CSVLogger, TensorBoardLogger
+from .mixup import MixUp
 from .nonfinite import HaltOnNaN, NonFiniteError, NonFiniteReport
+from .optimise import GradientAccumulation, GradientClip
 from .params import ParamMagnitudes
+from .precision import MixedPrecision
+from .profiling import Profiler
 from .progress import ProgressCallback
 from .record import AvgStats, AvgStatsCallback, Recorder, accuracy
 from .schedule import (
@@ -20,6 +27,7 @@ from .schedule import (
     sched_lin,
     sched_no,
 )
+from .stopping import EarlyStopping
 
 __all__ = [
     "ActivationStats",
@@ -29,7 +37,13 @@ __all__ = [
     "CSVLogger",
     "Checkpoint",
     "CheckpointError",
+    "CompileCallback",
     "CudaCallback",
+    "Distributed",
+    "EMA",
+    "EarlyStopping",
+    "GradientAccumulation",
+    "GradientClip",
     "GraphHolder",
     "GraphMonitor",
     "GraphReport",
@@ -38,13 +52,17 @@ __all__ = [
     "Hooks",
     "LR_Find",
     "ListContainer",
+    "MixUp",
+    "MixedPrecision",
     "NonFiniteError",
     "NonFiniteReport",
     "ParamMagnitudes",
     "ParamScheduler",
+    "Profiler",
     "ProgressCallback",
     "Recorder",
     "SaveBest",
+    "TensorBoardLogger",
     "accuracy",
     "annealer",
     "append_stats",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -89,7 +90,8 @@ class Checkpoint(Callback):
         stateless = (cb for cb in run.cbs if type(cb).state_dict is Callback.state_dict)
         self._watched = [(cb, looks(cb)) for cb in stateless if not type(cb).__module__.startswith("fastrbn.")]
         loaders = (run.data.train_dl, run.data.valid_dl)
-        if self.on_interrupt and not any(getattr(dl, "num_workers", 0) for dl in loaders):
+        # elsewhere Distributed takes it, and tells rank 0
+        if self.on_interrupt and _rank() == 0 and not any(getattr(dl, "num_workers", 0) for dl in loaders):
             self._handler = _handle(self._interrupted)
 
     def begin_epoch(self):
@@ -154,7 +156,8 @@ class Checkpoint(Callback):
     def _interrupted(self, signum, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self._asked = True
-        os.write(2, b"\nfastrbn: saving a checkpoint after this batch; Ctrl-C again stops at once, without one\n")
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended who reads it, as in `… 2>&1 | tee log`
+            os.write(2, b"\nfastrbn: saving a checkpoint after this batch; Ctrl-C again stops at once, without one\n")
 
     def _end_if_asked(self):
         if self._asked:

@@ -10,6 +10,8 @@ import torch
 
 from fastrbn.learn.callback import Callback
 
+from ._ranks import rank
+
 _CHUNK = 64  # scalars kept one by one before they are joined on their device: more are slower, they leave the cache
 
 
@@ -188,6 +190,14 @@ class AvgStats:
         count = self.count
         return [total / count for total in self.all_stats] if count else []
 
+    def merge(self, gather) -> None:
+        """Become the averages over several processes; `gather(numbers)` gives the numbers of each, a list a process.
+        Waits for the device."""
+        count, *sums = map(math.fsum, zip(*gather([self.count, *self.all_stats])))
+        if count:
+            averages = [torch.tensor([total / count], dtype=torch.float64) for total in sums]
+            self.load_state_dict({"names": self.names, "sizes": torch.tensor([int(count)]), "columns": averages})
+
     def state_dict(self) -> dict:
         """The values of each batch so far and its size. Waits for the device."""
         return {"names": list(self.names), "sizes": torch.tensor(self._sizes), **self._tape.state_dict()}
@@ -245,6 +255,11 @@ class AvgStatsCallback(Callback):
         run = self.run
         (self.train_stats if run.in_train else self.valid_stats).accumulate(run)
 
+    def merge(self, gather):
+        """For `Distributed`: from here on the epoch's averages are those of all processes."""
+        self.train_stats.merge(gather)
+        self.valid_stats.merge(gather)
+
     def after_epoch(self):
         run, row = self.run, {"epoch": self.run.epoch}
         for stats, which in ((self.train_stats, "train"), (self.valid_stats, "valid")):
@@ -267,6 +282,9 @@ class AvgStatsCallback(Callback):
     def load_state_dict(self, state):
         self.train_stats.load_state_dict(state["train"])
         self.valid_stats.load_state_dict(state["valid"])
+        if rank() != 0:  # rank 0 saved its own parts: they count once
+            self.train_stats.reset()
+            self.valid_stats.reset()
         self.history = [dict(row) for row in state["history"]]
         self._start = time.perf_counter() - state["seconds"]
 

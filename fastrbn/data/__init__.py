@@ -12,12 +12,13 @@ from .folder import load_folder
 from .glyphs import glyphs
 from .image_data import ImageData, image_databunch
 from .sets import NAMES, get_data, load_dataset
-from .transforms import RandomCrop, RandomFlip, normalize_to, view_tfm
+from .transforms import Cutout, RandomCrop, RandomFlip, normalize_to, to_channels_last, view_tfm
 
 __all__ = [
     "NAMES",
     "BadDataError",
     "BatchLoader",
+    "Cutout",
     "DataBunch",
     "DataError",
     "DataNotFoundError",
@@ -34,5 +35,6 @@ __all__ = [
     "load_dataset",
     "load_folder",
     "normalize_to",
+    "to_channels_last",
     "view_tfm",
 ]

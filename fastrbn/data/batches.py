@@ -6,6 +6,7 @@ can be taken up again in the middle, bit for bit.
 """
 
 import operator
+import warnings
 
 import torch
 
@@ -53,6 +54,7 @@ class BatchLoader:
     Without shuffle, conversion and tfms, batches are views of x: do not change them in place.
 
     `epoch` is the number, from 0, of the epoch that the next iteration will run; beginning one counts it.
+    `shard` cuts each batch for one of several processes.
     ValueError or TypeError, saying what came, for tensors that do not fit together, nothing to iterate, or a bad option.
     """
 
@@ -68,6 +70,7 @@ class BatchLoader:
         if seed is None:
             seed = int(torch.randint(2**62, ())) if self.shuffle or self._random else 0
         self.seed, self.epoch = operator.index(seed), 0
+        self.shard()
         self.to(x.device if device is None else device)
 
     batch_size = property(lambda self: self.bs, doc="The same as `bs`, under torch's name.")
@@ -88,9 +91,34 @@ class BatchLoader:
         self._scale, self._shift = _affine(self.x, self.normalize)
         return self
 
+    def shard(self, rank=0, world=1, even=True):
+        """Give part `rank` of `world` from now on; without arguments the whole again. Returns the loader.
+
+        A step's samples are those that one loader with `world * bs` would give, in its order; each part has `bs` of
+        them, in a short last batch as even a share as there is. Transforms draw other numbers for each part.
+        even: True, all parts have equally many batches, and a last batch with fewer samples than parts is left out,
+            with a warning; False (validation), none is left out, and some parts may have a batch less.
+        ValueError for a rank that is not one of 0 to world - 1, and where no batch is left.
+        """
+        rank, world = operator.index(rank), operator.index(world)
+        if not 0 <= rank < world:
+            raise ValueError(f"shard takes a rank from 0 to world - 1; got rank {rank} of world {world}.")
+        least, left = self.bs * world if self.drop_last else world, len(self.x) % (self.bs * world)
+        if even and len(self.x) < least:
+            raise ValueError(f"a batch for {world} processes needs {least} samples; there are {len(self.x)}. "
+                             "Start fewer processes, or take a smaller bs.")
+        if even and 0 < left < world and not self.drop_last and rank == 0:
+            warnings.warn(f"an epoch's last {left} samples are left out of training: they are fewer than the {world} "
+                          "processes, which step together", stacklevel=2)
+        self.rank, self.world, self._even = rank, world, bool(even)
+        return self
+
     def __len__(self):
         """The number of batches in an epoch."""
-        return len(self.x) // self.bs if self.drop_last else -(-len(self.x) // self.bs)
+        full, left = divmod(len(self.x), self.bs * self.world)
+        if self.drop_last or not left:
+            return full
+        return full + (left >= self.world if self._even else left > self.rank)
 
     def __iter__(self):
         return self.iter_from(0)
@@ -136,17 +164,27 @@ class BatchLoader:
 
     def _cut(self, epoch, first):
         """The epoch's batches as stored, from batch number `first` on."""
-        start, stop = first * self.bs, min(len(self) * self.bs, len(self.x))
-        if start >= stop:
+        x, y, cut = self.x, self.y, self._parts if self.world > 1 else self._wholes
+        if first >= len(self):
             return
-        x, y, bs = self.x, self.y, self.bs
         if not self.shuffle:
-            yield from zip(x[start:stop].split(bs), y[start:stop].split(bs))
+            yield from zip(cut(x, first), cut(y, first))
             return
         # drawn on the CPU: the same order whatever the device
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(mix(self.seed, epoch))).to(x.device)
-        for rows in order[start:stop].split(bs):
+        for rows in cut(order, first):
             yield x.index_select(0, rows), y.index_select(0, rows)
+
+    def _wholes(self, t, first):
+        return t[first * self.bs : min(len(self) * self.bs, len(t))].split(self.bs)
+
+    def _parts(self, t, first):
+        """This rank's part of each batch of `world * bs` rows of `t`."""
+        size, n, count = self.bs * self.world, len(t), len(self)
+        for start in range(first * size, count * size, size):
+            least, more = divmod(min(size, n - start), self.world)
+            begin = start + self.rank * least + min(self.rank, more)
+            yield t[begin : begin + least + (self.rank < more)]
 
     def _converted(self, batches, epoch, first):
         scale, shift = self._scale, self._shift
@@ -157,13 +195,14 @@ class BatchLoader:
                 if shift is not None:
                     xb = xb.add_(shift)
             if generator is not None:
-                generator.manual_seed(mix(self.seed, epoch, i))
+                generator.manual_seed(mix(self.seed, epoch, i, *([self.rank] if self.rank else [])))
             for tfm in self.tfms:
                 xb = tfm(xb, generator) if getattr(tfm, "takes_generator", False) else tfm(xb)
             yield xb, yb
 
     def __repr__(self):
-        extra = "" if not self.tfms else f", tfms={self.tfms}"
+        extra = "" if self.world == 1 else f", part {self.rank} of {self.world}"
+        extra += "" if not self.tfms else f", tfms=({', '.join(getattr(t, '__name__', None) or repr(t) for t in self.tfms)})"
         if self.normalize:
             extra += ", normalize=({}, {})".format(*([round(n, 4) for n in v] for v in self.normalize))
         return (f"BatchLoader({self.dataset}, bs={self.bs}, shuffle={self.shuffle}, seed={self.seed}, "

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .batches import Dataset
+from .decoded import decode_once
 from .errors import BadDataError, DataNotFoundError
 from .image_data import ImageData
 from .split import check_valid, split
@@ -21,7 +22,7 @@ BYTE_MODES = {"1": "L", "L": "L", "LA": "RGB", "P": "RGB", "PA": "RGB", "RGB": "
 CHUNK = 256  # images a thread takes at a time: passing them singly costs as much as decoding a small one
 
 
-def load_folder(path, size=None, valid="auto", seed=0, workers=None):
+def load_folder(path, size=None, valid="auto", seed=0, workers=None, cache=None):
     """The images under `path` as an `ImageData`, named after the folder, with x uint8 of 1 channel when every image is
     grey, else of 3.
 
@@ -32,6 +33,8 @@ def load_folder(path, size=None, valid="auto", seed=0, workers=None):
     valid: "auto"; "test", the folder of that name; or the share held out of each class (0.2 under "auto").
     seed: of the split and of the order of the training images, mixed so that any first part of them is a fair sample.
     workers: threads, None for one a core.
+    cache: a file to keep the decoded images in, which later calls read instead of decoding, as long as the images are
+        the same; None (default) keeps nothing: it would be N·C·H·W bytes somewhere that nobody has named.
 
     DataNotFoundError for an absent folder; BadDataError for no class folders, an empty class, classes that differ, an
     unreadable image, or sizes that differ. Nothing is skipped.
@@ -44,7 +47,7 @@ def load_folder(path, size=None, valid="auto", seed=0, workers=None):
     files, y, classes = _listing(path if held is None else path / "train")
     if held is None:
         train, rest = split(y, 0.2 if isinstance(valid, str) else valid, seed, classes)
-        x = _decode(files, size, workers)
+        x = _images(files, size, workers, cache)
         sets = Dataset(x[train], y[train]), Dataset(x[rest], y[rest])
     else:
         valid_files, valid_y, valid_classes = _listing(held)
@@ -52,7 +55,7 @@ def load_folder(path, size=None, valid="auto", seed=0, workers=None):
             odd = sorted(set(classes) ^ set(valid_classes))
             raise BadDataError(f"{path / 'train'} and {held} must have the same class folders; {', '.join(odd[:5])} "
                                f"{'is' if len(odd) == 1 else 'are'} in one of them only.")
-        x = _decode(files + valid_files, size, workers)
+        x = _images(files + valid_files, size, workers, cache)
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
         sets = Dataset(x[order], y[order]), Dataset(x[len(y):], valid_y)
     return ImageData(path.resolve().name, *sets, classes)
@@ -91,6 +94,12 @@ def _listing(folder):
         raise BadDataError(f"every class folder must hold images; there are none in {', '.join(empty[:5])}"
                            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}. Remove it, or add images.")
     return [f for f, _ in found.samples], y, tuple(found.classes)
+
+
+def _images(files, size, workers, cache):
+    if cache is None:
+        return _decode(files, size, workers)
+    return decode_once(cache, files, size, lambda: _decode(files, size, workers))
 
 
 def _decode(files, size, workers):

@@ -7,11 +7,11 @@ import torch
 
 from .batches import BatchLoader, Dataset
 from .bunch import DataBunch
-from .transforms import RandomCrop, RandomFlip
+from .transforms import Cutout, RandomCrop, RandomFlip, to_channels_last
 
 __all__ = ["ImageData", "image_databunch"]
 
-AUGMENTED = ("cifar10", "cifar100")
+AUGMENTED = ("cifar10", "cifar100", "cifar10-jpeg", "cifar100-jpeg")
 LEAST_VALID = 500  # fewer images would make the accuracy of a quick run a matter of luck
 
 
@@ -66,17 +66,20 @@ class ImageData:
                 f"{tuple(self.train.x.shape[1:])}, {self.c} classes)")
 
 
-def image_databunch(data, bs, valid_bs=None, seed=0, device=None, limit=None, augment=None, drop_last=False):
+def image_databunch(data, bs, valid_bs=None, seed=0, device=None, limit=None, augment=None, drop_last=False,
+                    cutout=None, channels_last=False):
     """A `DataBunch` of BatchLoaders over `data`: bytes on the device, normalised there batch by batch with the training
     set's own mean and deviation per channel; batches are float32 (N, C, H, W) and int64 (N,).
 
     data: an `ImageData`, as from `load_dataset`. bs: training batch size; valid_bs: None for `2 * bs`.
     seed: of shuffling and augmentation. device: where the images are kept, None for the CPU.
-    limit: keep the first `limit` training images, and validation images in proportion but at least 500, for quick runs
-        (statistics stay those of the whole set; a limit beyond the set changes nothing).
+    limit: keep the first `limit` training images, and in proportion, but at least 500, of the validation images, taken
+        at equal distances, for quick runs (statistics stay those of the whole set; a limit beyond the set changes nothing).
     augment: True for random crop with padding 4 and left-right flip, False for none, None for what suits the set: True
         for cifar10 and cifar100, False for others (digits must not be mirrored); or a list of transforms.
     drop_last: drop the last training batch when smaller.
+    cutout: the side in pixels of a square to blank in each training image after that (see `Cutout`), None for none.
+    channels_last: give batches in that memory order, training and validation; for a model that is in it too.
     ValueError for a bad batch size or limit.
     """
     train, valid = data.train, data.valid
@@ -85,11 +88,16 @@ def image_databunch(data, bs, valid_bs=None, seed=0, device=None, limit=None, au
             raise ValueError(f"limit is the number of training images to keep, at least 1; got {limit}. "
                              "Leave it out to keep all.")
         keep = max(LEAST_VALID, round(len(valid) * limit / len(train)))
-        train, valid = Dataset(train.x[:limit], train.y[:limit]), Dataset(valid.x[:keep], valid.y[:keep])
+        if keep < len(valid):  # spread over all, since those of a folder come class by class
+            rows = torch.arange(keep) * len(valid) // keep
+            valid = Dataset(valid.x[rows], valid.y[rows])
+        train = Dataset(train.x[:limit], train.y[:limit])
     if augment is None:
         augment = data.name in AUGMENTED
-    tfms = (RandomCrop(4), RandomFlip()) if augment is True else augment or ()
-    stats = data.mean, data.std
-    train_dl = BatchLoader(train.x, train.y, bs, True, seed, drop_last, device, stats, tfms)
-    valid_dl = BatchLoader(valid.x, valid.y, 2 * bs if valid_bs is None else valid_bs, device=device, normalize=stats)
+    tfms = (RandomCrop(4), RandomFlip()) if augment is True else (augment,) if callable(augment) else tuple(augment or ())
+    tfms += () if cutout is None else (Cutout(cutout),)
+    last = (to_channels_last,) if channels_last else ()
+    stats, valid_bs = (data.mean, data.std), 2 * bs if valid_bs is None else valid_bs
+    train_dl = BatchLoader(train.x, train.y, bs, True, seed, drop_last, device, stats, tfms + last)
+    valid_dl = BatchLoader(valid.x, valid.y, valid_bs, device=device, normalize=stats, tfms=last)
     return DataBunch(train_dl, valid_dl, c=data.c, c_in=data.c_in)

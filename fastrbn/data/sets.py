@@ -1,5 +1,6 @@
 """Data sets by name: `load_dataset` for bytes in memory, `get_data` for the course's MNIST rows."""
 
+import dataclasses
 import difflib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .split import check_valid, split
 __all__ = ["NAMES", "get_data", "load_dataset"]
 
 _CLASSES = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+JPEG = "-jpeg"
 NAMES = (*_CLASSES, "glyphs")
 """The names `load_dataset` knows; anything else is taken for a folder of images."""
 
@@ -41,6 +43,9 @@ def load_dataset(name_or_path, root=None, download=True, valid="auto", size=None
         `valid`, `val`, `test`, with a folder per class in each, or of the class folders themselves. Names win over
         folders of the same name: write "./mnist" for such a folder.
     root: where the named sets are kept; None for $FASTRBN_DATA or ~/.cache/fastrbn/data.
+        A set that is not there in torchvision's format, but as a folder of images `<name>-jpeg`, is read from that, and
+        has the folder's name: a JPEG image is not the original bit for bit. "cifar10-jpeg" asks for it. The decoded
+        images are kept beside it in `<name>-jpeg.decoded.pt`, and used as long as the files are the same.
     download: fetch a missing set; False raises DataNotFoundError instead. What was fetched is found without network.
     valid: "auto" is the last 10,000 training images for mnist and fashion (the course's split, which keeps the test
         images for the end), the test images for the cifars, the validation folder of a folder, else a fifth of it;
@@ -52,24 +57,41 @@ def load_dataset(name_or_path, root=None, download=True, valid="auto", size=None
     """
     name = str(name_or_path)
     check_valid(valid)
-    if name not in NAMES:
+    jpeg = name.endswith(JPEG) and name.removesuffix(JPEG) in _CLASSES
+    if name not in NAMES and not (jpeg and (data_root(root) / name).is_dir()):
         _check_path(name)
         return load_folder(name, size=size, valid=valid, seed=seed, workers=workers)
     if size is not None:
         raise ValueError(f"size is for folders of images; {name} has its own. Leave it out.")
+    if jpeg:
+        return _jpeg(data_root(root) / name, valid, seed, workers)
     if name == "glyphs":
         if not isinstance(valid, str):
             raise ValueError("glyphs draws its own validation set; pass n_train and n_valid to fastrbn.data.glyphs "
                              f"instead of valid={valid}.")
         return glyphs(seed=seed)
-    return _named(name, data_root(root), download, valid, seed)
+    return _named(name, data_root(root), download, valid, seed, workers)
 
 
-def _named(name, root, download, valid, seed):
+def _jpeg(folder, valid, seed, workers):
+    """The images in `folder`, which is named after a data set, decoded once."""
+    if isinstance(valid, float) and (folder / "train").is_dir():
+        return dataclasses.replace(load_folder(folder / "train", None, valid, seed, workers), name=folder.name)
+    cache = folder.with_name(f"{folder.name}.decoded.pt")
+    return load_folder(folder, valid=valid, seed=seed, workers=workers, cache=cache)
+
+
+def _named(name, root, download, valid, seed, workers):
     import torchvision
 
     cls = getattr(torchvision.datasets, _CLASSES[name])
-    whole = torchvision_set(cls, root, True, download)
+    images = root / f"{name}{JPEG}"
+    try:
+        whole = torchvision_set(cls, root, True, download and not images.is_dir())
+    except DataNotFoundError:
+        if images.is_dir():
+            return _jpeg(images, valid, seed, workers)
+        raise
     x, y = _bytes(whole, root)
     if valid == "test" or (valid == "auto" and name.startswith("cifar")):
         train, held = (x, y), _bytes(torchvision_set(cls, root, False, download), root)

@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,20 +15,30 @@ import torch
 
 import fastrbn.callbacks as package
 from fastrbn.callbacks import (
+    EMA,
     ActivationStats,
     AvgStatsCallback,
     BatchTransformXCallback,
     Checkpoint,
+    CompileCallback,
     CSVLogger,
     CudaCallback,
+    Distributed,
+    EarlyStopping,
+    GradientAccumulation,
+    GradientClip,
     GraphMonitor,
     HaltOnNaN,
     LR_Find,
+    MixedPrecision,
+    MixUp,
     ParamMagnitudes,
     ParamScheduler,
+    Profiler,
     ProgressCallback,
     Recorder,
     SaveBest,
+    TensorBoardLogger,
     accuracy,
     sched_cos,
 )
@@ -45,18 +56,29 @@ MAKERS = {
     BatchTransformXCallback: lambda: BatchTransformXCallback(double),
     Checkpoint: lambda: Checkpoint("checkpoints", overwrite=True),
     CSVLogger: lambda: CSVLogger("history.csv"),
+    CompileCallback: lambda: CompileCallback(disable=True),  # the compiler itself has its own tests
     CudaCallback: lambda: CudaCallback("cpu"),
+    Distributed: Distributed,
+    EMA: EMA,
+    EarlyStopping: lambda: EarlyStopping("train_loss", patience=9),
+    GradientAccumulation: lambda: GradientAccumulation(2),
+    GradientClip: lambda: GradientClip(0.1),
     GraphMonitor: GraphMonitor,
     HaltOnNaN: HaltOnNaN,
     LR_Find: lambda: LR_Find(max_iter=20, max_lr=0.1),
+    MixUp: MixUp,
+    MixedPrecision: lambda: MixedPrecision("fp16", init_scale=1024.0),
     ParamMagnitudes: lambda: ParamMagnitudes(grads=True),
     ParamScheduler: lambda: ParamScheduler("lr", sched_cos(0.1, 0.2)),
+    Profiler: lambda: Profiler(steps=1, wait=0, warmup=1),
     ProgressCallback: ProgressCallback,
     Recorder: Recorder,
     SaveBest: lambda: SaveBest("best.pt", monitor="train_loss"),
+    TensorBoardLogger: TensorBoardLogger,
 }
-NEED_AVERAGES = {CSVLogger, SaveBest}
+NEED_AVERAGES = {CSVLogger, EarlyStopping, SaveBest}
 CHANGE_TRAINING = {BatchTransformXCallback, LR_Find, ParamScheduler}
+CHANGE_TRAINING |= {GradientAccumulation, GradientClip, MixUp, MixedPrecision}
 
 every_callback = pytest.mark.parametrize("cls", MAKERS, ids=lambda c: c.__name__)
 
@@ -64,6 +86,9 @@ every_callback = pytest.mark.parametrize("cls", MAKERS, ids=lambda c: c.__name__
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    writer = type("SummaryWriter", (), dict.fromkeys(("__init__", "add_scalar", "flush", "close"), lambda *a, **k: None))
+    # TensorBoardLogger's package is an extra
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
 
 
 def make_run(cls, *cbs):
@@ -84,12 +109,16 @@ def check_left_clean(run, learn, grad_mode=True):
     for m in learn.model.modules():
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             assert not getattr(m, table), f"{table} of {m} are left"
+        assert m._compiled_call_impl is None
     for p in learn.model.parameters():
         assert not p._backward_hooks
         assert not getattr(p, "_post_accumulate_grad_hooks", None)
         assert p.requires_grad
     assert [id(p) for g in learn.opt.param_groups for p in g["params"]] == [id(p) for p in learn.model.parameters()]
     assert (run.model, run.opt, run.loss_func, run.data) == (learn.model, learn.opt, learn.loss_func, learn.data)
+    assert not learn.opt._optimizer_step_pre_hooks and not learn.opt._optimizer_step_post_hooks
+    assert run._parts.claims == {}
+    assert not torch.is_autocast_enabled("cpu")
     assert run.logger is print
     assert torch.is_grad_enabled() is grad_mode
     assert run._fitting is False

@@ -1,12 +1,16 @@
-"""CSVLogger: the file is whole after each epoch, whatever happens then."""
+"""CSVLogger: the file is whole after each epoch, whatever happens then. TensorBoardLogger: what it is given."""
 
 import csv
 import os
+import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from fastrbn.callbacks import AvgStatsCallback, CSVLogger, accuracy
+from fastrbn.callbacks import AvgStatsCallback, CSVLogger, Recorder, TensorBoardLogger, accuracy
 from fastrbn.files import write_whole
 from fastrbn.learn import Callback, Runner
 
@@ -127,3 +131,89 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path, content):
     path = write_whole(str(tmp_path / "f"), content)
     assert isinstance(path, Path)
     assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+
+
+# --- TensorBoard
+
+
+@pytest.fixture
+def writers(monkeypatch):
+    """A stand-in for the package tensorboard; the list of what was made and written."""
+    made = []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step=None):
+            self.path, self.purge_step, self.scalars, self.calls = path, purge_step, [], []
+            made.append(self)
+
+        def add_scalar(self, tag, value, step):
+            self.scalars.append((tag, step, value))
+
+        def flush(self):
+            self.calls.append("flush")
+
+        def close(self):
+            self.calls.append("close")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    return made
+
+
+def test_tensorboard_gets_every_nth_step_and_the_averages_over_the_steps(make_learn, tmp_path, writers):
+    run = Runner([Recorder(), AvgStatsCallback(accuracy), TensorBoardLogger(tmp_path / "tb", every=3)])
+    run.logger = lambda line: None
+    run.fit(2, make_learn())
+    (writer,) = writers
+    assert writer.path == str(tmp_path / "tb") and writer.purge_step is None
+    assert writer.calls == ["flush", "flush", "close"]
+    steps = [(step, value) for tag, step, value in writer.scalars if tag == "loss/step"]
+    assert steps == [(n, run.recorder.losses[n]) for n in (0, 3, 6)]
+    assert [step for tag, step, value in writer.scalars if tag == "lr" and value == 0.1] == [0, 3, 6]
+    for which in ("train", "valid"):
+        for what in ("loss", "accuracy"):
+            found = [(step, value) for tag, step, value in writer.scalars if tag == f"{what}/{which}"]
+            assert found == [(4 * (i + 1), row[f"{which}_{what}"]) for i, row in enumerate(run.avg_stats.history)]
+
+
+def test_tensorboard_keeps_the_steps_before_an_error_and_is_closed(make_learn, tmp_path, writers):
+    class Ends(Callback):
+        def begin_batch(self):
+            if self.run.n_iter == 2:
+                raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        Runner([TensorBoardLogger(tmp_path / "tb", every=1), Ends()]).fit(1, make_learn())
+    assert [step for tag, step, _ in writers[0].scalars if tag == "loss/step"] == [0, 1]
+    assert writers[0].calls == ["close"]
+
+
+def test_without_the_package_tensorboard_the_error_comes_before_training_and_says_what_to_install(
+    make_learn, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    learn = make_learn()
+    before = learn.model[0].weight.clone()
+    with pytest.raises(ImportError, match=r'pip install "fastrbn\[tensorboard\]", or use CSVLogger'):
+        Runner([TensorBoardLogger(tmp_path)]).fit(1, learn)
+    assert torch.equal(before, learn.model[0].weight) and os.listdir(tmp_path) == []
+
+
+def test_tensorboards_arguments_are_checked(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(ValueError, match="needs a folder; got the file"):
+        TensorBoardLogger(tmp_path / "f")
+    with pytest.raises(ValueError, match="every must be a whole number of steps, 1 or more; got 0"):
+        TensorBoardLogger(every=0)
+
+
+def test_the_real_tensorboard_can_read_it(make_learn, tmp_path):
+    pytest.importorskip("tensorboard")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of its dependencies
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        run = Runner([Recorder(), TensorBoardLogger(tmp_path, every=1)])
+        run.fit(1, make_learn())
+        read = EventAccumulator(str(tmp_path))
+        read.Reload()
+    assert [e.value for e in read.Scalars("loss/step")] == pytest.approx(run.recorder.losses)

@@ -443,3 +443,59 @@ def test_open_batches_are_few(make_learn, way, every, monkeypatch):
     Runner([HaltOnNaN(every=every), Watches()]).fit(1, learn)
     assert max(seen) <= 16
     assert (max(seen) > 0) == (way == "late")
+
+
+def test_with_looks_now_and_then_the_state_at_each_epochs_end_is_kept(make_learn, way):
+    fault, halt = Loss(24), HaltOnNaN(every=8)
+    learn, _ = fit_with(fault, make_learn, "adam", halt, epochs=3)
+    assert (halt.report.step, halt.report.where) == (24, "loss")
+    good, _ = fit_with(Loss(None), make_learn, "adam", stop=24)
+    check_same(state_of(learn), state_of(good))
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, -math.inf])
+def test_a_validation_loss_for_each_sample_is_looked_at(make_learn, bad):
+    class Losses:
+        def __call__(self, pred, yb):
+            losses = F.cross_entropy(pred, yb, reduction="none")
+            if torch.is_grad_enabled():
+                return losses.mean()
+            return losses if bad is None else torch.cat([losses, losses.new_tensor([bad])])
+
+    halt = HaltOnNaN()
+    Runner([halt]).fit(1, make_learn(loss_func=Losses()))
+    assert (halt.report and (halt.report.where, halt.report.in_train)) == (None if bad is None else ("loss", False))
+
+
+def test_the_norms_in_the_report_are_those_of_all_parameters(make_learn, way):
+    seen = []
+
+    class Norms(Callback):
+        _order = 99
+
+        def after_step(self):
+            params = torch.cat([p.detach().double().flatten() for p in self.run.model.parameters()])
+            seen.append(params.norm().item())
+
+    halt, fault = HaltOnNaN(), Input(7)
+    Runner([Plants(fault), halt, Norms()]).fit(1, make_learn(model=model_of(), n_train=12))
+    assert halt.report.norms == pytest.approx(seen[:7], rel=1e-5)
+
+
+def test_a_prediction_that_the_loss_does_not_show_is_looked_at_where_code_is_not_known(make_learn, way):
+    class Masks(nn.Module):
+        """Leaves out the last class, from call 5 on: the loss of the others is finite."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = nn.Linear(4, 3), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x) + torch.tensor([0.0, 0.0, -math.inf if self.calls > 5 else 0.0])
+
+    halt, learn = HaltOnNaN(), make_learn(model=Masks(), n_train=12)
+    learn.data.train_dl = [(x, y.clamp(max=1)) for x, y in learn.data.train_dl]
+    Runner([halt]).fit(1, learn)
+    assert (halt.report.step, halt.report.phase, halt.report.where) == (5, "forward", "model")
+    assert math.isfinite(halt.report.losses[-1])

@@ -293,3 +293,60 @@ def test_a_data_set_pairs_and_refuses_unequal_lengths():
     assert torch.equal(xs, X[[1, 3]]) and ys.tolist() == [1, 3]
     with pytest.raises(ValueError, match="6 inputs and 4 targets"):
         Dataset(X, Y[:4])
+
+
+@pytest.mark.parametrize("n", [32, 45, 43, 40])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_parts_make_the_batches_of_one_loader_with_world_times_the_size(n, shuffle, drop_last):
+    x, y = torch.arange(n).float(), torch.arange(n)
+    world, bs = 3, 4
+    whole = BatchLoader(x, y, bs * world, shuffle, 5, drop_last)
+    parts = [BatchLoader(x, y, bs, shuffle, 5, drop_last).shard(r, world) for r in range(world)]
+    for epoch in range(2):
+        batches, cut = list(whole), [list(p) for p in parts]
+        assert [len(p) for p in parts] == [len(c) for c in cut] == [len(batches)] * world
+        for i, (xb, yb) in enumerate(batches):
+            assert torch.equal(torch.cat([c[i][0] for c in cut]), xb) and torch.equal(torch.cat([c[i][1] for c in cut]), yb)
+            assert {len(c[i][0]) for c in cut} <= {len(xb) // world, -(-len(xb) // world)}
+    for p in parts:
+        p.set_epoch(1)
+        tail = list(p.iter_from(1))
+        p.set_epoch(1)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(tail, list(p)[1:], strict=True))
+
+
+def test_a_last_batch_with_fewer_samples_than_parts_is_left_out_of_training_only():
+    x = torch.arange(26).float()
+    with pytest.warns(UserWarning, match="an epoch's last 2 samples are left out of training: they are fewer than the 3"):
+        first = BatchLoader(x, x, 4).shard(0, 3)
+    parts = [first, BatchLoader(x, x, 4).shard(1, 3), BatchLoader(x, x, 4).shard(2, 3)]
+    assert [len(p) for p in parts] == [len(list(p)) for p in parts] == [2, 2, 2]
+    parts = [p.shard(r, 3, even=False) for r, p in enumerate(parts)]
+    assert [len(p) for p in parts] == [len(list(p)) for p in parts] == [3, 3, 2]
+    assert sorted(torch.cat([xb for p in parts for xb, _ in p]).tolist()) == x.tolist()
+    assert len(first.shard()) == 7 and first.world == 1 and "part" not in repr(first)
+
+
+def test_parts_draw_other_transforms_and_the_first_those_of_the_whole():
+    x = torch.rand(16, 1, 4, 4)
+
+    def draws(rank, world):
+        seen = []
+        noise = lambda xb, generator: seen.append(torch.rand(3, generator=generator)) or xb
+        noise.takes_generator = True
+        list(BatchLoader(x, x, 4, seed=1, tfms=[noise]).shard(rank, world))
+        return torch.stack(seen)
+
+    assert torch.equal(draws(0, 2), draws(0, 1)[:2]) and not torch.equal(draws(0, 2), draws(1, 2))
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [((2, 2), "shard takes a rank from 0 to world - 1; got rank 2 of world 2"), ((0, 9), "needs 9 samples; there are 8")],
+)
+def test_parts_that_cannot_be_say_so_and_change_nothing(args, text):
+    loader = BatchLoader(torch.rand(8, 2), torch.rand(8), 4)
+    with pytest.raises(ValueError, match=text):
+        loader.shard(*args)
+    assert len(loader) == 2

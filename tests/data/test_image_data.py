@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from fastrbn.data import Dataset, ImageData, RandomCrop, RandomFlip, image_databunch
+from fastrbn.data import Cutout, Dataset, ImageData, RandomCrop, RandomFlip, image_databunch
 
 
 def some_images(name="some", n=1000, c=3):
@@ -58,6 +58,31 @@ def test_a_limit_keeps_the_first_images_and_validation_in_proportion(limit, n_tr
     assert (len(data.train_ds), len(data.valid_ds)) == (n_train, n_valid)
     assert torch.equal(data.train_ds.x, whole.train.x[:limit])
     assert data.train_dl.normalize == image_databunch(whole, 8).train_dl.normalize
+
+
+def test_a_limit_leaves_every_class_in_a_validation_set_that_comes_class_by_class(monkeypatch):
+    monkeypatch.setattr("fastrbn.data.image_data.LEAST_VALID", 20)
+    x, y = torch.arange(6400).remainder(256).to(torch.uint8).view(100, 1, 8, 8), torch.arange(100) // 20
+    held = Dataset(torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(100, 1, 8, 8), y)
+    data = image_databunch(ImageData("pets", Dataset(x, y.flip(0)), held, tuple("abcde")), 8, limit=10)
+    assert data.valid_ds.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert torch.equal(data.valid_ds.x[:, 0, 0, 0].long() // 20, data.valid_ds.y), "images and labels stay together"
+
+
+def test_cutout_comes_after_the_other_augmentations_and_only_in_training():
+    data = image_databunch(some_images("cifar10-jpeg"), 8, cutout=3)
+    assert [type(t) for t in data.train_dl.tfms] == [RandomCrop, RandomFlip, Cutout] and data.valid_dl.tfms == ()
+    assert data.train_dl.tfms[-1].size == 3
+    with pytest.raises(ValueError, match="positive number of pixels; got 0"):
+        image_databunch(some_images(), 8, cutout=0)
+
+
+def test_channels_last_batches_have_the_same_values_in_that_memory_order():
+    plain, last = (image_databunch(some_images("cifar10"), 50, cutout=2, channels_last=c) for c in (False, True))
+    for a, b in zip([*plain.train_dl, *plain.valid_dl], [*last.train_dl, *last.valid_dl]):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        assert b[0].is_contiguous(memory_format=torch.channels_last) and not b[0].is_contiguous()
+    assert "Cutout(size=2, fill=0.0), to_channels_last)" in repr(last.train_dl), "by its name, not its address"
 
 
 def test_options_of_the_bunch_reach_the_loaders():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrbn.data import RandomCrop, RandomFlip, normalize_to, view_tfm
+from fastrbn.data import Cutout, RandomCrop, RandomFlip, normalize_to, to_channels_last, view_tfm
 
 
 def generator(seed=0):
@@ -105,3 +105,46 @@ def test_augmentation_of_rows_is_refused(tfm):
 def test_augmentations_with_senseless_settings_are_refused(make):
     with pytest.raises(ValueError, match="got"):
         make()
+
+
+@settings(deadline=None, max_examples=50, database=None)
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 9), st.integers(0, 99))
+def test_cutout_blanks_a_square_around_one_of_the_pixels_and_nothing_else(n, c, size, seed):
+    x = torch.rand(n, c, 5, 6, generator=generator(seed)) + 1
+    out = Cutout(size, fill=-1.0)(x, generator(seed))
+    for before, after in zip(x, out):
+        squares = []
+        for row in range(5):
+            for column in range(6):
+                wanted = before.clone()
+                top, left = row - size // 2, column - size // 2
+                wanted[:, max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = -1
+                squares.append(torch.equal(after, wanted))
+        assert any(squares)
+
+
+def test_cutout_centres_on_all_pixels_alike_each_image_for_itself():
+    blank = (Cutout(1)(torch.ones(40_000, 1, 4, 5), generator()) == 0).float()
+    assert torch.equal(blank.sum((1, 2, 3)), torch.ones(40_000))
+    torch.testing.assert_close(blank.mean((0, 1)), torch.full((4, 5), 1 / 20), atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_cutout_keeps_dtype_and_its_input(dtype):
+    x = torch.ones(4, 3, 8, 8, dtype=dtype)
+    out = Cutout(4)(x, generator())
+    assert out.dtype == dtype
+    assert x.eq(1).all() and out.eq(0).any()
+    assert repr(pickle.loads(pickle.dumps(Cutout(4)))) == "Cutout(size=4, fill=0.0)"
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "8"])
+def test_cutout_refuses_a_size_that_is_none(size):
+    with pytest.raises(ValueError, match="positive number of pixels; got"):
+        Cutout(size)
+
+
+@pytest.mark.parametrize("tfm", [to_channels_last, lambda x: Cutout()(x, generator())])
+def test_cutout_and_memory_order_are_for_images(tfm):
+    with pytest.raises(ValueError, match=r"batches of images \(N, C, H, W\); got shape \(2, 784\)"):
+        tfm(torch.zeros(2, 784))

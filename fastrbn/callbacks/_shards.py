@@ -1,0 +1,153 @@
+"""Each rank's part of the data, for loaders that do not cut it themselves."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import warnings
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+_SHORT = (
+    "a last batch without a sample for each of the {world} processes is left out of training: there is nothing that "
+    "all of them could step on"
+)
+
+
+def shard(loader, rank, world, train):
+    """`loader`, or one in its place, that gives rank `rank` of `world` its part of each `world` batches.
+
+    Together the parts of a step are one batch of `world` times the size, in the same order; where the last one is
+    short its samples are spread evenly. Validation deals whole batches out in turn.
+    """
+    if callable(getattr(loader, "shard", None)):
+        return loader.shard(rank, world, even=train)
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        return loader  # cut already
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return Dealt(loader, rank, world, train)
+    init = Seeded(rank, loader.worker_init_fn) if loader.num_workers else loader.worker_init_fn
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=Part(loader.batch_sampler, rank, world, train),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=init,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def generators(loader) -> list[torch.Generator]:
+    """Those that draw the order of `loader`; the ranks must have them in the same state."""
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = (v for h in holders for v in getattr(h, "__dict__", {}).values() if isinstance(v, torch.Generator))
+    return list({id(g): g for g in found}.values())
+
+
+class Part:
+    """A batch sampler: of each `world` batches of `batches`, this rank's."""
+
+    def __init__(self, batches, rank, world, train):
+        self.batches, self.rank, self.world, self.train = batches, rank, world, train
+        self.sampler = getattr(batches, "sampler", None)  # where snapshots look for a generator
+        self.seed, self.told = 0, rank != 0
+
+    def __iter__(self):
+        # an order that comes from the global generator must be the same everywhere, and leave it where it was
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(self.seed)  # alone: those of devices go on
+            every = [list(batch) for batch in self.batches]
+        if not self.train:
+            yield from every[self.rank :: self.world]
+            return
+        for first in range(0, len(every), self.world):
+            group = every[first : first + self.world]
+            uneven = len(group) < self.world or len(group[-1]) < len(group[0])
+            if uneven and first + self.world >= len(every):
+                group = self._spread(group)
+            if group:
+                yield group[self.rank]
+
+    def _spread(self, group):
+        rows = [row for batch in group for row in batch]
+        if len(group) < self.world and getattr(self.batches, "drop_last", False):
+            return []
+        if len(rows) < self.world:
+            if rows and not self.told:
+                self.told = True
+                warnings.warn(_SHORT.format(world=self.world), stacklevel=2)
+            return []
+        least, more = divmod(len(rows), self.world)
+        taken = iter(rows)
+        return [list(itertools.islice(taken, least + (r < more))) for r in range(self.world)]
+
+    def __len__(self):
+        n = len(self.batches)
+        if not self.train:
+            return len(range(self.rank, n, self.world))
+        left = n % self.world
+        if not left or getattr(self.batches, "drop_last", False):
+            return n // self.world
+        # how many samples the last batches have
+        size, samples = getattr(self.batches, "batch_size", None), getattr(self.sampler, "__len__", None)
+        short = size is not None and samples is not None and samples() - (n - left) * size < self.world
+        return n // self.world + (not short)
+
+
+class Dealt:
+    """Any iterable of batches: of each `world` batches this rank has its one. Each rank runs through all of them."""
+
+    def __init__(self, loader, rank, world, train):
+        self.loader, self.rank, self.world, self.train = loader, rank, world, train
+        self.told = rank != 0
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        while group := list(itertools.islice(batches, self.world)):
+            if len(group) == self.world or not self.train and self.rank < len(group):
+                yield group[self.rank]
+            elif self.train and not self.told:
+                self.told = True
+                warnings.warn(
+                    f"an epoch's last batches are left out of training ({len(group)}): they cannot be dealt out to "
+                    f"{self.world} processes",
+                    stacklevel=2,
+                )
+
+    def __len__(self):
+        n = len(self.loader)
+        return n // self.world if self.train else len(range(self.rank, n, self.world))
+
+    @property
+    def dataset(self):
+        return self.loader.dataset
+
+
+class Seeded:
+    """A worker_init_fn: workers of different ranks, which share the loader's generator, draw different numbers."""
+
+    def __init__(self, rank, inner):
+        self.rank, self.inner = rank, inner
+
+    def __call__(self, worker):
+        if self.rank:
+            seed_all(torch.initial_seed(), self.rank)
+        if self.inner is not None:
+            self.inner(worker)
+
+
+def seed_all(*numbers) -> None:
+    """Seed the generators of PyTorch, Python and, where it is in use, NumPy with something that `numbers` decide."""
+    made = random.Random(repr(numbers))
+    torch.manual_seed(made.getrandbits(63))
+    random.seed(made.getrandbits(63))
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(made.getrandbits(32))
