@@ -32,7 +32,8 @@ class Outputs:
 
     def begin(self, full=False) -> None:
         """Keep the outputs of the coming forward pass, of all modules when `full`."""
-        self._drop(self._extra)
+        if self._extra:
+            self._drop(self._extra)
         self._seen.clear()
         self._open = True
         if not self._handles:
@@ -42,9 +43,9 @@ class Outputs:
 
     def take(self) -> list:
         """(name, output) in the order in which they came; keeps them no longer."""
-        self._open, seen = False, list(self._seen)
-        self._seen.clear()
-        self._drop(self._extra)
+        self._open, seen, self._seen = False, self._seen, []
+        if self._extra:
+            self._drop(self._extra)
         if not self._stay:
             self._drop(self._handles)
         return seen

@@ -31,6 +31,8 @@ class Batch:
     xb: typing.Any = None
     yb: typing.Any = None
     loss: typing.Any = None
+    graded: bool = False  # whether the gradients have been looked at
+    stepped: bool = False  # whether the optimiser has begun its step
 
     @classmethod
     def here(cls, run, host, counters=(), device=None):

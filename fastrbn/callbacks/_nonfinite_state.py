@@ -43,9 +43,11 @@ class KeptState:
 
     def _live(self):
         """Tensors in a fixed order, and of the optimiser's state what is no tensor."""
-        now, plain = list(self._params), []
+        now, plain = self._params.copy(), []
         for buffers in self._buffers:
-            now += [b for b in buffers.values() if b is not None]
+            now += buffers.values()
+        if type(None) in map(type, now):  # a buffer that is not there
+            now = [t for t in now if t is not None]
         for p, state in getattr(self._opt, "state", {}).items():
             for k, v in state.items():
                 if isinstance(v, torch.Tensor):
@@ -84,19 +86,15 @@ class KeptState:
 
     @property
     def half(self) -> bool:
-        return any(p.dtype is torch.float16 for _, p in self.params)
+        return self._layout.half
 
     # Keeping it
 
-    @torch.no_grad()
     def advance(self) -> list[str]:
         layout = self._look_up()
         copies = layout.capture()
-        total = squares = 0.0
-        for group, flat in zip(layout.groups, copies):
-            squares += (part := _square(flat[: group.params]))
-            total += part + _square(flat[group.params : group.examined])
-        if not math.isfinite(total) and (bad := self._not_finite()):
+        squares, others = _squares(copies.params), _squares(copies.others)
+        if not math.isfinite(squares + others) and (bad := self._not_finite()):
             return bad
         self.norm = math.sqrt(squares)
         self._keep(layout, copies)
@@ -104,10 +102,9 @@ class KeptState:
 
     def save(self) -> None:
         """Keep the state as it is, whatever it holds."""
-        with torch.no_grad():
-            layout = self._look_up()
-            self._keep(layout, layout.capture())
-            self.stale = False
+        layout = self._look_up()
+        self._keep(layout, layout.capture())
+        self.stale = False
 
     def _keep(self, layout, copies):
         before, self._saved = self._saved, (layout, copies)
@@ -213,6 +210,16 @@ class _Group:
         return [(key, _shaped(part, t)) for (key, t, _), part in zip(self.members, parts)]
 
 
+class _Copies(list):
+    """A flat vector for each group; `params` and `others` are those parts of them that are examined."""
+
+    def __init__(self, groups):
+        super().__init__(g.views[0].new_empty(g.size) for g in groups)
+        heads = [flat[: g.params] for g, flat in zip(groups, self)]
+        rests = [flat[g.params : g.examined] for g, flat in zip(groups, self)]
+        self.params, self.others = [t for t in heads if t.numel()], [t for t in rests if t.numel()]
+
+
 class _Layout:
     """Which tensors go into which flat vectors, and in which order."""
 
@@ -222,7 +229,7 @@ class _Layout:
             if t.numel():
                 groups.setdefault((t.device, _flat(t).dtype), []).append((key, t, examined))
         self.groups = [_Group(members, device) for members in groups.values()]
-        self.spare = None
+        self.spare, self.half = None, any(t.dtype is torch.float16 for key, t, _ in entries if key[0] == "param")
 
     def same_as(self, other) -> bool:
         """Whether flat copies mean the same in both."""
@@ -231,22 +238,27 @@ class _Layout:
     def _signature(self):
         return [[(key, t.shape, t.stride(), t.dtype, t.device) for key, t, _ in g.members] for g in self.groups]
 
-    def capture(self) -> list[torch.Tensor]:
+    def capture(self) -> _Copies:
         if self.spare is None:
-            self.spare = [g.views[0].new_empty(g.size) for g in self.groups]
-        return [g.capture(out) for g, out in zip(self.groups, self.spare)]
+            self.spare = _Copies(self.groups)
+        for group, out in zip(self.groups, self.spare):
+            group.capture(out)
+        return self.spare
 
     def values(self, copies):
         """(key, value) of all tensors in the flat copies."""
         return (pair for group, flat in zip(self.groups, copies) for pair in group.values(flat))
 
-    def adopted(self, other, copies) -> list[torch.Tensor]:
+    def adopted(self, other, copies) -> _Copies:
         """The copies that belong to another layout in this one. What that did not have begins as 0, as optimisers'
         averages and counts do."""
         if other.same_as(self):
             return copies
         old = {key: value for key, value in other.values(copies)}
-        return [torch.cat([_flat(_like(t, old.get(key))) for key, t, _ in group.members]) for group in self.groups]
+        new = _Copies(self.groups)
+        for group, out in zip(self.groups, new):
+            torch.cat([_flat(_like(t, old.get(key))) for key, t, _ in group.members], out=out)
+        return new
 
 
 def _like(t, value):
@@ -286,9 +298,10 @@ def _shaped(part, t):
     return torch.view_as_complex(part) if t.is_complex() else part
 
 
-def _square(flat) -> float:
-    """Not finite as soon as one element is not, and where the sum overflows."""
-    if not flat.numel():
-        return 0.0
-    flat = flat.float() if flat.element_size() < 4 else flat
-    return torch.dot(flat, flat).item()
+def _squares(flats) -> float:
+    """The sum of squares: not finite as soon as one element is not, and where it overflows."""
+    total = 0.0
+    for flat in flats:
+        flat = flat.float() if flat.element_size() < 4 else flat
+        total += torch.dot(flat, flat).item()
+    return total

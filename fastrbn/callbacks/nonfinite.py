@@ -36,7 +36,7 @@ _OPEN_BYTES = 2**28  # what batches may take that wait for the device's answer, 
 
 # what belongs to one fit, while there is none
 _IDLE = dict.fromkeys(("_kept", "_outputs", "_device", "_flags", "_batch", "_suspect", "_hook"))
-_IDLE.update(_waiting={}, _looks=0, _showing=False, _halting=False, _stepped=False, _graded=False)
+_IDLE.update(_waiting={}, _looks=0, _showing=False, _halting=False)
 
 
 class HaltOnNaN(Callback):
@@ -56,8 +56,9 @@ class HaltOnNaN(Callback):
     Outputs of modules are looked at in every look where the module's code is not PyTorch's or this package's. Those
     layers can only overflow, which nearly always reaches the loss, a gradient or the statistics of a norm in the same
     step; their outputs themselves are looked at in every 32nd look, in the first batch of validation, and in each look
-    while parameters are half precision or very large. An output is looked at when the loss is there: where the next
-    module has changed it in place, it is the changed one that counts. Modules that are compiled are not looked into.
+    while parameters are half precision or very large. The model's prediction is looked at in every look. An output is
+    looked at when the loss is there: where the next module has changed it in place, it is the changed one that counts.
+    Modules that are compiled are not looked into.
 
     On CUDA and XPU no step waits for the device: it keeps its own copy of the last finite state, and the halt comes
     some steps late, at the latest with the epoch's training batches; the report tells of the first bad step all the
@@ -104,31 +105,32 @@ class HaltOnNaN(Callback):
 
     def begin_batch(self):
         run, kept = self.run, self._kept
-        self._batch, self._stepped, self._graded = None, False, False
         if (run.n_iter if run.in_train else run.iter) % self.every:
+            self._batch = None
             return
         if kept.stale:
             kept.save()
-        self._batch = Batch.here(run, kept.host, self._outputs.counters(), self._device)
+        self._batch = batch = Batch.here(run, kept.host, self._outputs.counters(), self._device)
         first = run.iter == 0 and not run.in_train
-        wary = self._device is None and (kept.half or kept.norm > _WARY or self._batch.autocast == _HALF_ON_CPU)
+        wary = self._device is None and (kept.half or kept.norm > _WARY or batch.autocast == _HALF_ON_CPU)
         self._outputs.begin(full=first or wary or self._looks % _FULL == 0)
         self._looks += run.in_train
 
     def after_loss(self):
         run, batch = self.run, self._batch
-        loss = run.loss.detach()
+        loss = _number(run.loss)
         if run.in_train:
             self._history.add_loss(run.n_iter, loss, [g["lr"] for g in run.opt.param_groups])
         if batch is None:
             return
-        outputs = self._outputs.take()
-        batch.xb, batch.yb, batch.loss = run.xb, run.yb, loss
-        found = [(name, t) for name, out in outputs for t in float_tensors(out)]
+        batch.xb, batch.yb, batch.loss = run.xb, run.yb, run.loss.detach()
+        found = [(name, t) for name, out in self._outputs.take() for t in float_tensors(out)]
         found += [("model", t) for t in float_tensors(run.pred)]
         if self._device is not None:
-            self._note_forward(batch, found, loss)
-        elif not sums_finite([loss, *(t for _, t in found)]) and (bad := not_finite([*found, ("loss", loss)])):
+            self._note_forward(batch, found, batch.loss)
+        elif _number_finite(loss) and sums_finite([t for _, t in found]):
+            return
+        elif bad := not_finite([*found, ("loss", batch.loss)]):
             self._found(batch, "forward", bad)
 
     def after_backward(self):
@@ -142,7 +144,7 @@ class HaltOnNaN(Callback):
         batch = self._batch
         if batch is None or self._halting:
             return
-        self._stepped = True
+        batch.stepped = True
         if (where := self._bad_rate()) is not None:
             self._poll(wait=True)  # an earlier step may be to blame
             self._halt(batch, "step", where, "the learning rate is not finite")
@@ -151,20 +153,20 @@ class HaltOnNaN(Callback):
         elif self._device is not None:
             self._flagged().largest([g.detach() for _, g in self._grads()])
         else:
-            if self._suspect or not (self._graded or self._showing):
+            if self._suspect or not (batch.graded or self._showing):
                 self._look_at_grads()
             if self._suspect:
                 self._found(self._suspect[0], "backward", self._suspect[1])
 
     def after_step(self):
-        if self._hook is not None and not self._stepped:
+        if self._suspect and self._hook is not None and not (self._batch and self._batch.stepped):
             self._suspect = None  # a GradScaler has found it too, and skipped the step
         self._end_of_batch()
 
     def after_batch(self):
         if self._halting or not self.run.in_train:
             return
-        if self._batch is not None and not self._graded:
+        if self._batch is not None and not self._batch.graded:
             self._look_at_grads()  # a batch that was cut short may have left some to accumulate
         self._end_of_batch()
         if self._waiting and self.run.iters and self.run.iter + 1 == self.run.iters:
@@ -206,7 +208,7 @@ class HaltOnNaN(Callback):
     def _look_at_grads(self):
         if self._batch is None or self._device is not None:
             return
-        self._graded = True
+        self._batch.graded = True
         bad = not_finite(self._grads())
         self._suspect = (self._suspect or (self._batch, bad)) if bad else None
 
@@ -229,7 +231,7 @@ class HaltOnNaN(Callback):
             self._waiting[self._flags.looks - 1] = batch
             self._poll()
         elif bad := self._kept.advance():
-            if self._stepped and (grads := not_finite(self._grads())):
+            if batch.stepped and (grads := not_finite(self._grads())):
                 self._kept.restore()  # the step has been taken on them
                 self._found(batch, "backward", grads)
             self._halt(batch, *self._state_phase(bad))
@@ -252,8 +254,7 @@ class HaltOnNaN(Callback):
 
     def _note_forward(self, batch, found, loss):
         flags = self._flagged()
-        if len(found) > 1 or not batch.in_train:
-            flags.largest([t.detach() for _, t in found])
+        flags.largest([t.detach() for _, t in found])
         flags.add([loss.clone()])
         if not batch.in_train:
             flags.mark()
@@ -324,6 +325,16 @@ class HaltOnNaN(Callback):
     def __repr__(self):
         path = "" if self.path is None else f", path={str(self.path)!r}"
         return f"HaltOnNaN(every={self.every}, raise_error={self.raise_error}{path})"
+
+
+def _number(loss):
+    """The loss as a float where that waits for no device."""
+    loss = loss.detach()
+    return loss.item() if loss.is_cpu and loss.numel() == 1 and loss.is_floating_point() else loss
+
+
+def _number_finite(loss):
+    return math.isfinite(loss) if isinstance(loss, float) else sums_finite([loss])
 
 
 def _late_device(model):

@@ -482,7 +482,7 @@ def test_the_norms_in_the_report_are_those_of_all_parameters(make_learn, way):
     assert halt.report.norms == pytest.approx(seen[:7], rel=1e-5)
 
 
-def test_a_prediction_that_the_loss_does_not_show_is_looked_at_where_code_is_not_known(make_learn, way):
+def test_a_prediction_that_the_loss_does_not_show_is_looked_at(make_learn, way):
     class Masks(nn.Module):
         """Leaves out the last class, from call 5 on: the loss of the others is finite."""
 
