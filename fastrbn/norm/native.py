@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import fused
 from .memory import Moment, running_again
@@ -80,6 +81,7 @@ class _Normalize(torch.autograd.Function):
             saved.data_ptr(),
         )  # fmt: skip
         _call("rbn_forward", x, arguments)
+        increment_version(state[:5])  # autograd sees no write of C's: what a graph has saved of the state is stale now
         if plan.twice:
             plan.recent.append(_moment(saved, c, recipe))
         ctx.save_for_backward(x, weight, bias)
@@ -107,6 +109,8 @@ class _Normalize(torch.autograd.Function):
             d_weight.data_ptr(), d_bias.data_ptr(), state[5].data_ptr(), state[6].data_ptr(),
         )  # fmt: skip
         _call("rbn_backward", x, arguments)
+        if averaged and dx is not None:
+            increment_version(state[5:])
         return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None
 
 

@@ -97,6 +97,17 @@ def test_what_lies_in_memory_is_not_taken_for_a_tensor_whose_sign_is_still_to_be
     assert_same(got, want, 1e-10)
 
 
+def test_autograd_notices_that_the_state_has_moved():
+    layer, (x, dy) = layer_of(backend="native", dtype=torch.float64), data((4, 3, 6), torch.float64)
+    penalty = (layer.running_mean * layer.weight).sum()  # saves the mean
+    step(layer, x, dy)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+    before = {name: b._version for name, b in layer.named_buffers()}
+    step(layer, x, dy)
+    assert all(b._version > before[name] for name, b in layer.named_buffers())
+
+
 def test_parameters_and_states_of_another_size_never_reach_c():
     x = torch.randn(4, 3, 5)
     for name, bad in (("weight", torch.ones(2)), ("bias", torch.zeros(4))):
