@@ -61,7 +61,8 @@ class Agreement:
             if str(e).startswith("rank "):  # they were all there
                 raise
             # the others are gone, or in the middle of something that needs this rank
-            return self._amend(error, grace) if caused else None
+        # they may as well have come here for their own errors: who was the first is in what they have posted
+        return self._amend(error, grace) if caused else None
 
     def _end_well(self) -> None:
         try:

@@ -303,7 +303,8 @@ KILLED = """
         if pid == 0:
             run, learn = t.make_run(where, every=2, keep=3), t.make_learn(t.data_loader)
             run.fit(5, learn, resume=where / "c" if t.newest(where / "c") else None)
-            torch.save(t.everything(learn, run, where), where / "end.pt")
+            torch.save(t.everything(learn, run, where), where / "end.part")
+            (where / "end.part").rename(where / "end.pt")  # a kill may come here as well
             os._exit(0)
         return pid
 

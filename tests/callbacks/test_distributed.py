@@ -20,6 +20,7 @@ from callbacks.ranks import BROKEN, CHECKS
 
 import fastrbn
 from fastrbn.callbacks import AvgStats, Distributed
+from fastrbn.callbacks._agree import ERROR, Agreement
 from fastrbn.callbacks._shards import Dealt, Part
 from fastrbn.learn import Runner
 
@@ -280,3 +281,24 @@ def test_merged_averages_are_those_of_all_samples():
     empty = AvgStats()
     empty.merge(lambda numbers: [[0, 0.0], [0, 0.0]])
     assert empty.avg_stats == []
+
+
+def test_ranks_that_meet_over_their_errors_name_the_one_that_began():
+    class Channel:
+        world, timeout = 2, timedelta(seconds=3)
+
+        def post(self, reason, caused):
+            assert caused
+
+        def gather(self, numbers, wait=None):
+            return [numbers, numbers]  # the other one came as well
+
+        def texts(self, text):
+            return [text, "ValueError: broken"]
+
+        def posts(self, wait):
+            return {1: ("ValueError: broken", False), 0: ("timed out", True)}
+
+    error = RuntimeError("gloo: Timed out waiting 3000ms")
+    why = Agreement(Channel()).farewell(ERROR, "timed out", error)
+    assert why.startswith("rank 1 ended the fit: ValueError: broken") and str(error) == why
