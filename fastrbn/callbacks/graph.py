@@ -89,7 +89,7 @@ class GraphMonitor(Callback):
     optimiser, also inside containers and objects, and global variables; local variables of functions are not.
 
     Cost: about 1 µs a node and 0.02 ms besides in each step: 0.06 ms on the course's net (38 nodes, one CPU thread),
-    1 to 3 % of its step at batch 8; and 0.4 ms for each look through all attributes (`benchmarks/graph.py`). It waits for no
+    3 % of its step at batch 8; and 0.4 ms for each look through all attributes (`benchmarks/graph.py`). It waits for no
     device. Attach it to find a leak, not always.
     """
 
