@@ -23,12 +23,17 @@ _CHOICE = (
 )
 
 
-def comparison(panels, xlabel, dashed):
+def _laid_out(panels, dashed):
+    """Panels (title, lines by label) as a list, all labels, the style of each, and the rows and columns of a grid."""
     panels = list(panels)
-    labels = list(dict.fromkeys(label for _, series in panels for label in series))
+    labels = list(dict.fromkeys(label for _, lines in panels for label in lines))
     styles = {label: _style(i, label in dashed) for i, label in enumerate(labels)}
     columns = min(len(panels), 3) or 1
-    rows = -(-len(panels) // columns) or 1
+    return panels, labels, styles, -(-len(panels) // columns) or 1, columns
+
+
+def comparison(panels, xlabel, dashed):
+    panels, labels, styles, rows, columns = _laid_out(panels, dashed)
     fig = new_figure(max(7.6, 4.4 * columns + 1.8), 4.6 * rows)
     heights = [part for _ in range(rows) for part in (4.0, 1.0)]
     grid = fig.add_gridspec(2 * rows, columns, height_ratios=heights)
@@ -141,11 +146,7 @@ def _finish_strip(ax, floor, used):
 
 
 def weight_norms(panels, dashed):
-    panels = list(panels)
-    labels = list(dict.fromkeys(label for _, curves in panels for label in curves))
-    styles = {label: _style(i, label in dashed) for i, label in enumerate(labels)}
-    columns = min(len(panels), 3) or 1
-    rows = -(-len(panels) // columns) or 1
+    panels, labels, styles, rows, columns = _laid_out(panels, dashed)
     fig = new_figure(max(7.6, 4.4 * columns + 1.8), 3.6 * rows)
     for i, (title, curves) in enumerate(panels):
         ax = _axes(fig, rows, columns, i + 1, xlabel="step", ylabel="norm of the convolutions' weights")

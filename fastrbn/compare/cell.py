@@ -19,12 +19,9 @@ from ..callbacks import ParamMagnitudes, ParamScheduler, Recorder, sched_lin
 from ..data import (
     BatchLoader,
     DataBunch,
-    DataNotFoundError,
     RandomCrop,
     RandomFlip,
-    data_root,
     load_dataset,
-    load_folder,
 )
 from ..learn import Callback, CancelTrainException, Learner, Runner
 from ..models import conv_layer, get_cnn_model, init_cnn, resnet9
@@ -124,15 +121,8 @@ def code_of() -> str:
 
 
 def load_images(name: str, root=None):
-    """An `ImageData` by name or folder, as `load_dataset`; a set that is not there in its own format is taken from the
-    folder `<name>-jpeg` beside it, and then is called that."""
-    folder = data_root(root) / (name if name.endswith("-jpeg") else f"{name}-jpeg")
-    if name.endswith("-jpeg") and folder.is_dir():
-        return load_folder(folder)
-    try:
-        return load_dataset(name, root, download=False)
-    except DataNotFoundError:
-        return load_folder(folder) if folder.is_dir() else load_dataset(name, root)
+    """The `ImageData` of that name or folder: `load_dataset`, which also knows and caches the folder `<name>-jpeg`."""
+    return load_dataset(name, root)
 
 
 def run_cell(cell: Cell, images, device="cpu", norms_every: int | None = None) -> tuple[dict, dict | None]:

@@ -8,8 +8,6 @@ import runpy
 import socket
 import subprocess
 import sys
-import time
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from callbacks.ranks import BROKEN, CHECKS
+from processes import run_ranks
 
 import fastrbn
 from fastrbn.callbacks import AvgStats, Distributed
@@ -41,39 +40,22 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(folder, checks, world=2):
-    """Results of each rank by check; a check that hangs leaves no result and its process is ended."""
+def results_of(folder, checks, world=2):
+    """What `ranks.py` says of its `checks`, by rank."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with ExitStack() as stack:
-        ranks = []
-        for rank in range(world):
-            err = stack.enter_context((folder / f"{rank}.err").open("w"))
-            env = environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-            command = [sys.executable, "-W", "error", "-m", "callbacks.ranks", str(folder), checks]
-            ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=err))
-        until = time.monotonic() + TIMEOUT
-        try:
-            for process in ranks:
-                process.wait(max(until - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            pass  # told by the results that are missing
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-    files = [folder / f"{rank}.json" for rank in range(world)]
-    errors = [(folder / f"{rank}.err").read_text()[-2000:] for rank in range(world)]
-    return [json.loads(f.read_text()) if f.exists() else {} for f in files], errors
+    command = [sys.executable, "-W", "error", "-m", "callbacks.ranks", str(folder), checks]
+    environments = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
+    return run_ranks(folder, [command] * world, environments, TIMEOUT)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("ranks"), "CHECKS")
+    return results_of(tmp_path_factory.mktemp("ranks"), "CHECKS")
 
 
 @pytest.fixture(scope="module")
 def broken_ranks(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("broken"), "BROKEN")
+    return results_of(tmp_path_factory.mktemp("broken"), "BROKEN")
 
 
 def check_found(ranks, name):

@@ -1,11 +1,7 @@
 """Many processes: what `ranks.py` checks in two and in three gloo processes, one test a check."""
 
-import json
 import os
-import subprocess
 import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 import torch.distributed as dist
 from norm.ranks import CHECKS
 from norm.steps import ALL, assert_same, layer_of, step
+from processes import run_ranks
 
 from fastrbn.norm.groups import merge_over_ranks, sum_over_ranks
 
@@ -20,33 +17,16 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTor
 TIMEOUT = 90
 
 
-def run_ranks(world, folder):
-    """Results of each rank by check; a check that hangs leaves no result and its process is ended."""
+def results_of(world, folder):
+    """What `ranks.py` says of its checks, by rank."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        ranks = []
-        for rank in range(world):
-            err = stack.enter_context((folder / f"{rank}.err").open("w"))
-            command = [sys.executable, "-m", "norm.ranks", str(rank), str(world), str(folder)]
-            ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=err))
-        until = time.monotonic() + TIMEOUT
-        try:
-            for process in ranks:
-                process.wait(max(until - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            pass  # told by the results that are missing
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-    files = [folder / f"{rank}.json" for rank in range(world)]
-    errors = [(folder / f"{rank}.err").read_text()[-2000:] for rank in range(world)]
-    return [json.loads(f.read_text()) if f.exists() else {} for f in files], errors
+    commands = [[sys.executable, "-m", "norm.ranks", str(rank), str(world), str(folder)] for rank in range(world)]
+    return run_ranks(folder, commands, [env] * world, TIMEOUT)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["two ranks", "three ranks"])
 def ranks(request, tmp_path_factory):
-    return run_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    return results_of(request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", [f.__name__ for f in CHECKS])
