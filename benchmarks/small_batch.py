@@ -30,13 +30,13 @@ GRIDS = {
         "lr_factors": [0.25, 0.5, 1, 2, 4],
     },
     "cifar": {
-        "norms": f"default,course,{PEERS},instancenorm",
+        "norms": "default,course,batchnorm,groupnorm,layernorm,instancenorm",
         "bs": [2, 8, 32, 128],
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
         "data": ["cifar10"],
         "net": ["resnet-small"],
         "n_train": 10_000,
-        "epochs": 2,
+        "epochs": 3,
         "augment": True,
     },
 }
