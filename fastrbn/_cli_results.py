@@ -51,8 +51,14 @@ def free_folder(base: Path) -> Path:
 
 
 def write_config(folder: Path, config: dict) -> None:
-    """`config` as JSON, a line for each setting."""
-    write_whole(folder / "config.json", _json(config) + "\n")
+    """`config` as JSON, a line for each setting. CliError when it cannot be written."""
+    file = folder / "config.json"
+    try:
+        write_whole(file, _json(config) + "\n")
+    except OSError as e:
+        raise CliError(
+            f"{file} could not be written: {e.strerror or e}; make room, or choose another folder with --out", ERROR
+        ) from e
 
 
 def _json(value, indent="") -> str:

@@ -127,7 +127,10 @@ def _fit(args, learn, run, folder, config, ranks) -> int:
         return status
     failures = results.write_results(folder, learn.model, stats, recorder, magnitudes, report)
     config["result"] = {"status": status, "reason": run.stop_reason, "seconds": round(seconds, 2), "steps": run.n_iter}
-    results.write_config(folder, config)
+    try:
+        results.write_config(folder, config)
+    except CliError as e:
+        failures.append(str(e))
     if failures and status == DONE:
         status = ERROR
     onward = f"; go on with: fastrbn train --resume {folder}" if status == INTERRUPTED and args.checkpoint_every else ""

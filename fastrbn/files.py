@@ -28,6 +28,8 @@ def whole_file(path):
             f.flush()
             os.fsync(f.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno is not None and e.filename is None:
+            e.filename = str(path)  # a full disk does not say which file it was
         raise

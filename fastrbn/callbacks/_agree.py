@@ -9,13 +9,14 @@ from fastrbn.learn.events import CancelBatchException, CancelEpochException, Can
 # What a rank is up to; the largest of them decides for all. END: its batches are at an end. DONE: its epochs are.
 GO, BATCH, EPOCH, END, DONE, TRAIN, INTERRUPT, ERROR = range(8)
 # Where ranks meet, by numbers that go to the others
-EPOCH_BEGINS, BATCH_BEGINS, LOSS_THERE, VALIDATION_BEGINS, EPOCH_OVER = range(5)
+EPOCH_BEGINS, BATCH_BEGINS, LOSS_THERE, VALIDATION_BEGINS, EPOCH_OVER, STEP_LEFT = range(6)
 _PLACES = (
     "the begin of epoch {}",
     "the begin of batch {1} in epoch {0}",
     "the loss of batch {1} in epoch {0}",
     "the validation of epoch {}",
     "the end of epoch {}",
+    "the step that is left at the end of epoch {}",
 )
 _GRACE = 10.0  # seconds that a rank which failed waits for the others to come where they hear of it
 _FROM_OTHERS = ("gloo", "nccl", "timed out", "connection", "broken pipe", "socket", "store")
@@ -29,13 +30,14 @@ class Agreement:
         self.channel = channel
         self.left = False  # this rank has left the fit, and the others know
         self.asked = False  # a rank was told to end (Ctrl-C)
+        self.ended_by = None  # the rank that has ended training, by a cancel: the first of them
 
-    def go(self, place: tuple[int, int, int], skipped=False, asked=False, samples=0) -> list[int]:
-        """All go on from `place`, or none does. The `samples` of each rank.
+    def go(self, place: tuple[int, int, int], skipped=False, asked=False, number=0) -> list[int]:
+        """All go on from `place`, or none does. The `number` of each rank.
 
         `skipped`: this rank has left out a step since the last time. `asked`: it was told to end.
         """
-        rows = self._exchange(GO, skipped, place, asked, samples)
+        rows = self._exchange(GO, skipped, place, asked, number)
         places = [_PLACES[int(row[2])].format(int(row[3]), int(row[4])) for row in rows]
         self._same(places, "are not at the same place")
         self.asked = self.asked or any(row[5] for row in rows)
@@ -72,13 +74,15 @@ class Agreement:
                 self._amend(e, min(_GRACE, self.channel.timeout.total_seconds()))
             raise
 
-    def _exchange(self, kind, skipped, place=(0, 0, 0), asked=False, samples=0, reason="", wait=None):
-        rows = self.channel.gather([kind, skipped, *place, asked, samples], wait)
+    def _exchange(self, kind, skipped, place=(0, 0, 0), asked=False, number=0, reason="", wait=None):
+        rows = self.channel.gather([kind, skipped, *place, asked, number], wait)
         kinds = [int(row[0]) for row in rows]
         reasons = self.channel.texts(reason) if max(kinds) >= TRAIN else None
-        self._follow(kind, kinds, reasons)
-        if max(kinds) < DONE:
+        if max(kinds) == TRAIN:
+            self.ended_by = kinds.index(TRAIN)
+        if max(kinds) < DONE:  # before any follows another: all raise this, or none
             self._same(["left out" if row[1] else "taken" for row in rows], "have not all taken the last step")
+        self._follow(kind, kinds, reasons)
         return rows
 
     def _follow(self, mine, kinds, reasons) -> None:

@@ -15,6 +15,11 @@ def step_size(run) -> int:
     return vars(run).get("samples") or batch_size(run.xb)
 
 
+def gradients_are_whole(run) -> bool:
+    """Whether those there are of all processes; False while `Distributed` leaves them to add up in each by itself."""
+    return not vars(run).get("apart", False)
+
+
 def gradients(opt) -> list:
     """The gradients that `opt` is about to step with."""
     return [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]

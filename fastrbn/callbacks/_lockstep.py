@@ -9,7 +9,7 @@ import threading
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelBatchException, CancelEpochException
 
-from ._agree import BATCH, BATCH_BEGINS, DONE, END, EPOCH, ERROR, INTERRUPT, LOSS_THERE, TRAIN
+from ._agree import BATCH, BATCH_BEGINS, DONE, END, EPOCH, ERROR, INTERRUPT, LOSS_THERE, STEP_LEFT, TRAIN
 from ._batch import batch_size
 
 _TOLD = 3  # of a batch: 1 and 2 are the times that ranks have met in it
@@ -26,9 +26,11 @@ class Lockstep(Callback):
         self._agreement, self._handler, self._share = None, None, 1.0
         self._asked = self._following = self._skipped = False
         self._met, self._closed, self._stepped = (None, 0), None, None
+        self._in_batch = False
         self._waiting = True  # whether the model's forward pass waits for other ranks
 
     def begin_batch(self):
+        self._in_batch = True
         if self._agreement is not None and self.run.in_train and self._waiting:
             self._go(BATCH_BEGINS)
             self._met = (self._here(), 1)
@@ -43,6 +45,15 @@ class Lockstep(Callback):
 
     def after_step(self):
         self._stepped = self._here()
+
+    def after_batch(self):
+        self._in_batch = False
+
+    def _meet_for_step(self):
+        """Before what takes all ranks in a step that not all of them may know of: that of an epoch's last batches."""
+        if not self._in_batch:
+            self._end_batches()  # others may have more
+        self._go(STEP_LEFT)
 
     # What is cancelled
 
@@ -63,7 +74,8 @@ class Lockstep(Callback):
         if self._agreement is not None and self._is_open():
             self._closed = self.run.epoch
             if told:
-                self._skipped = self._met == (self._here(), 2) and self._stepped != self._here()
+                cut = self._met == (self._here(), 2) and self._stepped != self._here()
+                self._skipped = self._skipped or cut  # that of the batch before may be untold yet
                 self._tell(EPOCH)
 
     def after_cancel_train(self):
@@ -86,18 +98,18 @@ class Lockstep(Callback):
         """Whether the ranks have yet to end the epoch's training batches."""
         return self.run.dl is not None and self._closed != self.run.epoch
 
-    def _go(self, what, samples=0):
+    def _go(self, what, number=0):
         run, agreement = self.run, self._agreement
         if self._asked and self.rank == 0:
             self._tell(INTERRUPT)
             raise KeyboardInterrupt
         place = (what, run.epoch, run.iter or 0) if what in (BATCH_BEGINS, LOSS_THERE) else (what, run.epoch, 0)
         asked, self._asked = self._asked, False
-        counts = self._following_others(agreement.go, place, self._take_skipped(), asked, samples)
+        numbers = self._following_others(agreement.go, place, self._take_skipped(), asked, number)
         if agreement.asked and self.rank == 0:
             agreement.asked = False
             self._pass_on()
-        return counts
+        return numbers
 
     def _tell(self, kind, reason=""):
         self._following_others(self._agreement.tell, kind, self._take_skipped(), reason)
@@ -113,13 +125,34 @@ class Lockstep(Callback):
         skipped, self._skipped = self._skipped, False
         return skipped
 
-    def _end_pass(self, what):
+    def _end_batches(self):
         if self._is_open():
             self._closed = self.run.epoch
             self._tell(END)
+
+    def _end_pass(self, what):
+        self._end_batches()
         self._go(what)  # also those who have heard that another's batches were at an end
 
     def _take_leave(self):
+        agreement = self._agreement
+        try:
+            if not agreement.left:
+                self._say_why()
+        finally:
+            if agreement.ended_by is not None:
+                self._take_over(agreement.ended_by)
+
+    def _take_over(self, rank):
+        """Have the model and the optimiser of `rank`: others may have gone a step further before they heard of its end,
+        and it may have taken back some, as HaltOnNaN does."""
+        learn, channel = self.run.learn, self._agreement.channel
+        channel.spread([*learn.model.parameters(), *learn.model.buffers()], rank)
+        state = channel.share(learn.opt.state_dict()["state"], rank)
+        if self.rank != rank:
+            learn.opt.load_state_dict({**learn.opt.state_dict(), "state": state})
+
+    def _say_why(self):
         run = self.run
         reason = run.stop_reason
         if reason is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from datetime import timedelta
@@ -128,16 +129,24 @@ class Channel:
         return found
 
     @torch.no_grad()
-    def spread(self, tensors) -> None:
-        """Overwrite `tensors` with those of rank 0, bit for bit."""
+    def spread(self, tensors, source=0) -> None:
+        """Overwrite `tensors` with those of rank `source`, bit for bit."""
         tensors = [t for t in tensors if t.numel()]
         if not tensors:
             return
         flat = torch.cat([t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors])
-        torch.distributed.broadcast(flat, 0, group=self.group)
+        torch.distributed.broadcast(flat, source, group=self.group)
         for t, data in zip(tensors, flat.split([t.nbytes for t in tensors])):
             # a copy of its own: views of the common buffer begin where their dtype cannot
             t.copy_(data.clone().view(t.dtype).reshape(t.shape))
+
+    def share(self, value, source):
+        """The `value` of rank `source`, tensors in it on the CPU."""
+        file = io.BytesIO()
+        torch.save(value if self.rank == source else None, file)
+        found = [file.getvalue()]
+        torch.distributed.broadcast_object_list(found, source, group=self.group)
+        return torch.load(io.BytesIO(found[0]), map_location="cpu", weights_only=False)  # of a process of our own
 
     # What a rank that leaves says can be read without it
 

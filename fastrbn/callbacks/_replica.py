@@ -17,15 +17,42 @@ class Replica(DistributedDataParallel):
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
         keep = {"forward_sync_buffers" if new else "broadcast_buffers": False}  # they go over once an epoch
         super().__init__(model, find_unused_parameters=find_unused_parameters, **keep)
-        self._pending = {}
+        self._pending, self.apart = {}, False
         self.register_comm_hook(self._pending, summed)
+
+    def begin_batch(self, accumulates) -> None:
+        """To be called before each forward pass. `accumulates`: its gradients may add up on this rank alone, and
+        `apart` says that they have, until a batch that does not accumulate, or `exchange`, sums them over the ranks."""
+        # what was summed before is not to be summed again
+        may = self.apart or all(p.grad is None for p in self.module.parameters())
+        self.require_backward_grad_sync = not (accumulates and may)  # as no_sync() has it for forward and backward pass
 
     def begin_backward(self) -> None:
         """To be called before each backward pass."""
         self._pending.clear()
-        if torch.distributed.get_rank() != 0:
+        summed_before = not self.apart
+        self.apart = not self.require_backward_grad_sync
+        if summed_before and torch.distributed.get_rank() != 0:
             waiting = (p for p in self.module.parameters() if p.grad is not None)
             self._pending.update((id(p), p.grad.detach().clone()) for p in waiting)
+
+    @torch.no_grad()
+    def exchange(self, gather) -> None:
+        """Sum the gradients that are `apart`, where there is no backward pass left to do it in. `gather(numbers)` gives
+        the numbers of each rank."""
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        used = map(any, zip(*gather([p.grad is not None for p in params])))
+        params = [p for p, by_any in zip(params, used) if by_any]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for kind in {(p.device, p.dtype): None for p in params}:
+            grads = [p.grad for p in params if (p.device, p.dtype) == kind]
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            torch.distributed.all_reduce(flat, group=self.process_group)
+            for g, total in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(total.view(g.shape))
+        self.apart = False
 
     @contextlib.contextmanager
     def alone(self):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import sys
 import warnings
+from types import SimpleNamespace
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -151,3 +153,29 @@ def seed_all(*numbers) -> None:
     random.seed(made.getrandbits(63))
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(made.getrandbits(32))
+
+
+def share_order(loader, channel):
+    """What the order of the data depends on, from rank 0."""
+    states = [g.get_state() for g in generators(loader)]
+    channel.spread(states)
+    for g, state in zip(generators(loader), states):
+        g.set_state(state)
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        state = loader.state_dict()
+        try:
+            text = json.dumps(state)
+        except TypeError:
+            text = ""  # not numbers and strings: it is its own affair
+        if text := channel.texts(text)[0]:
+            loader.load_state_dict(json.loads(text))
+
+
+def with_loader(data, name, value):
+    """`data` with another loader."""
+    try:
+        setattr(data, name, value)
+    except AttributeError:  # of a class that computes its loaders
+        parts = {n: getattr(data, n) for n in ("train_dl", "valid_dl")}
+        return SimpleNamespace(**{**parts, name: value})
+    return data

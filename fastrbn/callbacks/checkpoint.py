@@ -17,6 +17,7 @@ from fastrbn.checkpoints import CheckpointError
 from fastrbn.files import write_whole
 from fastrbn.learn.callback import Callback
 
+from ._batch import gradients_are_whole
 from ._changes import changed, looks
 from ._monitor import Monitor
 
@@ -48,7 +49,8 @@ class Checkpoint(Callback):
     `torch.use_deterministic_algorithms`). `BatchLoader` takes up an epoch in the middle at no cost. Other loaders begin
     it again under the random states from its start and run through the batches that are done; that is exact unless a
     sampler draws from the global generators batch by batch, or workers outlive epochs. In a distributed run rank 0
-    saves, and the other ranks resume with random states of their own.
+    saves, between batches that accumulate gradients only after the step, and the other ranks resume with random states
+    of their own.
 
     A file is written beside the old ones under a temporary name, then renamed: whenever the process is killed, the last
     whole one is there. When a save fails (a full disk) the fit goes on with a warning, and ends with CheckpointError if
@@ -73,6 +75,7 @@ class Checkpoint(Callback):
 
     def _clear(self):
         self._failed, self._pending, self._asked, self._handler, self._watched = False, None, False, None, []
+        self._due = False
 
     @property
     def best_path(self) -> Path | None:
@@ -99,8 +102,12 @@ class Checkpoint(Callback):
 
     def after_batch(self):
         run = self.run
-        if run.in_train and (self._asked or self.every is not None and run.n_iter % self.every == 0):
-            self._save("train", final=self._asked)
+        if run.in_train:
+            self._due = self._due or self._asked or self.every is not None and run.n_iter % self.every == 0
+            if self._due and not gradients_are_whole(run):
+                return  # a file holds those of one process: it is written when they are exchanged
+            if self._due:
+                self._save("train", final=self._asked)
         self._end_if_asked()
 
     def begin_validate(self):
@@ -112,7 +119,7 @@ class Checkpoint(Callback):
         last = run.epoch + 1 == run.epochs
         value = None if self.monitor is None else self.monitor.value(run)
         best = self.monitor is not None and self.monitor.better(value, self.best)
-        if self.every is None or self.monitor is not None or last or self._asked:
+        if self.every is None or self.monitor is not None or last or self._asked or self._due:
             self._save("end", final=last or self._asked, best=value if best else None)
         self._end_if_asked()
 
@@ -164,6 +171,7 @@ class Checkpoint(Callback):
             raise KeyboardInterrupt
 
     def _save(self, phase, final=False, best=None):
+        self._due = False
         if _rank() != 0:
             return
         self._tell_of_stateless()
@@ -187,7 +195,8 @@ class Checkpoint(Callback):
             there = checkpoints.files(self.path)
             why += f"the one before, {there[-1][1].name}, is whole" if there else "there is none before it"
             if final or self._failed:
-                raise CheckpointError(f"{why}. Make room and resume from it, or take another folder") from e
+                onward = "Make room and resume from it" if there else "Make room"
+                raise CheckpointError(f"{why}. {onward}, or take another folder") from e
             warnings.warn(f"{why}. Training goes on; if the next one fails too it ends", RuntimeWarning, stacklevel=2)
             self._failed = True
             return False

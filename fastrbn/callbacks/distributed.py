@@ -7,7 +7,6 @@ import json
 import signal
 import warnings
 from datetime import timedelta
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from torch.utils.data import DistributedSampler
 from . import _ranks as ranks
 from ._agree import EPOCH_BEGINS, EPOCH_OVER, VALIDATION_BEGINS, Agreement
 from ._lockstep import Lockstep
-from ._shards import Part, generators, seed_all, shard
+from ._shards import Part, seed_all, shard, share_order, with_loader
 
 
 class Distributed(Lockstep):
@@ -41,16 +40,21 @@ class Distributed(Lockstep):
     processes: before a callback's `after_epoch` its method `merge(gather)` is called, if it has one, where
     `gather(numbers)` gives the numbers of each rank. `run.loss` is each rank's own.
 
-    What one rank cancels (batch, epoch, training), all cancel; Ctrl-C ends all after the same batch, a second one at
-    once. Where the loaders are not equally long, epochs end with the shortest. An error on one rank ends the others
-    with an error that names it: at once as a rule; where it has come up within the forward or backward pass, when its
-    process ends, or after `timeout` at the latest. For this the ranks meet before the backward pass, and where norms
-    merge before the forward pass too: a small exchange between the hosts each time.
+    What one rank cancels (batch, epoch, training), all cancel; where one has ended training, all take over its model
+    and its optimiser's state (`HaltOnNaN` may have taken back steps there). Ctrl-C ends all after the same batch, a
+    second one at once. Where the loaders are not equally long, epochs end with the shortest. An error on one rank ends
+    the others with an error that names it: at once as a rule; where it has come up within the forward or backward pass,
+    when its process ends, or after `timeout` at the latest. For this the ranks meet before the backward pass, and where
+    norms merge before the forward pass too: a small exchange between the hosts each time.
 
     During training `run.model` is a DistributedDataParallel under the plain model's names, and `run.learn.model` the
     plain model. On CUDA each process takes the device of its local rank as its current one, which `CudaCallback()`
     moves model and data to. A process group that is there is used; one that had to be made is destroyed after the fit.
     `.rank` and `.world` stay; `run.samples` is the number of samples of the batch over all ranks.
+
+    Gradients are exchanged in the backward pass; while `run.accumulating` is true, which a callback may set in
+    `begin_batch` as GradientAccumulation does, they add up on each rank by itself. `run.apart` says that they have;
+    they are exchanged before the step, and checkpoints wait for it.
 
     RuntimeError for an incomplete environment, and where the ranks' runs are not the same.
     """
@@ -133,12 +137,12 @@ class Distributed(Lockstep):
             if loader is not None and id(loader) not in made:
                 made[id(loader)] = shard(loader, self.rank, self.world, train=name == "train_dl")
                 self._sharded.append((loader, made[id(loader)]))
-                _share_order(loader, channel)
+                share_order(loader, channel)
         if any(part is not loader for loader, part in self._sharded):
             data = copy.copy(run.data)
             for name in ("train_dl", "valid_dl"):
                 if (loader := getattr(data, name)) is not None:
-                    data = _with(data, name, made[id(loader)])
+                    data = with_loader(data, name, made[id(loader)])
             run.data = data
 
     def _seed_ranks(self):
@@ -175,7 +179,8 @@ class Distributed(Lockstep):
         if self._agreement is None:
             return
         run = self.run
-        self._go(EPOCH_BEGINS)
+        lengths = self._go(EPOCH_BEGINS, -1 if run.iters is None else run.iters)
+        run.iters = None if min(lengths) < 0 else min(lengths)  # which batch is the last, and schedules, depend on it
         self._wrap()
         for loader, part in self._sharded:
             if isinstance(batches := getattr(part, "batch_sampler", None), Part):
@@ -208,10 +213,22 @@ class Distributed(Lockstep):
             self._replica.training = model.training
             run.model = self._replica
 
+    def begin_batch(self):
+        super().begin_batch()
+        if self._replica is not None:
+            self._replica.begin_batch(accumulates=vars(self.run).get("accumulating", False))
+
     def _weigh(self, loss):
         if self._replica is not None:
             self._replica.begin_backward()
+            self.run.apart = self._replica.apart
         return loss * self._share
+
+    def after_backward(self):
+        if self._replica is not None and self._replica.apart:
+            self._meet_for_step()
+            self._replica.exchange(self._agreement.channel.gather)
+            self.run.apart = False
 
     def begin_validate(self):
         if self._agreement is None:
@@ -232,7 +249,7 @@ class Distributed(Lockstep):
     def after_fit(self):
         asked, agreement = self._asked, self._agreement
         try:
-            if agreement is not None and not agreement.left:
+            if agreement is not None:
                 self._take_leave()
         finally:
             self._undo()
@@ -249,7 +266,8 @@ class Distributed(Lockstep):
             self._replica.close()
         if self._handler is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        vars(self.run).pop("samples", None)
+        for name in ("samples", "apart"):
+            vars(self.run).pop(name, None)
         channel = self._agreement and self._agreement.channel
         joined = self._joined
         self._clear()
@@ -278,30 +296,6 @@ class Distributed(Lockstep):
         backend = "" if self.backend is None else f"backend={self.backend!r}, "
         return f"Distributed({backend}timeout={self.timeout.total_seconds():g})"
 
+
 def _silent(line):
     """The logger of ranks other than 0."""
-
-
-def _share_order(loader, channel):
-    """What the order of the data depends on, from rank 0."""
-    states = [g.get_state() for g in generators(loader)]
-    channel.spread(states)
-    for g, state in zip(generators(loader), states):
-        g.set_state(state)
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        state = loader.state_dict()
-        try:
-            text = json.dumps(state)
-        except TypeError:
-            text = ""  # not numbers and strings: it is its own affair
-        if text := channel.texts(text)[0]:
-            loader.load_state_dict(json.loads(text))
-
-
-def _with(data, name, value):
-    try:
-        setattr(data, name, value)
-    except AttributeError:  # of a class that computes its loaders
-        parts = {n: getattr(data, n) for n in ("train_dl", "valid_dl")}
-        return SimpleNamespace(**{**parts, name: value})
-    return data

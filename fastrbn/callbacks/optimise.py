@@ -75,6 +75,9 @@ class GradientAccumulation(Callback):
     pass (`after_cancel_batch`, `after_batch`), and `n_iter` counts all of them. Where the training loader has no
     length, what is left at the end of an epoch is stepped with before validation, the two events with it.
 
+    Under `Distributed` the processes exchange gradients once a step, not once a batch. `run.accumulating` tells, from
+    `begin_batch` on, of a batch whose gradients are to be added to.
+
     Norms see each batch by itself: running batch norm moves its statistics `n` times a step, and normalises by what it
     has by then. The step equals that of the large batch exactly where no layer looks across samples.
     """
@@ -93,6 +96,10 @@ class GradientAccumulation(Callback):
     def begin_fit(self):
         self._clear()
         self.run.claim(self, weigh=self._weigh)
+
+    def begin_batch(self):
+        run = self.run
+        run.accumulating = run.in_train and self._count + 1 < self.n  # Distributed reads it
 
     def _weigh(self, loss):
         size = step_size(self.run)
@@ -129,6 +136,9 @@ class GradientAccumulation(Callback):
                 self.run("after_cancel_batch")
             finally:
                 self._closing = False
+
+    def after_fit(self):
+        vars(self.run).pop("accumulating", None)
 
     def state_dict(self):
         return {"count": self._count, "first": self._first, "samples": self._samples}

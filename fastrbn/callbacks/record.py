@@ -168,11 +168,12 @@ class AvgStats:
 
     def accumulate(self, run) -> None:
         """Take the run's current batch: `pred`, `yb` and `loss`."""
-        xb, pred = run.xb, run.pred
-        row = [run.loss.detach()]
+        xb, row = run.xb, [run.loss.detach()]
         if self.metrics:
+            pred, yb = run.pred, run.yb
             pred = pred.detach() if isinstance(pred, torch.Tensor) else pred
-            row += [_measure(name, metric, pred, run.yb) for name, metric in zip(self.names[1:], self.metrics)]
+            for i, metric in enumerate(self.metrics, 1):
+                row.append(_measure(metric, pred, yb, self.names[i]))
         self._sizes.append(xb.shape[0] if isinstance(xb, torch.Tensor) else _batch_size(xb))
         self._tape.add(row)
 
@@ -308,7 +309,7 @@ def _unique(names):
     return [n if names.count(n) == 1 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
 
 
-def _measure(name, metric, pred, yb):
+def _measure(metric, pred, yb, name):
     try:
         value = metric(pred, yb)
     except Exception as e:
@@ -317,7 +318,7 @@ def _measure(name, metric, pred, yb):
         return float(value)
     if value.numel() != 1:
         raise ValueError(f"the metric '{name}' must return one number for a batch; got shape {tuple(value.shape)}")
-    return value.detach()
+    return value.detach() if value.requires_grad else value
 
 
 def _cell(name, value) -> str:

@@ -217,6 +217,183 @@ def half_precision_magnitudes_and_the_nan_watch_go_with_it():
     assert_same_on_ranks(ours.model)
 
 
+# Gradients of several batches
+
+
+class Unsized:
+    """A loader whose length nobody knows."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def batches(bs, unsized=False, n=48):
+    """The same samples in each epoch; `bs` is that of one process."""
+    x, y = tensors(n)
+    made = list(zip(x.split(bs), y.split(bs)))
+    return SimpleNamespace(train_dl=Unsized(made) if unsized else made, valid_dl=made[:2])
+
+
+def gradient_sums(call, size):
+    """How many tensors of `size` elements the ranks sum during the call."""
+    sizes, real = [], dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        call()
+    finally:
+        dist.all_reduce = real
+    return sizes.count(size)
+
+
+@check
+def batches_that_only_add_to_the_gradients_exchange_none():
+    model = net()
+    size = sum(p.numel() for p in model.parameters())
+    for unsized, cbs, expected in (
+        (False, [], 2 * 6),
+        (False, [GradientAccumulation(3)], 2 * 2),
+        (True, [GradientAccumulation(4)], 2 * 2),  # 4 and 2 batches
+        (False, [GradientAccumulation(99)], 2 * 1),
+    ):
+        learn = learner(batches(4, unsized), net())
+        found = gradient_sums(lambda learn=learn, cbs=cbs: fit(learn, *cbs, epochs=2), size)
+        assert found == expected, (cbs, found)
+        assert_same_on_ranks(learn.model)
+
+
+@check
+def an_epoch_may_end_within_a_group():
+    for unsized, n in ((False, 4), (True, 4), (True, 5), (False, 99)):
+        alone, ours = learner(batches(8, unsized)), learner(batches(4, unsized))
+        fit(alone, GradientAccumulation(n), together=False, epochs=2)
+        fit(ours, GradientAccumulation(n), epochs=2)
+        assert_close(ours.model.state_dict(), alone.model.state_dict())
+        assert_same_on_ranks(ours.model)
+
+
+@check
+def an_epoch_that_is_cut_within_a_group_steps_with_what_all_ranks_have():
+    alone, ours = learner(batches(8)), learner(batches(4))
+    fit(alone, GradientAccumulation(4), Does("begin_batch", raises(CancelEpochException()), rank=None), together=False)
+    run = fit(ours, GradientAccumulation(4), Does("begin_batch", raises(CancelEpochException()), rank=1))
+    assert_close(ours.model.state_dict(), alone.model.state_dict())
+    assert_same_on_ranks(ours.model)
+    assert not hasattr(run, "accumulating") and not hasattr(run, "apart")
+
+
+@check
+def a_group_may_end_with_the_shortest_loader():
+    for unsized in (False, True):
+        for length in (5, 8):
+            data = batches(4, n=40)  # 10 batches: the ranks have 5 and 6 of them, 8 and 9
+            made = data.train_dl[: length + RANK]
+            data = SimpleNamespace(train_dl=Unsized(made) if unsized else made, valid_dl=None)
+            learn, run = learner(data), runner(GradientAccumulation(4), together=False)
+            run.add_cbs([Distributed(timeout=TIMEOUT, shard=False)])
+            run.fit(2, learn)
+            assert len(run.recorder.losses) == 2 * length
+            assert_same_on_ranks(learn.model)
+
+
+@check
+def gradients_that_wait_over_a_cancelled_step_are_counted_once():
+    class Skips(Callback):
+        _order = 20
+
+        def after_backward(self):
+            if self.run.epoch == 0:
+                raise CancelBatchException
+
+    for n in (3, 99):  # the next exchange is in a backward pass, and after the last
+        alone, ours = learner(batches(8)), learner(batches(4))
+        fit(alone, GradientAccumulation(n), Skips(), together=False)
+        fit(ours, GradientAccumulation(n), Skips())
+        assert_close(ours.model.state_dict(), alone.model.state_dict())
+
+
+class Switches(nn.Module):
+    """Uses `a` or `b`, as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(3))
+        self.use = "a"
+
+    def forward(self, x):
+        return self.c(getattr(self, self.use)(x.mean((2, 3))))
+
+
+@check
+def parameters_that_only_some_batches_or_ranks_use_are_exchanged_too():
+    class Chooses(Callback):
+        def __init__(self, use):
+            self.use = use
+
+        def begin_batch(self):
+            run = self.run
+            run.learn.model.use = "a" if self.use is None else self.use[run.iter if run.in_train else 0]
+
+    for uses in (("abababab", "aaaaaaaa"), ("aaaaaaba", "aaaaaaaa"), ("baaabaaa", "baaabaaa")):
+        model = Switches()
+        learn = learner(batches(4), model)
+        run = runner(Chooses(uses[RANK]), GradientAccumulation(4), together=False)
+        run.add_cbs([Distributed(timeout=TIMEOUT, find_unused_parameters=True)])
+        run.fit(1, learn)
+        assert_same_on_ranks(model)
+        other = Switches()
+        opt = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9)
+        for i, (xb, yb) in enumerate(batches(4).train_dl):
+            other.use = uses[i % 2][i // 2]
+            nn.functional.cross_entropy(other(xb), yb).div(8 if i < 8 else 4).backward()
+            if i in (7, 11):
+                opt.step()
+                opt.zero_grad()
+        assert_close(model.state_dict(), other.state_dict())
+
+
+@check
+def checkpoints_within_a_group_wait_for_its_end():
+    data = partial(batches, 4)
+    folder, whole = FOLDER / "group", learner(data())
+    run = fit(whole, GradientAccumulation(4), Checkpoint(folder, every=3, keep=None), epochs=2)
+    if RANK == 0:
+        found = [p.stem.rpartition("-")[2] for p in sorted(folder.iterdir())]
+        assert found == ["4", "6", "10", "12", "12"], found
+    everyone(None)
+    for number in (1, 2, 3):
+        again, copy = learner(data(), net(seed=5)), FOLDER / f"group-{number}"
+        (file,) = folder.glob(f"checkpoint-000{number}-*")
+        again_run = runner(GradientAccumulation(4), Checkpoint(copy, every=3))
+        again_run.fit(2, again, resume=file)
+        assert_close(again.model.state_dict(), whole.model.state_dict(), 0.0)
+        assert again_run.recorder.losses[-2:] == run.recorder.losses[-2:]
+
+
+@check
+def ctrl_c_within_a_group_saves_after_its_end():
+    for unsized, rank in ((False, 0), (True, 1)):
+        folder = FOLDER / f"interrupted-group-{rank}"
+        whole, learn = (learner(batches(4, unsized)) for _ in range(2))
+        fit(whole, GradientAccumulation(5))
+        stops = Does("after_pred", partial(signal.raise_signal, signal.SIGINT), rank=rank, batch=3)
+        run = fit(learn, GradientAccumulation(5), Checkpoint(folder), stops)
+        assert run.stop_reason.startswith("interrupted (Ctrl-C)"), run.stop_reason
+        again = learner(batches(4, unsized))
+        run = runner(GradientAccumulation(5), Checkpoint(folder))
+        run.fit(3, again, resume=folder)
+        assert run.resumed_from.name == "checkpoint-0002-step-11.pt", run.resumed_from
+        assert_close(again.model.state_dict(), whole.model.state_dict(), 0.0)
+
+
 def torch_loaders(bs, n, generator):
     x, y = tensors(n + 21)
     g = torch.Generator().manual_seed(5) if generator else None
@@ -477,6 +654,49 @@ def a_nan_within_the_model_is_looked_for_without_the_other_rank():
     run = fit(learn, Poisons(), watch)
     assert run.n_iter == 9
     assert RANK == 0 or watch.report.where == "2", watch.report
+
+
+class Spoils(Callback):
+    """NaN at `event` of step 8 or the first after it, on rank 1 alone."""
+
+    _order = -50
+
+    def __init__(self, what, event):
+        self.what, self.done = what, False
+        vars(self)[event] = self._spoil
+
+    def _spoil(self):
+        run = self.run
+        if RANK != 1 or not run.in_train or run.n_iter < 8 or self.done:
+            return
+        self.done = True
+        weight = run.learn.model[0].weight
+        if self.what == "input":
+            run.xb = run.xb * torch.nan
+        elif self.what == "loss":
+            run.loss = run.loss * torch.nan
+        else:
+            with torch.no_grad():
+                (weight if self.what == "parameter" else weight.grad)[0, 0] = torch.nan
+
+
+FAULTS = [("input", "begin_batch"), ("loss", "after_loss"), ("gradient", "after_backward"), ("parameter", "after_step")]
+
+
+@check
+def the_ranks_models_are_equal_and_finite_after_one_of_them_alone_has_met_a_nan():
+    for what, event in FAULTS:
+        for cbs in [[], [GradientAccumulation(2)]][: 1 + (what == "gradient")]:
+            learn, watch = learner(loaders(4)), HaltOnNaN()
+            run = fit(learn, Spoils(what, event), *cbs, watch)
+            assert any(everyone(watch.report is not None)), (what, cbs)
+            assert run.stop_reason is not None and run.n_iter <= 11, (what, cbs, run.stop_reason)
+            assert all(t.isfinite().all() for t in learn.model.state_dict().values()), (what, cbs)
+            assert_same_on_ranks(learn.model)
+            a, b = everyone([s["momentum_buffer"] for s in learn.opt.state_dict()["state"].values()])
+            assert len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b)), (what, cbs)
+    fit(learn, epochs=1)  # and go on together
+    assert_same_on_ranks(learn.model)
 
 
 # Errors and interrupts
