@@ -145,7 +145,7 @@ CASES = {
     ),
     "ParamMagnitudes(grads)": ([functools.partial(ParamMagnitudes, grads=True)], no_check, None, None),
     "ParamMagnitudes(every=10)": ([functools.partial(ParamMagnitudes, every=10)], no_check, None, None),
-    "ActivationStats()": ([ActivationStats], check_activations, None, None),
+    "ActivationStats()": ([ActivationStats], check_activations, 0.20, None),
     "ActivationStats(hist=False)": ([functools.partial(ActivationStats, hist=False)], no_check, None, None),
     "ActivationStats(every=10)": ([functools.partial(ActivationStats, every=10)], no_check, None, None),
 }

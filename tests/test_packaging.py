@@ -57,7 +57,7 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_every_module_kernel_and_readme_of_the_package_and_nothing_else(wheel):
     tree = wheel.parents[1]
-    kept = {p for p in (tree / "fastrbn").rglob("*") if p.suffix in (".py", ".c") or p.name == "README.md"}
+    kept = {p for p in (tree / "fastrbn").rglob("*") if p.suffix in (".py", ".c", ".h") or p.name == "README.md"}
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert names == {p.relative_to(tree).as_posix() for p in kept}
 

@@ -1,12 +1,13 @@
 """Callbacks, by purpose. None of them knows another; what they share, they read from the run."""
 
+from .activations import ActivationStats
 from .checkpoint import Checkpoint, CheckpointError, SaveBest
 from .compiling import CompileCallback
 from .device import BatchTransformXCallback, CudaCallback
 from .distributed import Distributed
 from .ema import EMA
 from .graph import GraphHolder, GraphMonitor, GraphReport
-from .hooks import ActivationStats, Hook, Hooks, ListContainer, append_stats, children
+from .hooks import Hook, Hooks, ListContainer, append_stats, children
 from .loggers import CSVLogger, TensorBoardLogger
 from .mixup import MixUp
 from .nonfinite import HaltOnNaN, NonFiniteError, NonFiniteReport

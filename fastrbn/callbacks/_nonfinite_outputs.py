@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their output is that of a module inside
 _PLAIN = (bool, int, float)
@@ -21,10 +24,12 @@ class Outputs:
         self._stay = stay  # hooks that fire once in a while cost each forward pass that they are not wanted in
         named = [(n or "model", m) for n, m in reachable(model) if not isinstance(m, CONTAINERS)]
         strange = {m for _, m in named if not _well_known(m)}
-        self._always = [(n, m) for n, m in named if m in strange and m is not model]  # the model's own is run.pred
-        self._others = [(n, m) for n, m in named if m not in strange or m is model]
+        hooks = [(m, _OutputHook(self, n)) for n, m in named]
+        self._always = [(m, h) for m, h in hooks if m in strange and m is not model]  # the model's own is run.pred
+        self._others = [(m, h) for m, h in hooks if m not in strange or m is model]
         self._counting = [m for m in dict.fromkeys(model.modules()) if not _well_known(m)]
-        self._handles, self._extra, self._seen, self._open = [], [], [], False
+        self._key = RemovableHandle(OrderedDict()).id  # a number that no other hook has
+        self._hooked, self._extra, self._seen, self._open = False, False, [], False
 
     def counters(self) -> list:
         """Plain attributes of modules whose code is not known: a replay puts them back."""
@@ -33,11 +38,11 @@ class Outputs:
     def begin(self, full=False) -> None:
         """Keep the outputs of the coming forward pass, of all modules when `full`."""
         if self._extra:
-            self._drop(self._extra)
+            self._extra = self._drop(self._others)
         self._seen.clear()
         self._open = True
-        if not self._handles:
-            self._handles = self._hook(self._always)
+        if not self._hooked:
+            self._hooked = self._hook(self._always)
         if full:
             self._extra = self._hook(self._others)
 
@@ -45,24 +50,27 @@ class Outputs:
         """(name, output) in the order in which they came; keeps them no longer."""
         self._open, seen, self._seen = False, self._seen, []
         if self._extra:
-            self._drop(self._extra)
+            self._extra = self._drop(self._others)
         if not self._stay:
-            self._drop(self._handles)
+            self._hooked = self._drop(self._always)
         return seen
 
     def remove(self) -> None:
         """Take all hooks off."""
         self.take()
-        self._drop(self._handles)
+        self._hooked = self._drop(self._always)
 
-    def _hook(self, named):
-        return [m.register_forward_hook(_OutputHook(self, n)) for n, m in named]
+    # without a handle for each, which costs more than what the hooks do
 
-    @staticmethod
-    def _drop(handles):
-        for handle in handles:
-            handle.remove()
-        handles.clear()
+    def _hook(self, hooks) -> bool:
+        for module, hook in hooks:
+            module._forward_hooks[self._key] = hook
+        return True
+
+    def _drop(self, hooks) -> bool:
+        for module, _ in hooks:
+            module._forward_hooks.pop(self._key, None)
+        return False
 
 
 class _OutputHook:

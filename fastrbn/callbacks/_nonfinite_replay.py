@@ -16,7 +16,7 @@ from ._nonfinite_report import BUFFER
 from ._nonfinite_tensors import dense, float_tensors, is_finite
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Batch:
     """What it takes to go through a batch once more: its place, its tensors, and what its forward pass began with."""
 
@@ -37,11 +37,13 @@ class Batch:
     @classmethod
     def here(cls, run, host, counters=(), device=None):
         """The batch that `run` is at; `device`: the accelerator whose generator counts too."""
-        random, kind = [(torch.set_rng_state, torch.get_rng_state())], "cpu"
+        random, kind = [(torch.set_rng_state, torch.default_generator.get_state())], "cpu"
         if device is not None and (kind := device.type) != "cpu":
             module = getattr(torch, kind)
             random.append((functools.partial(module.set_rng_state, device=device), module.get_rng_state(device)))
-        autocast = run._parts.forward(_autocast, kind)  # as the model is called, see Runner.claim
+        autocast, forward = None, run._parts.forward  # as the model is called, see Runner.claim
+        if forward(torch.is_autocast_enabled, kind):
+            autocast = (kind, forward(torch.get_autocast_dtype, kind))
         return cls(run.n_iter, run.epoch, run.iter, run.in_train, random, counters, autocast, host, run.xb, run.yb)
 
 
@@ -89,10 +91,6 @@ def replay(run, batch, backward=False) -> Trace:
             vars(m).update(now)
         random.restore()
     return trace
-
-
-def _autocast(kind):
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def _again(run, batch, backward, trace):

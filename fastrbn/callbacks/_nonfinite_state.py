@@ -1,7 +1,8 @@
 """All that a training step changes, copied after every step for a few operators' worth of time.
 
-Parameters, buffers and the optimiser's tensors of one dtype and device are seen as flat vectors, so that one `torch.cat`
-copies them all, and one reduction over the copy tells whether they are finite.
+On the CPU one call of C tells whether it is finite, and one more copies it. Else parameters, buffers and the optimiser's
+tensors of one dtype and device are seen as flat vectors, so that one `torch.cat` copies them all, and one reduction over
+the copy tells.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 
 import torch
 
+from ._nonfinite_layout import Layout
+from ._nonfinite_native import known_finite
 from ._nonfinite_tensors import is_finite
 
 
@@ -36,38 +39,38 @@ class KeptState:
         self.stale = False
         self.norm, self.host = 0.0, ({}, [])
         self._look_up()
-        self._exempt = {key for key, t, floats in self._entries if floats and not is_finite(t)}
-        self._pointers = None
+        floats = [(key, t) for key, t, examined in self._entries if examined]
+        if not known_finite([t for _, t in floats]):
+            self._exempt = {key for key, t in floats if not is_finite(t)}
+            self._pointers = None
 
     # What there is
 
     def _live(self):
-        """Tensors in a fixed order, and of the optimiser's state what is no tensor."""
-        now, plain = self._params.copy(), []
+        """Tensors in a fixed order, their addresses, and of the optimiser's state what is no tensor."""
+        now, states = self._params.copy(), getattr(self._opt, "state", {})
         for buffers in self._buffers:
             now += buffers.values()
-        if type(None) in map(type, now):  # a buffer that is not there
-            now = [t for t in now if t is not None]
-        for p, state in getattr(self._opt, "state", {}).items():
-            for k, v in state.items():
-                if isinstance(v, torch.Tensor):
-                    now.append(v)
-                else:
-                    plain.append((p, k, v))
-        return now, plain
+        for state in states.values():
+            now += state.values()
+        try:
+            return now, list(map(_address, now)), []
+        except TypeError:  # a buffer that is not there, or an optimiser's counter
+            now = [t for t in now if isinstance(t, torch.Tensor)]
+        plain = [(p, k, v) for p, s in states.items() for k, v in s.items() if not isinstance(v, torch.Tensor)]
+        return now, list(map(_address, now)), plain
 
     def _find_buffers(self):
         self._buffers = [m._buffers for _, m in self._modules if m._buffers]
 
     def _look_up(self):
         """Views are made anew only when a tensor was moved or replaced."""
-        now, self._plain = self._live()
-        pointers = list(map(torch.Tensor.data_ptr, now))
-        if pointers != self._pointers:
+        _, pointers, self._plain = self._live()
+        if pointers != self._pointers:  # the layout's views keep the memory, so no other tensor can have its address
             self._find_buffers()
-            now, self._plain = self._live()
-            self._pointers, self._entries = list(map(torch.Tensor.data_ptr, now)), list(self._named(now))
-            self._layout = _Layout(self._entries, self._device)
+            now, self._pointers, self._plain = self._live()
+            self._entries = list(self._named(now))
+            self._layout = Layout(self._entries, self._device)
         return self._layout
 
     def _named(self, now):
@@ -92,10 +95,18 @@ class KeptState:
 
     def advance(self) -> list[str]:
         layout = self._look_up()
-        copies = layout.capture()
-        squares, others = _squares(copies.params), _squares(copies.others)
-        if not math.isfinite(squares + others) and (bad := self._not_finite()):
-            return bad
+        if (kernels := layout.kernels(self._saved)) is not None:  # looks first, and copies over what is kept
+            total = squares = kernels.advance()
+            copies = kernels.copies
+        else:
+            copies = layout.capture()
+            squares = _squares(copies.params)
+            total = squares + _squares(copies.others)
+        if not math.isfinite(total):
+            if bad := self._not_finite():
+                return bad
+            if kernels is not None:  # large, no more
+                kernels.copy()
         self.norm = math.sqrt(squares)
         self._keep(layout, copies)
         return []
@@ -103,12 +114,14 @@ class KeptState:
     def save(self) -> None:
         """Keep the state as it is, whatever it holds."""
         layout = self._look_up()
+        layout.kernels(self._saved)
         self._keep(layout, layout.capture())
         self.stale = False
 
     def _keep(self, layout, copies):
         before, self._saved = self._saved, (layout, copies)
-        layout.spare = before[1] if before and before[0].same_as(layout) else None
+        if not layout.native:
+            layout.spare = before[1] if before and before[0].same_as(layout) else None
         self.host = (self._plain, [])
 
     @torch.no_grad()
@@ -186,116 +199,7 @@ class KeptState:
             self._opt.state[p][k] = v
 
 
-class _Group:
-    """Tensors of one dtype and device: first parameters, then what else is examined, then the rest."""
-
-    def __init__(self, members, device):
-        members.sort(key=lambda m: (m[0][0] != "param" or not m[2], not m[2]))  # stable
-        self.members, self.views = members, [_flat(t) for _, t, _ in members]
-        sizes = [v.numel() for v in self.views]
-        self.size = sum(sizes)
-        self.examined = sum(n for n, m in zip(sizes, members) if m[2])
-        self.params = sum(n for n, m in zip(sizes, members) if m[2] and m[0][0] == "param")
-        self.loose = [i for i, (v, m) in enumerate(zip(self.views, members)) if v.data_ptr() != m[1].data_ptr()]
-        self.on_device = self.views[0].device == device
-
-    def capture(self, out):
-        for i in self.loose:  # memory with gaps has no flat view
-            self.views[i] = _flat(self.members[i][1])
-        return torch.cat(self.views, out=out)
-
-    def values(self, flat):
-        """(key, value in its own shape and dtype) of each tensor in a flat copy."""
-        parts = flat.split([v.numel() for v in self.views])
-        return [(key, _shaped(part, t)) for (key, t, _), part in zip(self.members, parts)]
-
-
-class _Copies(list):
-    """A flat vector for each group; `params` and `others` are those parts of them that are examined."""
-
-    def __init__(self, groups):
-        super().__init__(g.views[0].new_empty(g.size) for g in groups)
-        heads = [flat[: g.params] for g, flat in zip(groups, self)]
-        rests = [flat[g.params : g.examined] for g, flat in zip(groups, self)]
-        self.params, self.others = [t for t in heads if t.numel()], [t for t in rests if t.numel()]
-
-
-class _Layout:
-    """Which tensors go into which flat vectors, and in which order."""
-
-    def __init__(self, entries, device):
-        groups = {}
-        for key, t, examined in entries:
-            if t.numel():
-                groups.setdefault((t.device, _flat(t).dtype), []).append((key, t, examined))
-        self.groups = [_Group(members, device) for members in groups.values()]
-        self.spare, self.half = None, any(t.dtype is torch.float16 for key, t, _ in entries if key[0] == "param")
-
-    def same_as(self, other) -> bool:
-        """Whether flat copies mean the same in both."""
-        return other is self or self._signature() == other._signature()
-
-    def _signature(self):
-        return [[(key, t.shape, t.stride(), t.dtype, t.device) for key, t, _ in g.members] for g in self.groups]
-
-    def capture(self) -> _Copies:
-        if self.spare is None:
-            self.spare = _Copies(self.groups)
-        for group, out in zip(self.groups, self.spare):
-            group.capture(out)
-        return self.spare
-
-    def values(self, copies):
-        """(key, value) of all tensors in the flat copies."""
-        return (pair for group, flat in zip(self.groups, copies) for pair in group.values(flat))
-
-    def adopted(self, other, copies) -> _Copies:
-        """The copies that belong to another layout in this one. What that did not have begins as 0, as optimisers'
-        averages and counts do."""
-        if other.same_as(self):
-            return copies
-        old = {key: value for key, value in other.values(copies)}
-        new = _Copies(self.groups)
-        for group, out in zip(self.groups, new):
-            torch.cat([_flat(_like(t, old.get(key))) for key, t, _ in group.members], out=out)
-        return new
-
-
-def _like(t, value):
-    """`value` laid out as `t`; without one, zeros."""
-    new = torch.zeros_like(t.detach())
-    return new if value is None or value.shape != t.shape else new.copy_(value)
-
-
-def _dense_order(t):
-    """The dimensions of `t` from the outermost in memory to the innermost; None where memory has gaps or overlaps."""
-    order = sorted((d for d in range(t.dim()) if t.shape[d] > 1), key=t.stride, reverse=True)
-    size = 1
-    for d in reversed(order):
-        if t.stride(d) != size:
-            return None
-        size *= t.shape[d]
-    return order
-
-
-def _flat(t):
-    """`t` as a vector in the order of its memory, real, and float32 words for integers of 4 and 8 bytes."""
-    t = t.detach()
-    if t.is_complex():
-        t = torch.view_as_real(t)
-    flat = t.reshape(-1) if _dense_order(t) is None else t.as_strided((t.numel(),), (1,))
-    words = flat.element_size() % 4 == 0 and not flat.is_floating_point()
-    return flat.view(torch.float32) if words else flat
-
-
-def _shaped(part, t):
-    """A piece of a flat copy, a view in the shape, strides and dtype of `t`."""
-    real = torch.view_as_real(t.detach()) if t.is_complex() else t
-    if real.dtype != part.dtype:
-        part = (part.clone() if part.storage_offset() % 2 else part).view(real.dtype)  # 8-byte integers lie even
-    order = _dense_order(real)
-    part = part.view(real.shape) if order is None else part.as_strided(real.shape, real.stride(), part.storage_offset())
-    return torch.view_as_complex(part) if t.is_complex() else part
+_address = torch.Tensor.data_ptr
 
 
 def _squares(flats) -> float:
@@ -305,3 +209,17 @@ def _squares(flats) -> float:
         flat = flat.float() if flat.element_size() < 4 else flat
         total += torch.dot(flat, flat).item()
     return total
+
+
+def bad_rate(opt, params) -> str | None:
+    """The name of the first of `params` (name, parameter) in a group of `opt` whose learning rate is not finite. Rates
+    in tensors are not looked at: they may be on a device."""
+    bad = []
+    for group in opt.param_groups:
+        rate = group["lr"]
+        if not isinstance(rate, torch.Tensor) and not math.isfinite(rate):
+            bad.append(group)
+    if not bad:
+        return None
+    ids = {id(p) for g in bad for p in g["params"] if p.grad is not None}
+    return next((name for name, p in params if id(p) in ids), None)

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from ._nonfinite_native import known_finite
+
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -31,11 +33,23 @@ def dense(grad):
 
 def sums_finite(tensors) -> bool:
     """Whether all sums are finite: then all elements are. For few tensors; a sum may overflow, so False is a doubt."""
+    if known_finite(tensors):
+        return True
     for t in tensors:
         total = t.detach().sum(dtype=torch.float32 if t.dtype in _NARROW else None).item()
         if not math.isfinite(abs(total)):
             return False
     return True
+
+
+def number(loss):
+    """The loss as a float where that waits for no device."""
+    return loss.item() if loss.is_cpu and loss.numel() == 1 and loss.is_floating_point() else loss.detach()
+
+
+def number_finite(loss) -> bool:
+    """The same question of what `number` gave."""
+    return math.isfinite(loss) if isinstance(loss, float) else sums_finite([loss])
 
 
 @torch.no_grad()
@@ -44,6 +58,8 @@ def not_finite(named) -> list[str]:
     if not named:
         return []
     tensors = [t for _, t in named]
+    if known_finite(tensors):
+        return []
     if any(t.dtype in _NARROW for t in tensors):  # their squares would overflow
         tensors = [t.float() if t.dtype in _NARROW else t for t in tensors]
     norms = torch._foreach_norm(tensors, 2)  # not finite as soon as one element is not, in one pass

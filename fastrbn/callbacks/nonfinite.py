@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 
@@ -12,18 +11,13 @@ from torch import optim
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelTrainException
 
+from ._nonfinite_late import LateLooks
+from ._nonfinite_late import late_device as _late_device
 from ._nonfinite_outputs import Outputs
 from ._nonfinite_replay import Batch, first_late, first_now
 from ._nonfinite_report import BUFFER, History, NonFiniteError, NonFiniteReport
-from ._nonfinite_state import KeptState
-from ._nonfinite_tensors import (
-    DeviceFlags,
-    dense,
-    float_tensors,
-    is_finite,
-    not_finite,
-    sums_finite,
-)
+from ._nonfinite_state import KeptState, bad_rate
+from ._nonfinite_tensors import dense, float_tensors, is_finite, not_finite, number, number_finite, sums_finite
 
 __all__ = ["HaltOnNaN", "NonFiniteError", "NonFiniteReport"]
 
@@ -32,11 +26,10 @@ _WARY = 1e8  # from this norm of all parameters on, sums in well-known layers ma
 _HALF_ON_CPU = ("cpu", torch.float16)  # autocast to it
 # optimisers that make a parameter NaN or Inf when its gradient is: there the parameters tell of both
 _SHOWING = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adagrad, optim.RMSprop, optim.Adamax)
-_OPEN_BYTES = 2**28  # what batches may take that wait for the device's answer, two of them apart
 
 # what belongs to one fit, while there is none
-_IDLE = dict.fromkeys(("_kept", "_outputs", "_device", "_flags", "_batch", "_suspect", "_hook"))
-_IDLE.update(_waiting={}, _looks=0, _showing=False, _halting=False)
+_IDLE = dict.fromkeys(("_kept", "_outputs", "_late", "_batch", "_suspect", "_hook"))
+_IDLE.update(_looks=0, _showing=False, _halting=False)
 
 
 class HaltOnNaN(Callback):
@@ -69,7 +62,7 @@ class HaltOnNaN(Callback):
     of a fused optimiser that skips by itself. Under gradient accumulation the report names the batch that brought the
     fault. Buffers that hold NaN or Inf when the fit begins (masks of -inf) are let be.
 
-    Costs two copies of parameters, buffers and optimiser state, on their device.
+    Costs two copies of parameters, buffers and optimiser state, on their device; one where C looks and copies (CPUs).
     """
 
     _order = 90  # after whatever else changes loss and gradients
@@ -91,10 +84,11 @@ class HaltOnNaN(Callback):
 
     def begin_fit(self):
         run = self.run
-        vars(self).update(_IDLE, _waiting={})
+        vars(self).update(_IDLE)
         self.report, self._history = None, History()
-        self._outputs, self._device = Outputs(run.model, stay=self.every == 1), _late_device(run.model)
-        self._kept = KeptState(run.model, run.opt, self._device)
+        self._outputs, device = Outputs(run.model, stay=self.every == 1), _late_device(run.model)
+        self._late = LateLooks(device) if device is not None else None
+        self._kept = KeptState(run.model, run.opt, device)
         self._kept.save()
         hooked = next((o for o in (run.opt, run.learn.opt) if hasattr(o, "register_step_pre_hook")), None)
         self._hook = hooked and hooked.register_step_pre_hook(self._before_step)
@@ -110,27 +104,29 @@ class HaltOnNaN(Callback):
             return
         if kept.stale:
             kept.save()
-        self._batch = batch = Batch.here(run, kept.host, self._outputs.counters(), self._device)
-        first = run.iter == 0 and not run.in_train
-        wary = self._device is None and (kept.half or kept.norm > _WARY or batch.autocast == _HALF_ON_CPU)
-        self._outputs.begin(full=first or wary or self._looks % _FULL == 0)
-        self._looks += run.in_train
+        late, outputs, own = self._late, self._outputs, vars(self)  # setting attributes of a callback has its price
+        own["_batch"] = batch = Batch.here(run, kept.host, outputs.counters(), late and late.device)
+        wary = late is None and (kept.half or kept.norm > _WARY or batch.autocast == _HALF_ON_CPU)
+        outputs.begin(full=wary or self._looks % _FULL == 0 or (run.iter == 0 and not run.in_train))
+        own["_looks"] += run.in_train
 
     def after_loss(self):
         run, batch = self.run, self._batch
-        loss = _number(run.loss)
+        loss = number(run.loss)
         if run.in_train:
             self._history.add_loss(run.n_iter, loss, [g["lr"] for g in run.opt.param_groups])
         if batch is None:
             return
-        batch.xb, batch.yb, batch.loss = run.xb, run.yb, run.loss.detach()
+        batch.xb, batch.yb = run.xb, run.yb
         found = [(name, t) for name, out in self._outputs.take() for t in float_tensors(out)]
         found += [("model", t) for t in float_tensors(run.pred)]
-        if self._device is not None:
-            self._note_forward(batch, found, batch.loss)
-        elif _number_finite(loss) and sums_finite([t for _, t in found]):
+        if self._late is not None:
+            batch.loss = run.loss.detach()
+            if self._late.note_forward(batch, [t for _, t in found]):
+                self._poll()
+        elif number_finite(loss) and sums_finite([t for _, t in found]):
             return
-        elif bad := not_finite([*found, ("loss", batch.loss)]):
+        elif bad := not_finite([*found, ("loss", run.loss.detach())]):
             self._found(batch, "forward", bad)
 
     def after_backward(self):
@@ -145,13 +141,13 @@ class HaltOnNaN(Callback):
         if batch is None or self._halting:
             return
         batch.stepped = True
-        if (where := self._bad_rate()) is not None:
+        if (where := bad_rate(self.run.opt, self._kept.params)) is not None:
             self._poll(wait=True)  # an earlier step may be to blame
             self._halt(batch, "step", where, "the learning rate is not finite")
         if getattr(opt, "found_inf", None) is not None:
             self._suspect = None  # a fused optimiser under a GradScaler looks itself, and skips
-        elif self._device is not None:
-            self._flagged().largest([g.detach() for _, g in self._grads()])
+        elif self._late is not None:
+            self._late.note_grads(batch, [g for _, g in self._grads()])
         else:
             if self._suspect or not (batch.graded or self._showing):
                 self._look_at_grads()
@@ -166,10 +162,11 @@ class HaltOnNaN(Callback):
     def after_batch(self):
         if self._halting or not self.run.in_train:
             return
-        if self._batch is not None and not self._batch.graded:
-            self._look_at_grads()  # a batch that was cut short may have left some to accumulate
-        self._end_of_batch()
-        if self._waiting and self.run.iters and self.run.iter + 1 == self.run.iters:
+        if self._batch is not None:
+            if not self._batch.graded:
+                self._look_at_grads()  # a batch that was cut short may have left some to accumulate
+            self._end_of_batch()
+        if self._late is not None and self.run.iters and self.run.iter + 1 == self.run.iters:
             self._poll(wait=True)  # what comes next reads or saves the model
 
     def begin_validate(self):
@@ -181,7 +178,7 @@ class HaltOnNaN(Callback):
             self._halt(Batch.here(self.run, self._kept.host), *self._state_phase(bad))
 
     def after_fit(self):
-        if self._waiting and not self._halting:
+        if self._late is not None and self._late.waiting and not self._halting:
             self._last_look()
         if self._outputs is not None:
             self._outputs.remove()
@@ -206,29 +203,19 @@ class HaltOnNaN(Callback):
         return [(name, dense(p.grad)) for name, p in self._kept.params if p.grad is not None]
 
     def _look_at_grads(self):
-        if self._batch is None or self._device is not None:
+        if self._batch is None or self._late is not None:
             return
         self._batch.graded = True
         bad = not_finite(self._grads())
         self._suspect = (self._suspect or (self._batch, bad)) if bad else None
 
-    def _bad_rate(self):
-        """The first parameter of a group whose learning rate is not finite."""
-        groups = self.run.opt.param_groups
-        bad = [g for g in groups if not (isinstance(g["lr"], torch.Tensor) or math.isfinite(g["lr"]))]
-        if not bad:
-            return None
-        ids = {id(p) for g in bad for p in g["params"] if p.grad is not None}
-        return next((name for name, p in self._kept.params if id(p) in ids), None)
-
     def _end_of_batch(self):
         batch = self._batch
         if batch is None or self._suspect:
             return
-        self._batch = None
-        if self._device is not None:
-            self._history.add_norm(batch.step, self._kept.advance_unless(self._flagged()))
-            self._waiting[self._flags.looks - 1] = batch
+        vars(self)["_batch"] = None
+        if self._late is not None:
+            self._history.add_norm(batch.step, self._late.advance(batch, self._kept))
             self._poll()
         elif bad := self._kept.advance():
             if batch.stepped and (grads := not_finite(self._grads())):
@@ -246,29 +233,14 @@ class HaltOnNaN(Callback):
 
     # Looking, where the device takes notes
 
-    def _flagged(self) -> DeviceFlags:
-        if self._flags is None:
-            size = sum(t.nbytes for t in float_tensors([self._batch.xb, self._batch.yb]))
-            self._flags = DeviceFlags(self._device, pending=max(2, min(16, _OPEN_BYTES // max(size, 1))))
-        return self._flags
-
-    def _note_forward(self, batch, found, loss):
-        flags = self._flagged()
-        flags.largest([t.detach() for _, t in found])
-        flags.add([loss.clone()])
-        if not batch.in_train:
-            flags.mark()
-            self._waiting[flags.looks - 1] = batch
-            self._poll()
+    @property
+    def _waiting(self) -> dict:
+        return self._late.waiting if self._late is not None else {}
 
     def _poll(self, wait=False):
-        if self._halting:
-            return
-        if self._waiting and (look := self._flags.first_bad(wait)) is not None:
-            batch, self._halting = self._waiting[look], True
+        if self._late is not None and not self._halting and (batch := self._late.first_bad(wait)) is not None:
+            self._halting = True
             self._halt(batch, *first_late(self.run, self._kept, batch))
-        if self._waiting:
-            self._waiting = {look: batch for look, batch in self._waiting.items() if look >= self._flags.known}
 
     def _last_look(self):
         """After a fit that was cut: the model is put right, but there is nothing left to halt."""
@@ -291,7 +263,7 @@ class HaltOnNaN(Callback):
         """Put the state back, report, and end the fit."""
         self._halting, run, kept = True, self.run, self._kept
         if batch.in_train or kept.not_finite():
-            kept.restore(batch.host if self._device is not None else None)
+            kept.restore(batch.host if self._late is not None else None)
         run.opt.zero_grad()
         self.report = report = NonFiniteReport(
             step=batch.step,
@@ -325,19 +297,3 @@ class HaltOnNaN(Callback):
     def __repr__(self):
         path = "" if self.path is None else f", path={str(self.path)!r}"
         return f"HaltOnNaN(every={self.every}, raise_error={self.raise_error}{path})"
-
-
-def _number(loss):
-    """The loss as a float where that waits for no device."""
-    loss = loss.detach()
-    return loss.item() if loss.is_cpu and loss.numel() == 1 and loss.is_floating_point() else loss
-
-
-def _number_finite(loss):
-    return math.isfinite(loss) if isinstance(loss, float) else sums_finite([loss])
-
-
-def _late_device(model):
-    """The device of the whole model, where it takes notes and the host reads them late; else None."""
-    devices = {t.device for t in (*model.parameters(), *model.buffers())}
-    return next(iter(devices)) if len(devices) == 1 and next(iter(devices)).type in ("cuda", "xpu") else None

@@ -1,11 +1,14 @@
 """The reference's step in C, one call forward and one backward: CPU tensors whose dtype is that of the statistics.
 
-`native_kernels.c` has the arithmetic, `native_build.py` compiles it on first use. Here: when it can serve, what it is
+`native_kernels.c` has the arithmetic, `fastrbn/native_build.py` compiles it on first use. Here: when it can serve, what it is
 handed, and what autograd needs. The rare steps are `fused`'s: activation checkpointing, second derivatives, evaluation.
 """
 
 from __future__ import annotations
 
+import ctypes
+from functools import lru_cache
+from pathlib import Path
 from struct import Struct
 from types import SimpleNamespace
 
@@ -13,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastrbn import native_build
+
 from . import fused
 from .memory import Moment, running_again
-from .native_build import load
 from .recipes import Plan, Recipe
 from .reference import NormState, elements_per_sample
 
+_SOURCE = Path(__file__).with_name("native_kernels.c")
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _FEW_POSITIONS = 64  # elements a channel of a sample below which the sums run over columns, not along rows
 _WORTH_A_THREAD = 1 << 16  # elements
@@ -29,6 +34,16 @@ _BACKWARD = Struct("7q q 2d q 9P")
 _SAVED = 6  # rows a channel: 1/σ, whether off the floor, and a moment's m, v, mean and variance; then its three numbers
 
 evaluate = fused.evaluate
+
+
+@lru_cache(maxsize=2)
+def load(real: str) -> tuple[ctypes.CDLL | None, str]:
+    """The kernels for `real` ("float" or "double"), or None; and why not, in words."""
+    library, why = native_build.load(_SOURCE, f"-DREAL={real}")
+    if library is not None:
+        for function in (library.rbn_forward, library.rbn_backward):
+            function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int
+    return library, why
 
 
 def why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState) -> str | None:

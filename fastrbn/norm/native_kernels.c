@@ -1,6 +1,6 @@
 /* The training step of running batch norm on a CPU: the equations of reference.py in two calls, forward and backward.
 
-   Compiled by native_build.py when it is first needed, with -DREAL=float or -DREAL=double; no header beyond libc's.
+   Compiled by native_build.py when it is first needed, with -DREAL=float or -DREAL=double; no header beyond libc's and the threads.
    Activations lie either as `rows` (N, C, P): a channel's P positions side by side, or as `columns` (R, W): W = C·fold columns, of which
    `fold` neighbours are one channel (channels_last has fold 1; (N, C, P) with few positions P is (N, C·P), fold P).
 
@@ -9,13 +9,13 @@
 
 #define _DEFAULT_SOURCE /* for madvise */
 #include <math.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#define MOST_THREADS 64
+#include "native_threads.h"
+
 #define BLOCK 128 /* rows of columns that are summed in REAL */
 #define HUGE_PAGE ((size_t)2 << 20)
 
@@ -27,35 +27,6 @@ typedef struct {
   int64_t per_sample; /* columns: rows that one sample has; rows: unused */
   int64_t k, every; /* the statistics read samples 0, every, 2·every, … : k of them */
 } Layout;
-
-typedef struct {
-  const void *function_arguments;
-  void (*function)(const void *, int64_t, int64_t, int);
-  int64_t begin, end;
-  int thread;
-} Task;
-
-static void *run_task(void *t) {
-  Task *task = t;
-  task->function(task->function_arguments, task->begin, task->end, task->thread);
-  return NULL;
-}
-
-/* function(arguments, begin, end, thread) over parts of 0..n; threads are started anew, so that a fork finds none */
-static void in_parallel(void (*function)(const void *, int64_t, int64_t, int), const void *arguments, int64_t n,
-                        int threads) {
-  Task tasks[MOST_THREADS];
-  pthread_t started[MOST_THREADS];
-  int running[MOST_THREADS];
-  for (int t = 0; t < threads; t++) {
-    tasks[t] = (Task){arguments, function, n * t / threads, n * (t + 1) / threads, t};
-    running[t] = t > 0 && pthread_create(&started[t], NULL, run_task, &tasks[t]) == 0;
-  }
-  for (int t = 0; t < threads; t++)
-    if (!running[t]) run_task(&tasks[t]);
-  for (int t = 1; t < threads; t++)
-    if (running[t]) pthread_join(started[t], NULL);
-}
 
 /* A fresh large output costs a fault a page; of large pages there are fewer. */
 static void large_pages(void *p, size_t bytes) {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastrbn.callbacks import _activations, _nonfinite_native
 from fastrbn.learn import Learner
 
 
@@ -29,3 +30,18 @@ def make(n_train=4, n_valid=2, bs=6, model=None, opt=None, loss_func=F.cross_ent
 @pytest.fixture
 def make_learn():
     return make
+
+
+def without_c(monkeypatch):
+    """As on a machine without a compiler: PyTorch's operators do the work."""
+    monkeypatch.setattr(_nonfinite_native, "kernels", lambda: None)
+    monkeypatch.setattr(_activations, "kernel", lambda real: None)
+
+
+@pytest.fixture(params=["C", "operators"])
+def kernels(request, monkeypatch):
+    if request.param == "operators":
+        without_c(monkeypatch)
+    elif _nonfinite_native.kernels() is None or _activations.kernel("float") is None:
+        pytest.skip("the C kernels are not to be had here")
+    return request.param

@@ -190,7 +190,7 @@ def test_two_in_a_row_or_the_last_end_the_fit_and_the_one_before_is_whole(make_l
 
 def test_the_first_write_that_fails_says_that_there_is_nothing_before(make_learn, tmp_path, monkeypatch):
     Disk(monkeypatch, 1)
-    with pytest.raises(CheckpointError, match="there is none before it"):
+    with pytest.raises(CheckpointError, match=r"there is none before it\. Make room, or take"):
         make_run(tmp_path / "c").fit(1, make_learn())
 
 

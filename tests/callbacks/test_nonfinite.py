@@ -12,6 +12,7 @@ from torch import nn
 from fastrbn.callbacks import HaltOnNaN, NonFiniteError, NonFiniteReport, ParamScheduler
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 
+pytestmark = pytest.mark.usefixtures("kernels")
 BADS = [math.nan, math.inf, -math.inf]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrbn.callbacks import HaltOnNaN, NonFiniteError, nonfinite
+from fastrbn.callbacks import HaltOnNaN, NonFiniteError, _nonfinite_native, nonfinite
 from fastrbn.callbacks._nonfinite_tensors import DeviceFlags
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 
@@ -23,8 +23,10 @@ OPTIMISERS = {
 }
 
 
-@pytest.fixture(params=["at once", "late"])
+@pytest.fixture(params=["at once", "at once, operators", "late"])
 def way(request, monkeypatch):
+    if request.param.endswith("operators"):  # as on a machine without a C compiler
+        monkeypatch.setattr(_nonfinite_native, "kernels", lambda: None)
     if request.param == "late":  # what CUDA does, with its delay
         monkeypatch.setattr(nonfinite, "_late_device", lambda model: torch.device("cpu"))
         monkeypatch.setattr(DeviceFlags, "LAG", 3)
@@ -385,6 +387,43 @@ def test_a_norm_without_eps_on_constant_input_is_named(make_learn, way):
     assert halt.report is not None
     assert halt.report.where in ("2", "0.weight", "2.mult", "3.weight", "3")
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+
+class OwnInstanceNorm(nn.Module):
+    """Each channel of each sample by its own mean and variance, as one writes it down first."""
+
+    def __init__(self, nf, correction=1):
+        super().__init__()
+        self.correction = correction
+        self.mults, self.adds = nn.Parameter(torch.ones(nf, 1, 1)), nn.Parameter(torch.zeros(nf, 1, 1))
+
+    def forward(self, x):
+        m = x.mean((2, 3), keepdim=True)
+        v = x.var((2, 3), keepdim=True, correction=self.correction)
+        return (x - m) / (v + 1e-5).sqrt() * self.mults + self.adds
+
+
+@pytest.mark.filterwarnings("ignore:var.*degrees of freedom is <= 0:UserWarning")
+@pytest.mark.parametrize("correction", [1, 0])
+def test_an_instance_norm_whose_last_map_is_a_single_number_is_named(make_learn, way, correction):
+    # 28 → 14 → 7 → 4 → 2 → 1: of a single number the variance with Bessel's correction is 0/0, in the first forward pass;
+    # without the correction all is finite
+    nfs = [1, 4, 4, 8, 8, 8]
+    convs = [nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False) for i, o in zip(nfs, nfs[1:])]
+    cells = [nn.Sequential(c, nn.ReLU(), OwnInstanceNorm(c.out_channels, correction)) for c in convs]
+    learn = make_learn(model=nn.Sequential(*cells, nn.Flatten(), nn.Linear(8, 3)))
+    learn.data.train_dl = [(torch.randn(6, 1, 28, 28), y) for _, y in learn.data.train_dl]
+    learn.data.valid_dl = None
+    learn.opt = torch.optim.SGD(learn.model.parameters(), lr=0.1)
+    before, halt = copy.deepcopy(learn.model.state_dict()), HaltOnNaN()
+    run = Runner([halt])
+    run.fit(1, learn)
+    if correction == 0:
+        assert halt.report is None and run.stop_reason is None
+        return
+    assert (halt.report.step, halt.report.phase, halt.report.where) == (0, "forward", "4.2")
+    assert run.stop_reason.endswith("first in module '4.2'")
+    check_same(learn.model.state_dict(), before)
 
 
 def test_a_loop_that_fails_on_nan_still_gets_its_report(make_learn, way):

@@ -14,6 +14,8 @@ from fastrbn.callbacks._nonfinite_tensors import DeviceFlags
 from fastrbn.learn import Callback, Runner
 from fastrbn.models import GeneralRelu, Lambda, flatten
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def bad_batch(learn, at=2):
     x, y = learn.data.train_dl[at]

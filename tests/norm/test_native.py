@@ -9,9 +9,9 @@ import pytest
 import torch
 from norm.steps import assert_same, layer_of, step
 
-from fastrbn.norm import RECIPES, NormState, RunningBatchNorm, native, native_build, running_batch_norm
+from fastrbn.norm import RECIPES, NormState, RunningBatchNorm, native, running_batch_norm
 
-pytestmark = pytest.mark.skipif(native_build.load("float")[0] is None, reason=native_build.load("float")[1] or "built")
+pytestmark = pytest.mark.skipif(native.load("float")[0] is None, reason=native.load("float")[1] or "built")
 
 # around 64 positions (rows or columns), 4 rows at a time, blocks of 128 rows and of 4096 positions
 SHAPES = [(5, 3, 63), (5, 3, 64), (5, 3, 65), (1, 2, 4097), (2, 2, 8200), (131, 3, 2), (258, 5), (3, 1, 1), (1, 1, 64)]
@@ -159,24 +159,6 @@ def test_a_compiler_that_fails_is_named_once_and_training_goes_on(tmp_path):
     assert said.startswith("fused") and warned.count("RuntimeWarning") == 1
     assert f"could not be built with {broken}: no room on this planet" in warned
     assert not [*tmp_path.rglob("*.so")]
-
-
-def test_the_library_is_built_once_and_by_many_at_a_time_alike(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code = "from fastrbn.norm import native_build; assert native_build.load('float')[0]"
-    runs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [run.wait(120) for run in runs] == [0, 0, 0]
-    (made,) = [p for p in tmp_path.rglob("*") if p.is_file()]
-    before = made.stat().st_mtime_ns
-    assert native_build._built(native_build._compiler(), "float") == made and made.stat().st_mtime_ns == before
-
-
-def test_a_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native_build._cache() == tmp_path / "fastrbn"
-    (tmp_path / "fastrbn").chmod(0o777)
-    own = native_build._cache()
-    assert tmp_path not in own.parents and own.stat().st_mode & 0o077 == 0
 
 
 def test_a_forked_process_trains_after_threads_have_run(monkeypatch):

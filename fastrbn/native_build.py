@@ -1,6 +1,6 @@
-"""Compiles `native_kernels.c` with the machine's C compiler, once a machine, and loads it.
+"""Compiles C sources of this package with the machine's C compiler, once a machine, and loads them.
 
-The library lies in `$XDG_CACHE_HOME/fastrbn` (`~/.cache/fastrbn`) under a name made of everything it depends on: the source, the
+A library lies in `$XDG_CACHE_HOME/fastrbn` (`~/.cache/fastrbn`) under a name made of everything it depends on: the source, the
 compiler, its options and the processor. A home directory shared by unlike machines therefore holds one for each.
 """
 
@@ -14,19 +14,21 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("native_kernels.c")
+_HEADERS = Path(__file__).parent  # *.h for all sources
 # sums may be taken in any order, so that they are vectorised (the simd pragmas); NaN and Inf keep their meaning
 _OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 _LINK = ("-shared", "-fPIC", "-pthread")
 _SECONDS = 60  # a compiler that takes longer hangs
+_broken: dict[str, str] = {}  # compilers that have failed in this process, and how: they are not asked again
 
 
-@lru_cache(maxsize=2)
-def load(real: str) -> tuple[ctypes.CDLL | None, str]:
-    """The kernels for `real` ("float" or "double"), or None; and why not, in words."""
+@cache
+def load(source: Path, *options: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a C `source` compiled with further `options` (such as -DREAL=float), or None; and why not, in
+    words. A compiler that fails is warned of once; whoever asks has another way to do the work."""
     if os.environ.get("FASTRBN_NATIVE") == "0":
         return None, "FASTRBN_NATIVE=0 turns the C kernels off"
     if os.name != "posix":
@@ -34,16 +36,15 @@ def load(real: str) -> tuple[ctypes.CDLL | None, str]:
     compiler = _compiler()
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang) to build the C kernels with"
+    if compiler in _broken:
+        return None, _broken[compiler]
     try:
-        library = ctypes.CDLL(str(_built(compiler, real)))
+        return ctypes.CDLL(str(_built(compiler, source, options))), ""
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
-        why = f"the C kernels could not be built with {compiler}: {said}"
+        why = _broken[compiler] = f"the C kernels could not be built with {compiler}: {said}"
         warnings.warn(f"{why}. Slower operators do the work; FASTRBN_NATIVE=0 says so for good", RuntimeWarning, 2)
         return None, why
-    for function in (library.rbn_forward, library.rbn_backward):
-        function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int
-    return library, ""
 
 
 def _compiler() -> str | None:
@@ -51,12 +52,12 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def _built(compiler: str, real: str) -> Path:
+def _built(compiler: str, source: Path, options: tuple[str, ...]) -> Path:
     """The library, compiled unless it is there."""
-    command = [compiler, *_OPTIONS, f"-DREAL={real}", *_LINK]
-    tool = os.stat(compiler)
-    parts = (_SOURCE.read_bytes(), command, os.path.realpath(compiler), tool.st_size, tool.st_mtime_ns, _processor())
-    name = f"rbn_{real}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
+    command = [compiler, *_OPTIONS, *options, *_LINK]
+    tool, texts = os.stat(compiler), [p.read_bytes() for p in (source, *sorted(_HEADERS.glob("*.h")))]
+    parts = (*texts, command, os.path.realpath(compiler), tool.st_size, tool.st_mtime_ns, _processor())
+    name = f"{source.stem}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
     folder = _cache()
     path = folder / name
     if not path.exists():
@@ -64,7 +65,7 @@ def _built(compiler: str, real: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own, name)
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(made), "-lm"],
+                [*command, f"-I{_HEADERS}", str(source), "-o", str(made), "-lm"],
                 check=True, capture_output=True, text=True, timeout=_SECONDS,
             )  # fmt: skip
             os.replace(made, path)
