@@ -36,12 +36,7 @@ from fastrbn.data import data_root
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS, ENVS = HERE / "peer_scripts", HERE / ".envs"
-PEERS = {
-    "fastai": ["fastai"],
-    "lightning": ["lightning"],
-    "ignite": ["pytorch-ignite", "tqdm"],
-    "skorch": ["skorch"],
-}
+PEERS = {"fastai": ["fastai"], "lightning": ["lightning"], "ignite": ["pytorch-ignite", "tqdm"], "skorch": ["skorch"]}
 NAMES = ("raw", "fastrbn", *PEERS)
 LEAST_ACCURACY = 0.95
 
@@ -54,9 +49,7 @@ def install(name):
     """An environment for one peer, with the newest torch that pip finds for it."""
     subprocess.run([sys.executable, "-m", "venv", ENVS / name], check=True)
     packages = ["torch", "torchvision", *PEERS[name]]
-    subprocess.run(
-        [python_of(name), "-m", "pip", "install", "--quiet", *packages], check=True
-    )
+    subprocess.run([python_of(name), "-m", "pip", "install", "--quiet", *packages], check=True)
 
 
 class Worker:
@@ -95,9 +88,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(
-                f"the process ended:\n{self.printed.decode(errors='replace').strip()}"
-            )
+            raise RuntimeError(f"the process ended:\n{self.printed.decode(errors='replace').strip()}")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
@@ -114,9 +105,7 @@ def start(names, root, steps):
     workers, abouts = {}, {}
     for name in names:
         if not python_of(name).exists():
-            print(
-                f"{name}: skipped, not installed; `python benchmarks/peers.py --install --only {name}`"
-            )
+            print(f"{name}: skipped, not installed; `python benchmarks/peers.py --install --only {name}`")
             continue
         worker = Worker(name, root, steps)
         try:
@@ -127,32 +116,28 @@ def start(names, root, steps):
             continue
         different = [mode for mode, same in about["same"].items() if not same]
         if different:
-            print(
-                f"{name}: not timed: {', '.join(different)} ends with other parameters than a plain loop"
-            )
+            print(f"{name}: not timed: {', '.join(different)} ends with other parameters than a plain loop")
         else:
             workers[name], abouts[name] = worker, about
     return workers, abouts
 
 
 def measure(workers, rounds, epochs):
-    """Answers of each worker, asked in turns: (to `steps`, to `epoch`)."""
-    steps = {name: [] for name in workers}
-    whole = {name: [] for name in workers}
-    for turn in range(rounds + 1):
-        for name, worker in workers.items():
-            answer = worker.ask("steps")
-            if turn:  # the first one warms up
-                steps[name].append(answer)
-    for _ in range(epochs):
-        for name, worker in workers.items():
-            whole[name].append(worker.ask("epoch"))
-    return steps, whole
+    """Answers of each worker, asked in turns: (to `steps`, to `epoch`). One that fails is named and left out."""
+    answers = {"steps": {name: [] for name in workers}, "epoch": {name: [] for name in workers}}
+    for question in ["steps"] * (rounds + 1) + ["epoch"] * epochs:
+        for name in list(workers):
+            try:
+                answers[question][name].append(workers[name].ask(question))
+            except RuntimeError as error:
+                print(f"{name}: left out: {error}")
+                workers.pop(name).close()
+    return tuple({name: found[name] for name in workers} for found in answers.values())
 
 
 def added(answers, mode):
     """Median of what a step takes beyond that of the plain loop in the same round, microseconds."""
-    return statistics.median(a[mode] - a["raw"] for a in answers)
+    return statistics.median(a[mode] - a["raw"] for a in answers[1:])  # the first round warms up
 
 
 def lines_of_code(path) -> int:
@@ -164,21 +149,10 @@ def lines_of_code(path) -> int:
         or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         for line in range(node.lineno, node.end_lineno + 1)
     }
-    empty = (
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    )
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     with open(path, encoding="utf-8") as f:
-        tokens = [
-            t for t in tokenize.generate_tokens(f.readline) if t.type not in empty
-        ]
-    return len(
-        {line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - passed_over
-    )
+        tokens = [t for t in tokenize.generate_tokens(f.readline) if t.type not in empty]
+    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - passed_over)
 
 
 def report(steps, whole, abouts):
@@ -186,25 +160,15 @@ def report(steps, whole, abouts):
     for name, answers in steps.items():
         accuracy = min((e["accuracy"] for e in whole[name]), default=None)
         if accuracy is not None and accuracy < LEAST_ACCURACY:
-            sys.exit(
-                f"{name} trained to {accuracy:.1%} on MNIST, others to more than {LEAST_ACCURACY:.0%}"
-            )
+            sys.exit(f"{name} trained to {accuracy:.1%} on MNIST, others to more than {LEAST_ACCURACY:.0%}")
         rows.append(
             {
                 "framework": name,
                 "version": abouts[name]["version"],
-                "plain_us": round(statistics.median(a["raw"] for a in answers), 1),
-                "bare_added_us": ""
-                if name == "raw"
-                else round(added(answers, "bare"), 1),
-                "full_added_us": ""
-                if name == "raw"
-                else round(added(answers, "full"), 1),
-                "epoch_s": round(
-                    statistics.median(e["seconds"] for e in whole[name]), 2
-                )
-                if whole[name]
-                else "",
+                "plain_us": round(statistics.median(a["raw"] for a in answers[1:]), 1),
+                "bare_added_us": "" if name == "raw" else round(added(answers, "bare"), 1),
+                "full_added_us": "" if name == "raw" else round(added(answers, "full"), 1),
+                "epoch_s": round(statistics.median(e["seconds"] for e in whole[name]), 2) if whole[name] else "",
                 "lowest_accuracy": accuracy if accuracy is None else round(accuracy, 4),
                 "lines": lines_of_code(SCRIPTS / f"mnist_{name}.py"),
                 "peer_torch": abouts[name]["torch"],
@@ -228,39 +192,13 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--install",
-        action="store_true",
-        help="make the peers' environments, several GB each",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=NAMES,
-        default=NAMES,
-        help="these frameworks (default: all)",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="timed rounds of steps (default 9)"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=1000,
-        help="steps of a round's epoch (default 1000)",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        default=3,
-        help="times that each trains MNIST (default 3; 0: not at all)",
-    )
-    parser.add_argument(
-        "--csv", type=Path, help="write the table here; the loaders' beside it"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", action="store_true", help="make the peers' environments, several GB each")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these frameworks (default: all)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of steps (default 9)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of a round's epoch (default 1000)")
+    parser.add_argument("--epochs", type=int, default=3, help="times that each trains MNIST (default 3; 0: not at all)")
+    parser.add_argument("--csv", type=Path, help="write the table here; the loaders' beside it")
     args = parser.parse_args()
 
     if args.install:
@@ -281,11 +219,7 @@ def main():
     if args.epochs and "fastrbn" in workers:
         answers = [workers["fastrbn"].ask("loaders") for _ in range(args.epochs)]
         loaders = [
-            {
-                "loader": name,
-                "epoch_s": round(statistics.median(a[name] for a in answers), 3),
-            }
-            for name in answers[0]
+            {"loader": name, "epoch_s": round(statistics.median(a[name] for a in answers), 3)} for name in answers[0]
         ]
         print("\n| batches of an epoch | s |\n| --- | --- |")
         for row in loaders:

@@ -13,35 +13,18 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture
 def peers(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location(
-        "benchmark_peers", BENCHMARKS / "peers.py"
-    )
+    spec = importlib.util.spec_from_file_location("benchmark_peers", BENCHMARKS / "peers.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_fastrbn_and_a_plain_loop_are_checked_and_timed_and_a_peer_that_is_not_there_is_named(
-    tmp_path,
-):
-    script = (
-        tmp_path / "peers.py"
-    )  # its environments lie beside it, so here there are none
+def test_fastrbn_and_a_plain_loop_are_checked_and_timed_and_a_peer_that_is_not_there_is_named(tmp_path):
+    script = tmp_path / "peers.py"  # its environments lie beside it, so here there are none
     script.write_text((BENCHMARKS / "peers.py").read_text())
     for name in ("peer_scripts", "about.py"):
         (tmp_path / name).symlink_to(BENCHMARKS / name)
-    options = [
-        "--only",
-        "raw",
-        "fastrbn",
-        "skorch",
-        "--rounds",
-        "1",
-        "--steps",
-        "20",
-        "--epochs",
-        "0",
-    ]
+    options = ["--only", "raw", "fastrbn", "skorch", "--rounds", "1", "--steps", "20", "--epochs", "0"]
     done = subprocess.run(
         [sys.executable, script, *options, "--csv", tmp_path / "out.csv"],
         check=False,
@@ -50,14 +33,9 @@ def test_fastrbn_and_a_plain_loop_are_checked_and_timed_and_a_peer_that_is_not_t
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "skorch: skipped, not installed; `python benchmarks/peers.py --install --only skorch`"
-        in done.stdout
-    )
+    assert "skorch: skipped, not installed; `python benchmarks/peers.py --install --only skorch`" in done.stdout
     header, *rows = (tmp_path / "out.csv").read_text().splitlines()
-    assert header.startswith(
-        "framework,version,plain_us,bare_added_us,full_added_us,epoch_s"
-    )
+    assert header.startswith("framework,version,plain_us,bare_added_us,full_added_us,epoch_s")
     assert [row.split(",")[0] for row in rows] == ["raw", "fastrbn"]
 
 
@@ -74,15 +52,10 @@ def test_a_training_that_ends_elsewhere_is_not_timed(peers, monkeypatch, capsys)
 
     monkeypatch.setattr(peers, "Worker", Elsewhere)
     assert peers.start(["fastrbn"], "", 10) == ({}, {})
-    assert (
-        "fastrbn: not timed: full ends with other parameters than a plain loop"
-        in capsys.readouterr().out
-    )
+    assert "fastrbn: not timed: full ends with other parameters than a plain loop" in capsys.readouterr().out
 
 
-def test_an_error_in_a_worker_and_a_worker_that_ends_are_told(
-    peers, tmp_path, monkeypatch
-):
+def test_an_error_in_a_worker_and_a_worker_that_ends_are_told(peers, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "SCRIPTS", tmp_path)
     (tmp_path / "worker.py").write_text(
         "import os, sys\n"

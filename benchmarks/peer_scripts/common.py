@@ -25,15 +25,9 @@ def net():
     layers, c = [], 1
     for i, nf in enumerate([8, 16, 32, 64, 64]):
         size = 5 if i == 0 else 3
-        layers += [
-            nn.Conv2d(c, nf, size, 2, size // 2, bias=False),
-            nn.ReLU(),
-            nn.BatchNorm2d(nf),
-        ]
+        layers += [nn.Conv2d(c, nf, size, 2, size // 2, bias=False), nn.ReLU(), nn.BatchNorm2d(nf)]
         c = nf
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10)
-    )
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
 
 
 def tiny():
@@ -48,11 +42,7 @@ class Batches:
     def __init__(self, n):
         generator = torch.Generator().manual_seed(SEED)
         self.batches = [
-            (
-                torch.randn(8, 10, generator=generator),
-                torch.randint(0, 10, (8,), generator=generator),
-            )
-            for _ in range(n)
+            (torch.randn(8, 10, generator=generator), torch.randint(0, 10, (8,), generator=generator)) for _ in range(n)
         ]
         self.starts = []
 

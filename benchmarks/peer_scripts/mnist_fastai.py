@@ -13,17 +13,9 @@ from torch.utils.data import TensorDataset
 
 
 def fit(model, train, valid):
-    dls = DataLoaders.from_dsets(
-        TensorDataset(*train), TensorDataset(*valid), bs=BS, num_workers=0, device="cpu"
-    )
+    dls = DataLoaders.from_dsets(TensorDataset(*train), TensorDataset(*valid), bs=BS, num_workers=0, device="cpu")
     learn = Learner(
-        dls,
-        model,
-        cross_entropy,
-        partial(OptimWrapper, opt=torch.optim.SGD),
-        LR,
-        metrics=accuracy,
-        train_bn=True,
+        dls, model, cross_entropy, partial(OptimWrapper, opt=torch.optim.SGD), LR, metrics=accuracy, train_bn=True
     )
     learn.recorder.train_metrics = True
     learn.fit(1)

@@ -14,22 +14,12 @@ def fit(model, train, valid):
     valid_dl = DataLoader(TensorDataset(*valid), 2 * BS)
     opt = torch.optim.SGD(model.parameters(), LR)
     trainer = create_supervised_trainer(
-        model,
-        opt,
-        cross_entropy,
-        output_transform=lambda x, y, out, loss: (out, y, loss.item()),
+        model, opt, cross_entropy, output_transform=lambda x, y, out, loss: (out, y, loss.item())
     )
-    evaluator = create_supervised_evaluator(
-        model, {"accuracy": Accuracy(), "loss": Loss(cross_entropy)}
-    )
-    for name, metric in {
-        "accuracy": Accuracy,
-        "loss": lambda f: Loss(cross_entropy, f),
-    }.items():
+    evaluator = create_supervised_evaluator(model, {"accuracy": Accuracy(), "loss": Loss(cross_entropy)})
+    for name, metric in {"accuracy": Accuracy, "loss": lambda f: Loss(cross_entropy, f)}.items():
         metric(lambda output: output[:2]).attach(trainer, name)
-    ProgressBar().attach(
-        trainer, output_transform=lambda output: {"batch loss": output[2]}
-    )
+    ProgressBar().attach(trainer, output_transform=lambda output: {"batch loss": output[2]})
     losses, lrs = [], []
 
     @trainer.on(Events.ITERATION_COMPLETED)

@@ -12,9 +12,7 @@ class Classifier(lightning.LightningModule):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.accuracy = torch.nn.ModuleDict(
-            {s: MulticlassAccuracy(10, average="micro") for s in ("train_", "valid_")}
-        )
+        self.accuracy = torch.nn.ModuleDict({s: MulticlassAccuracy(10, average="micro") for s in ("train_", "valid_")})
         self.losses, self.lrs = [], []
 
     def training_step(self, batch, batch_idx):
@@ -32,13 +30,7 @@ class Classifier(lightning.LightningModule):
         loss = cross_entropy(out, yb)
         self.accuracy[stage](out, yb)
         self.log(f"{stage}loss", loss, on_step=False, on_epoch=True)
-        self.log(
-            f"{stage}accuracy",
-            self.accuracy[stage],
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-        )
+        self.log(f"{stage}accuracy", self.accuracy[stage], on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
     def configure_optimizers(self):
@@ -47,11 +39,7 @@ class Classifier(lightning.LightningModule):
 
 def fit(model, train, valid):
     trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, num_sanity_val_steps=0
     )
     train_dl = DataLoader(TensorDataset(*train), BS, shuffle=True)
     valid_dl = DataLoader(TensorDataset(*valid), 2 * BS)

@@ -2,9 +2,9 @@
 
 import torch
 from common import BS, LR
+from fastprogress import progress_bar
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 
 def fit(model, train, valid):
@@ -14,7 +14,7 @@ def fit(model, train, valid):
     losses, lrs = [], []
     model.train()
     total, right, n = 0.0, 0, 0
-    for xb, yb in tqdm(train_dl):
+    for xb, yb in progress_bar(train_dl):
         out = model(xb)
         loss = cross_entropy(out, yb)
         loss.backward()

@@ -19,12 +19,7 @@ def fit(model, train, valid):
         iterator_train__shuffle=True,
         iterator_valid__batch_size=2 * BS,
         train_split=predefined_split(Dataset(*valid)),
-        callbacks=[
-            EpochScoring(
-                "accuracy", name="train_acc", on_train=True, lower_is_better=False
-            ),
-            ProgressBar(),
-        ],
+        callbacks=[EpochScoring("accuracy", name="train_acc", on_train=True, lower_is_better=False), ProgressBar()],
     )
     net.fit(*train)
     return net.history[-1, "valid_acc"]

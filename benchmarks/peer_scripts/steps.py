@@ -30,27 +30,10 @@ def raw(model, train, valid, full):
 def fastrbn(model, train, valid, full):
     from functools import partial
 
-    from fastrbn import (
-        AvgStatsCallback,
-        DataBunch,
-        Learner,
-        ProgressCallback,
-        Recorder,
-        Runner,
-        accuracy,
-    )
+    from fastrbn import AvgStatsCallback, DataBunch, Learner, ProgressCallback, Recorder, Runner, accuracy
 
-    learn = Learner(
-        model,
-        torch.optim.SGD(model.parameters(), LR),
-        cross_entropy,
-        DataBunch(train, valid),
-    )
-    cbs = (
-        [Recorder, partial(AvgStatsCallback, accuracy), ProgressCallback]
-        if full
-        else []
-    )
+    learn = Learner(model, torch.optim.SGD(model.parameters(), LR), cross_entropy, DataBunch(train, valid))
+    cbs = [Recorder, partial(AvgStatsCallback, accuracy), ProgressCallback] if full else []
     Runner(cb_funcs=cbs).fit(EPOCHS, learn)
 
 
@@ -64,14 +47,7 @@ def fastai(model, train, valid, full):
     from fastai.optimizer import OptimWrapper
 
     opt_func = partial(OptimWrapper, opt=torch.optim.SGD)
-    learn = Learner(
-        DataLoaders(train, valid),
-        model,
-        cross_entropy,
-        opt_func,
-        LR,
-        metrics=accuracy if full else None,
-    )
+    learn = Learner(DataLoaders(train, valid), model, cross_entropy, opt_func, LR, metrics=accuracy if full else None)
     if full:
         learn.recorder.train_metrics = True
     else:
@@ -98,13 +74,7 @@ def lightning(model, train, valid, full):
                 self.lrs.append(self.optimizers().param_groups[0]["lr"])
                 self.accuracy(out, yb)
                 self.log("loss", loss, on_step=False, on_epoch=True)
-                self.log(
-                    "accuracy",
-                    self.accuracy,
-                    on_step=False,
-                    on_epoch=True,
-                    prog_bar=True,
-                )
+                self.log("accuracy", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)
             return loss
 
         def validation_step(self, batch, batch_idx):
@@ -114,49 +84,28 @@ def lightning(model, train, valid, full):
             return torch.optim.SGD(self.parameters(), LR)
 
     # barebones turns logging and the bar off; it also skips validation unless it is asked for
-    options = (
-        {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        if full
-        else {}
-    )
+    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False} if full else {}
     trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=EPOCHS,
-        barebones=not full,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        **options,
+        accelerator="cpu", max_epochs=EPOCHS, barebones=not full, limit_val_batches=1, num_sanity_val_steps=0, **options
     )
     trainer.fit(Classifier(), train, valid)
 
 
 def ignite(model, train, valid, full):
-    from ignite.engine import (
-        Events,
-        create_supervised_evaluator,
-        create_supervised_trainer,
-    )
+    from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer
     from ignite.handlers import ProgressBar
     from ignite.metrics import Accuracy, Loss
 
     opt = torch.optim.SGD(model.parameters(), LR)
-    outputs = (
-        {"output_transform": lambda x, y, out, loss: (out, y, loss.item())}
-        if full
-        else {}
-    )
+    outputs = {"output_transform": lambda x, y, out, loss: (out, y, loss.item())} if full else {}
     trainer = create_supervised_trainer(model, opt, cross_entropy, **outputs)
     evaluator = create_supervised_evaluator(model)
-    trainer.add_event_handler(
-        Events.EPOCH_COMPLETED, lambda engine: evaluator.run(valid)
-    )
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: evaluator.run(valid))
     if full:
         losses, lrs = [], []
         Accuracy(lambda output: output[:2]).attach(trainer, "accuracy")
         Loss(cross_entropy, lambda output: output[:2]).attach(trainer, "loss")
-        ProgressBar().attach(
-            trainer, output_transform=lambda output: {"batch loss": output[2]}
-        )
+        ProgressBar().attach(trainer, output_transform=lambda output: {"batch loss": output[2]})
 
         @trainer.on(Events.ITERATION_COMPLETED)
         def record(engine):
@@ -170,12 +119,7 @@ def skorch(model, train, valid, full):
     from skorch import NeuralNetClassifier
     from skorch.callbacks import EpochScoring, ProgressBar
 
-    cbs = [
-        EpochScoring(
-            "accuracy", name="train_acc", on_train=True, lower_is_better=False
-        ),
-        ProgressBar(),
-    ]
+    cbs = [EpochScoring("accuracy", name="train_acc", on_train=True, lower_is_better=False), ProgressBar()]
     net = NeuralNetClassifier(
         model,
         criterion=torch.nn.CrossEntropyLoss,
@@ -188,9 +132,7 @@ def skorch(model, train, valid, full):
         callbacks=cbs if full else None,
         verbose=int(full),
         # its own scores of an epoch, of which validation accuracy is one
-        **(
-            {} if full else {"callbacks__valid_acc": None, "callbacks__print_log": None}
-        ),
+        **({} if full else {"callbacks__valid_acc": None, "callbacks__print_log": None}),
     )
     net.fit(*train.dataset)
 

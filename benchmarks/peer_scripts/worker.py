@@ -29,20 +29,10 @@ class Worker:
     def about(self):
         """Versions, and whether a training ends with the parameters of the raw loop, bit for bit."""
         package = PACKAGES.get(self.name, self.name)
-        ends = {
-            mode: self._parameters(self.name, mode == "full")
-            for mode in ("bare", "full")
-        }
+        ends = {mode: self._parameters(self.name, mode == "full") for mode in ("bare", "full")}
         wanted = self._parameters("raw", False)
-        same = {
-            mode: all(torch.equal(a, b) for a, b in zip(end, wanted, strict=True))
-            for mode, end in ends.items()
-        }
-        return {
-            "version": metadata.version(package),
-            "torch": torch.__version__,
-            "same": same,
-        }
+        same = {mode: all(torch.equal(a, b) for a, b in zip(end, wanted, strict=True)) for mode, end in ends.items()}
+        return {"version": metadata.version(package), "torch": torch.__version__, "same": same}
 
     def _parameters(self, name, full):
         model = tiny()
@@ -55,17 +45,11 @@ class Worker:
         self._parameters(name, full)
         starts = self.train.starts
         if len(starts) < self.epochs:  # Lightning begins once more to see that it can
-            raise RuntimeError(
-                f"{name} went {len(starts)} times through its batches in {self.epochs} epochs"
-            )
+            raise RuntimeError(f"{name} went {len(starts)} times through its batches in {self.epochs} epochs")
         return (starts[-1] - starts[-2]) / len(self.train) * 1e6
 
     def steps(self):
-        return {
-            "raw": self.step("raw", False),
-            "bare": self.step(self.name, False),
-            "full": self.step(self.name, True),
-        }
+        return {"raw": self.step("raw", False), "bare": self.step(self.name, False), "full": self.step(self.name, True)}
 
     def epoch(self):
         """Seconds of one epoch of MNIST with validation, everything from the tensors on, and the accuracy."""
@@ -86,19 +70,13 @@ class Worker:
         from fastrbn import Dataset, get_dls
 
         train, valid = mnist(self.root)
-        to_tensor = transforms.Compose(
-            [transforms.ToTensor(), transforms.Normalize(0.1307, 0.3081)]
-        )
+        to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.1307, 0.3081)])
         found = {}
         for name, dl in {
             "fastrbn": get_dls(Dataset(*train), Dataset(*valid), 64)[0],
             "DataLoader, tensors": DataLoader(TensorDataset(*train), 64, shuffle=True),
             "DataLoader, torchvision MNIST": DataLoader(
-                torch.utils.data.Subset(
-                    MNIST(self.root, transform=to_tensor), range(50_000)
-                ),
-                64,
-                shuffle=True,
+                torch.utils.data.Subset(MNIST(self.root, transform=to_tensor), range(50_000)), 64, shuffle=True
             ),
         }.items():
             start = time.perf_counter()
