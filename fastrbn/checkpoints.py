@@ -49,7 +49,8 @@ def write(path, state: dict) -> None:
         torch.save(plain({"format": FORMAT, "fastrbn": __version__, "torch": torch.__version__, **state}), file)
     finally:
         torch.serialization.set_crc32_options(checked)
-    write_whole(path, file.getbuffer())
+    # not getbuffer(): in a traceback's cycle its memoryview crashes the garbage collector of Python 3.12.1
+    write_whole(path, file.getvalue())
 
 
 def plain(value, where: str = ""):

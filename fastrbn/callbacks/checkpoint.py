@@ -266,7 +266,7 @@ class SaveBest(Callback):
             if _rank() == 0:
                 file = io.BytesIO()
                 torch.save({name: _on_host(v) for name, v in self.run.learn.model.state_dict().items()}, file)
-                write_whole(self.path, file.getbuffer())
+                write_whole(self.path, file.getvalue())
             self.best, self.best_epoch = value, self.run.epoch
 
     def state_dict(self):
