@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 
 import torch
 
@@ -40,16 +41,27 @@ class CompileCallback(Callback):
                 f"CompileCallback compiles the model for the fit, and this {type(model).__name__} is compiled already: "
                 f"give the plain model, or leave CompileCallback out"
             )
-        model.compile(**self.compile_args)
+        # not model.compile: before some torch after 2.11 that compiles no module of torch.nn, and does not say so
+        model._compiled_call_impl = torch.compile(_entry(model), **self.compile_args)
         self._model = model
 
     def after_fit(self):
         model, self._model = self._model, None
         if model is not None:
-            model._compiled_call_impl = None  # what Module.compile sets, and has no other way back
+            model._compiled_call_impl = None
 
     def __getstate__(self):
         return {**super().__getstate__(), "_model": None}
 
     def __repr__(self):
         return f"CompileCallback({', '.join(f'{k}={v!r}' for k, v in self.compile_args.items())})"
+
+
+def _entry(model):
+    """What calling the model runs, hooks included, as a function with code of its own: the compiler counts what it compiles
+    anew by code, and gives up at some number of models that share it."""
+
+    def call(*args, **kwargs):
+        return model._call_impl(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)

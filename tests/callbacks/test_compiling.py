@@ -139,3 +139,10 @@ def test_arguments_are_those_of_torch_compile():
     with pytest.raises(TypeError, match="takes what torch.compile takes by name: .*mode.*; got modus"):
         CompileCallback(modus="default")
     assert repr(CompileCallback(mode="reduce-overhead")) == "CompileCallback(mode='reduce-overhead')"
+
+
+def test_model_after_model_is_compiled(recwarn):
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        counts = Counts()
+        Runner([CompileCallback(backend=counts)]).fit(1, make_learn())
+        assert counts.graphs == 2 and counts.calls == 5
