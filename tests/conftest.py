@@ -1,6 +1,7 @@
 """What every test shares: one thread, a known random state, no window system, and where real data may lie."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny: more threads cost more than they bring
 os.environ["MPLBACKEND"] = "Agg"
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
