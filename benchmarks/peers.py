@@ -71,7 +71,8 @@ class Worker:
         os.close(into)
         self.answers = os.fdopen(answers)
         self.printed = b""
-        threading.Thread(target=self._read, args=(terminal,), daemon=True).start()
+        self.reader = threading.Thread(target=self._read, args=(terminal,), daemon=True)
+        self.reader.start()
 
     def _read(self, terminal):
         try:
@@ -88,6 +89,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
+            self.reader.join(5)  # it has read all when the other side is gone
             raise RuntimeError(f"the process ended:\n{self.printed.decode(errors='replace').strip()}")
         answer = json.loads(line)
         if "error" in answer:
