@@ -112,13 +112,13 @@ def start(names, root, steps):
         worker = Worker(name, root, steps)
         try:
             about = worker.ask("about")
+            different = [mode for mode, same in about["same"].items() if not same]
+            why = f"not timed: {', '.join(different)} ends with other parameters than a plain loop" if different else ""
         except RuntimeError as error:
-            print(f"{name}: skipped: {error}")
+            why = f"skipped: {error}"
+        if why:
+            print(f"{name}: {why}")
             worker.close()
-            continue
-        different = [mode for mode, same in about["same"].items() if not same]
-        if different:
-            print(f"{name}: not timed: {', '.join(different)} ends with other parameters than a plain loop")
         else:
             workers[name], abouts[name] = worker, about
     return workers, abouts
@@ -134,12 +134,13 @@ def measure(workers, rounds, epochs):
             except RuntimeError as error:
                 print(f"{name}: left out: {error}")
                 workers.pop(name).close()
-    return tuple({name: found[name] for name in workers} for found in answers.values())
+    # the first round warms up
+    return {n: answers["steps"][n][1:] for n in workers}, {n: answers["epoch"][n] for n in workers}
 
 
 def added(answers, mode):
     """Median of what a step takes beyond that of the plain loop in the same round, microseconds."""
-    return statistics.median(a[mode] - a["raw"] for a in answers[1:])  # the first round warms up
+    return statistics.median(a[mode] - a["raw"] for a in answers)
 
 
 def lines_of_code(path) -> int:
@@ -167,7 +168,7 @@ def report(steps, whole, abouts):
             {
                 "framework": name,
                 "version": abouts[name]["version"],
-                "plain_us": round(statistics.median(a["raw"] for a in answers[1:]), 1),
+                "plain_us": round(statistics.median(a["raw"] for a in answers), 1),
                 "bare_added_us": "" if name == "raw" else round(added(answers, "bare"), 1),
                 "full_added_us": "" if name == "raw" else round(added(answers, "full"), 1),
                 "epoch_s": round(statistics.median(e["seconds"] for e in whole[name]), 2) if whole[name] else "",
@@ -191,6 +192,16 @@ def table(rows):
     print("| " + " | ".join(head.values()) + " |\n|" + " --- |" * len(head))
     for row in rows:
         print("| " + " | ".join(str(row[column]) for column in head) + " |")
+
+
+def measure_loaders(worker, times):
+    """Median seconds for the batches of an epoch, a row for each loader, printed."""
+    answers = [worker.ask("loaders") for _ in range(times)]
+    rows = [{"loader": name, "epoch_s": round(statistics.median(a[name] for a in answers), 3)} for name in answers[0]]
+    print("\n| batches of an epoch | s |\n| --- | --- |")
+    for row in rows:
+        print(f"| {row['loader']} | {row['epoch_s']} |")
+    return rows
 
 
 def main():
@@ -219,13 +230,7 @@ def main():
     if args.csv:
         write_csv(args.csv, rows, about)
     if args.epochs and "fastrbn" in workers:
-        answers = [workers["fastrbn"].ask("loaders") for _ in range(args.epochs)]
-        loaders = [
-            {"loader": name, "epoch_s": round(statistics.median(a[name] for a in answers), 3)} for name in answers[0]
-        ]
-        print("\n| batches of an epoch | s |\n| --- | --- |")
-        for row in loaders:
-            print(f"| {row['loader']} | {row['epoch_s']} |")
+        loaders = measure_loaders(workers["fastrbn"], args.epochs)
         if args.csv:
             write_csv(args.csv.with_stem(f"{args.csv.stem}_loaders"), loaders, about)
     for worker in workers.values():

@@ -164,6 +164,12 @@ def check_resumes(folder, whole, workers=False):
     check_same(everything(learn, run, folder), whole)
 
 
+def check_nothing_is_lost(run, learn, folder, whole, losses, epochs, newest):
+    check_kept(run, learn, folder, whole, losses, epochs, newest)
+    check_clean(run, learn)
+    check_resumes(folder, whole)
+
+
 # --- the faults
 
 
@@ -246,9 +252,7 @@ def test_an_exception_in_the_last_callback(event, whole, tmp_path):
     with pytest.raises(ValueError, match="broken"):
         run.fit(EPOCHS, learn)
     assert run.stop_reason.startswith(f"ValueError in Fails.{event}, ") and run.stop_reason.endswith(": broken")
-    check_kept(run, learn, tmp_path, whole(), losses, 2 if event == "after_epoch" else 1, newest)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), losses, 2 if event == "after_epoch" else 1, newest)
 
 
 @pytest.mark.parametrize("n_iter", [5, 10])
@@ -258,9 +262,7 @@ def test_ctrl_c_in_validation(n_iter, whole, tmp_path, capfd):
     epoch = n_iter // STEPS - 1
     assert run.stop_reason == f"interrupted (Ctrl-C) in validation, epoch {epoch}, batch 0"
     assert "saving a checkpoint" in capfd.readouterr().err
-    check_kept(run, learn, tmp_path, whole(), n_iter, epoch, n_iter)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), n_iter, epoch, n_iter)
 
 
 def test_a_second_ctrl_c_in_validation_at_once(whole, tmp_path):
@@ -271,9 +273,7 @@ def test_a_second_ctrl_c_in_validation_at_once(whole, tmp_path):
     run, learn = make_run(tmp_path, Fails("after_pred", twice, 10, in_train=False)), make_learn()
     run.fit(EPOCHS, learn)
     assert run.stop_reason.startswith("interrupted (Ctrl-C) in validation, epoch 1")
-    check_kept(run, learn, tmp_path, whole(), 10, 1, 10)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), 10, 1, 10)
 
 
 class Breaks:
@@ -309,9 +309,7 @@ def test_a_loader_that_raises_midway(which, losses, newest, whole, tmp_path):
     with pytest.raises(OSError, match="Input/output error: 'images-07.bin'"):
         run.fit(EPOCHS, learn)
     assert "OSError in" in run.stop_reason and "epoch 1, batch" in run.stop_reason and "images-07" in run.stop_reason
-    check_kept(run, learn, tmp_path, whole(), losses, 1, newest)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), losses, 1, newest)
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the worker is to be a fork")
@@ -390,9 +388,7 @@ def test_a_disk_that_stays_full(whole, tmp_path, monkeypatch):
         run.fit(EPOCHS, learn)
     assert run.stop_reason.startswith("CheckpointError in Checkpoint.after_batch, in training, epoch 1, batch 2: ")
     assert "checkpoint-0002-step-4.pt, is whole. Make room and resume from it" in run.stop_reason
-    check_kept(run, learn, tmp_path, whole(), 8, 1, 4)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), 8, 1, 4)
 
 
 def test_a_disk_that_is_full_for_the_history(whole, tmp_path, monkeypatch):
@@ -412,9 +408,7 @@ def test_ctrl_c_in_the_middle_of_a_write(whole, tmp_path, monkeypatch):
     run, learn = make_run(tmp_path, on_interrupt=False), make_learn()
     run.fit(EPOCHS, learn)
     assert run.stop_reason == "interrupted (Ctrl-C) in training, epoch 1, batch 2"
-    check_kept(run, learn, tmp_path, whole(), 8, 1, 6)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), 8, 1, 6)
 
 
 LIMITED = """
@@ -468,9 +462,7 @@ def test_an_exception_in_after_fit_while_another_is_on_its_way(whole, tmp_path, 
     assert run.stop_reason.startswith("ValueError in Fails.after_backward, in training, epoch 1, batch 3: broken")
     told = capsys.readouterr().err
     assert "one more error, in after_fit" in told and "KeyError: 'as well'" in told
-    check_kept(run, learn, tmp_path, whole(), 9, 1, 8)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), 9, 1, 8)
 
 
 def test_an_exception_in_after_fit_after_ctrl_c_in_validation(whole, tmp_path):
@@ -479,9 +471,7 @@ def test_an_exception_in_after_fit_after_ctrl_c_in_validation(whole, tmp_path):
     with pytest.raises(ValueError, match="broken"):
         run.fit(EPOCHS, learn)
     assert "ValueError in Fails.after_fit" in run.stop_reason
-    check_kept(run, learn, tmp_path, whole(), 10, 1, 10)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), 10, 1, 10)
 
 
 def test_a_full_disk_after_ctrl_c_in_validation(whole, tmp_path, monkeypatch):
@@ -490,9 +480,7 @@ def test_a_full_disk_after_ctrl_c_in_validation(whole, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=FULL):
         run.fit(EPOCHS, learn)
     assert f"could not be written ({FULL}" in run.stop_reason
-    check_kept(run, learn, tmp_path, whole(), 10, 1, 10)
-    check_clean(run, learn)
-    check_resumes(tmp_path, whole())
+    check_nothing_is_lost(run, learn, tmp_path, whole(), 10, 1, 10)
 
 
 def test_a_nan_and_a_full_disk(whole, tmp_path, monkeypatch):

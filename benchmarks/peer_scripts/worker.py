@@ -13,7 +13,7 @@ import time
 from importlib import metadata
 
 import torch
-from common import Batches, mnist, net, tiny
+from common import BS, Batches, mnist, net, tiny
 
 PACKAGES = {"raw": "torch", "ignite": "pytorch-ignite"}
 
@@ -73,16 +73,16 @@ class Worker:
         to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.1307, 0.3081)])
         found = {}
         for name, dl in {
-            "fastrbn": get_dls(Dataset(*train), Dataset(*valid), 64)[0],
-            "DataLoader, tensors": DataLoader(TensorDataset(*train), 64, shuffle=True),
+            "fastrbn": get_dls(Dataset(*train), Dataset(*valid), BS)[0],
+            "DataLoader, tensors": DataLoader(TensorDataset(*train), BS, shuffle=True),
             "DataLoader, torchvision MNIST": DataLoader(
-                torch.utils.data.Subset(MNIST(self.root, transform=to_tensor), range(50_000)), 64, shuffle=True
+                torch.utils.data.Subset(MNIST(self.root, transform=to_tensor), range(len(train[0]))), BS, shuffle=True
             ),
         }.items():
             start = time.perf_counter()
             n = sum(len(xb) for xb, _ in dl)
             found[name] = time.perf_counter() - start
-            assert n == 50_000, f"{name}: {n} images in an epoch"
+            assert n == len(train[0]), f"{name}: {n} images in an epoch"
         return found
 
 

@@ -41,7 +41,7 @@ class CompileCallback(Callback):
                 f"CompileCallback compiles the model for the fit, and this {type(model).__name__} is compiled already: "
                 f"give the plain model, or leave CompileCallback out"
             )
-        # not model.compile: before some torch after 2.11 that compiles no module of torch.nn, and does not say so
+        # not model.compile: in torch 2.9 and 2.11 that compiles no module of torch.nn, and does not say so
         model._compiled_call_impl = torch.compile(_entry(model), **self.compile_args)
         self._model = model
 

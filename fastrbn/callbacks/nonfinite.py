@@ -11,8 +11,7 @@ from torch import optim
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelTrainException
 
-from ._nonfinite_late import LateLooks
-from ._nonfinite_late import late_device as _late_device
+from ._nonfinite_late import LateLooks, late_device
 from ._nonfinite_outputs import Outputs
 from ._nonfinite_replay import Batch, first_late, first_now
 from ._nonfinite_report import BUFFER, History, NonFiniteError, NonFiniteReport
@@ -86,7 +85,7 @@ class HaltOnNaN(Callback):
         run = self.run
         vars(self).update(_IDLE)
         self.report, self._history = None, History()
-        self._outputs, device = Outputs(run.model, stay=self.every == 1), _late_device(run.model)
+        self._outputs, device = Outputs(run.model, stay=self.every == 1), late_device(run.model)
         self._late = LateLooks(device) if device is not None else None
         self._kept = KeptState(run.model, run.opt, device)
         self._kept.save()
@@ -232,10 +231,6 @@ class HaltOnNaN(Callback):
         return "step", bad[0], "the optimiser's state for it, not yet the parameter itself" if finite else ""
 
     # Looking, where the device takes notes
-
-    @property
-    def _waiting(self) -> dict:
-        return self._late.waiting if self._late is not None else {}
 
     def _poll(self, wait=False):
         if self._late is not None and not self._halting and (batch := self._late.first_bad(wait)) is not None:

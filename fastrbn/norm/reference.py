@@ -168,7 +168,7 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
     mean, var = torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
     state.running_mean.copy_(mean)
     state.running_var.copy_(var)
-    # as a vector: compilers before some torch after 2.11 lose, without a word, what is written to a float64 scalar
+    # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
     return Moment(m, v, mean.to(m.dtype), var.to(m.dtype), a.to(m.dtype), moves, young)
 

@@ -152,7 +152,7 @@ def test_the_loss_function_is_put_back_and_a_module_is_not_changed(error):
 @pytest.mark.parametrize("way", ["at once", "late"])
 def test_a_fault_is_found_under_it(way, monkeypatch):
     if way == "late":
-        monkeypatch.setattr(nonfinite, "_late_device", lambda model: torch.device("cpu"))
+        monkeypatch.setattr(nonfinite, "late_device", lambda model: torch.device("cpu"))
         monkeypatch.setattr(DeviceFlags, "LAG", 3)
 
     class Spoils(Callback):

@@ -28,7 +28,7 @@ def way(request, monkeypatch):
     if request.param.endswith("operators"):  # as on a machine without a C compiler
         monkeypatch.setattr(_nonfinite_native, "kernels", lambda: None)
     if request.param == "late":  # what CUDA does, with its delay
-        monkeypatch.setattr(nonfinite, "_late_device", lambda model: torch.device("cpu"))
+        monkeypatch.setattr(nonfinite, "late_device", lambda model: torch.device("cpu"))
         monkeypatch.setattr(DeviceFlags, "LAG", 3)
     return request.param
 
@@ -476,7 +476,8 @@ def test_open_batches_are_few(make_learn, way, every, monkeypatch):
         _order = 99
 
         def after_batch(self):
-            seen.append(len(self.run.halt_on_nan._waiting))
+            late = self.run.halt_on_nan._late
+            seen.append(0 if late is None else len(late.waiting))
 
     learn = make_learn(model=model_of(), n_train=60)
     Runner([HaltOnNaN(every=every), Watches()]).fit(1, learn)

@@ -64,7 +64,7 @@ def test_a_path_that_is_a_file_is_refused(tmp_path):
 
 
 def test_a_checkpoint_is_not_written_of_a_state_that_will_be_found_bad(make_learn, monkeypatch):
-    monkeypatch.setattr(nonfinite, "_late_device", lambda model: torch.device("cpu"))
+    monkeypatch.setattr(nonfinite, "late_device", lambda model: torch.device("cpu"))
     monkeypatch.setattr(DeviceFlags, "LAG", 100)
 
     class Saves(Callback):
