@@ -184,7 +184,8 @@ def test_recipes_are_hashable_and_survive_pickling():
 
 
 @pytest.mark.parametrize(
-    ("elements", "bs", "positions", "want"), [(None, 8, 4, 8), (4096, 512, 1024, 4), (10, 8, 4, 3), (99, 8, 4, 8)]
+    ("elements", "bs", "positions", "want"),
+    [(None, 8, 4, 8), (4096, 512, 1024, 16), (4096, 512, 64, 64), (10, 8, 4, 3), (99, 8, 4, 8)],
 )
 def test_statistics_read_whole_samples_until_they_have_enough(elements, bs, positions, want):
     assert RECIPES["default"].but(elements=elements).samples_read(bs, positions) == want
