@@ -139,7 +139,7 @@ def _advance_on_host(x: Tensor, state: NormState, plan: Plan) -> Moment:
     if recipe.statistics == "batch":  # nobody waits for what follows, so it need not be the quickest
         return _remember(plan, reference.advance(state, m, v, n, bs, plan))
     mean, var, samples = state.running_mean, state.running_var, state.num_samples_tracked.item()
-    a = 0.0
+    a, leaning = 0.0, None
     moves = math.isfinite(v.sum().item())
     if moves:
         samples += bs
@@ -148,13 +148,26 @@ def _advance_on_host(x: Tensor, state: NormState, plan: Plan) -> Moment:
         if recipe.steady is not None and count != 0 and n < rate * recipe.steady.most:
             drift = n * (shift.square() / (var + plan.eps)).mean().item()
             rate = recipe.steady.rate(rate, n, drift, samples - bs)
-        count = n if count < 0 else count + rate * (n - count)
-        a = rate * n / count
-        mean.add_(shift, alpha=a)
-        var.lerp_(v, a).addcmul_(shift, shift, value=a * (1 - a))
-        state.running_count.fill_(count)
+        kept = rate if recipe.keep is None else min(rate, recipe.keep.rate(plan.mom, bs, samples - bs))
+        (a, _), (into_state, moved) = _share(rate, n, count), _share(kept, n, count)
+        if kept != rate:
+            leaning = mean.add(shift, alpha=a), _towards(var.clone(), v, shift, a)
+        mean.add_(shift, alpha=into_state)
+        _towards(var, v, shift, into_state)
+        state.running_count.fill_(moved)
         _count(state, samples, state.num_batches_tracked.item() + 1)
-    return _remember(plan, Moment(m, v, mean.clone(), var.clone(), a, moves, _young(samples, recipe)))
+    mean, var = leaning or (mean.clone(), var.clone())
+    return _remember(plan, Moment(m, v, mean, var, a, moves, _young(samples, recipe)))
+
+
+def _share(rate: float, n: int, count: float) -> tuple[float, float]:
+    """As `reference.share_of`, with Python's numbers."""
+    moved = n if count < 0 else count + rate * (n - count)
+    return rate * n / moved, moved
+
+
+def _towards(var: Tensor, v: Tensor, shift: Tensor, a: float) -> Tensor:
+    return var.lerp_(v, a).addcmul_(shift, shift, value=a * (1 - a))
 
 
 def _statistics(x: Tensor, state: NormState, recipe) -> tuple[Tensor, Tensor, int]:

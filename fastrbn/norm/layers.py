@@ -39,7 +39,8 @@ class RunningBatchNorm(nn.Module):
 
     Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
     the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
-    they were. Training and evaluation normalise alike, with the running statistics.
+    they were. Training and evaluation normalise alike, with the running statistics; not so in the recipes `batch`, where
+    training uses the batch's own, and `leaning`, where it leans towards them.
 
     Under gradient accumulation every micro-batch is a batch: its forward pass moves the statistics, its backward pass
     the averages of the gradient, and the gradients add up as if the micro-batches had been stepped one after the other

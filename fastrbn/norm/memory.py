@@ -17,7 +17,7 @@ REMEMBERED = 32  # forwards of one layer between a forward and its second run: m
 
 
 class Moment(NamedTuple):
-    """One step of one layer: the batch's statistics m, v, the running ones M, V after it, all (C,); the share a,
+    """One step of one layer: the batch's statistics m, v, the ones M, V that normalise it, all (C,); its share a of them,
     whether the statistics moved, whether the layer is young (None: it has no clamp): tensors of shape () or numbers."""
 
     m: Tensor

@@ -276,7 +276,10 @@ static void map(const Map *a, int threads) {
 typedef struct {
   Layout layout;
   int64_t bs, threads;
-  double rate, least, most, grows, eps; /* the memory of `Steady`; most 0: none */
+  double rate;
+  double kept_least, kept_most, kept_share; /* `Keep`, samples; most 0: none */
+  double least, most, grows; /* `Steady`, elements; most 0: none */
+  double eps;
   double clamp, young_until;     /* floor under V while fewer samples were seen; young_until 0: never */
   int64_t batch;                 /* statistics="batch": normalise with the batch's own */
   int64_t skip_every, skip_after; /* skip_every 0: never */
@@ -331,6 +334,12 @@ static int statistics(const Layout *l, const REAL *x, double *sums, REAL *near, 
   return finite;
 }
 
+/* A share of the samples seen before, between bounds. */
+static double grown(const Forward *f, double share, double least, double most) {
+  const double memory = share * (double)*f->samples;
+  return memory < least ? least : memory > most ? most : memory;
+}
+
 static double steadied(const Forward *f, int64_t c, double n) {
   double drift = 0;
   for (int64_t j = 0; j < c; j++) {
@@ -338,15 +347,16 @@ static double steadied(const Forward *f, int64_t c, double n) {
     drift += shift * shift / (f->var[j] + f->eps);
   }
   drift *= n / c;
-  double memory = f->grows * (double)*f->samples;
-  memory = memory < f->least ? f->least : memory > f->most ? f->most : memory;
-  const double calm = n / memory * (drift > 1 ? drift * drift : 1);
+  const double calm = n / grown(f, f->grows, f->least, f->most) * (drift > 1 ? drift * drift : 1);
   return calm < f->rate ? calm : f->rate;
 }
 
-/* Move the running statistics by the batch's in saved; the batch's share. */
+/* The running count after a batch of n at a rate. */
+static double counted(double rate, double n, double old) { return old < 0 ? n : rate * n + (1 - rate) * old; }
+
+/* Move the running statistics by the batch's in saved, and leave there what normalises; the batch's share of that. */
 static double move(const Forward *f, int64_t c, double n) {
-  const REAL *m = f->saved + M * c, *v = f->saved + V * c;
+  REAL *m = f->saved + M * c, *v = f->saved + V * c, *mean = f->saved + MEAN * c, *var = f->saved + VAR * c;
   const double old = *f->count, rate = f->most > 0 && old != 0 ? steadied(f, c, n) : f->rate;
   if (f->batch) { /* nn.BatchNorm's: the variance unbiased where it can be */
     const double unbiased = n > 1 ? n / (n - 1) : 1;
@@ -357,11 +367,18 @@ static double move(const Forward *f, int64_t c, double n) {
     *f->count = (REAL)n;
     return 1;
   }
-  const double moved = old < 0 ? n : rate * n + (1 - rate) * old, a = rate * n / moved;
+  double kept = rate;
+  if (f->kept_most > 0) {
+    kept = f->bs / (f->bs + grown(f, f->kept_share, f->kept_least, f->kept_most));
+    kept = kept < rate ? kept : rate;
+  }
+  const double moved = counted(kept, n, old), a = rate * n / counted(rate, n, old), s = kept * n / moved;
   for (int64_t j = 0; j < c; j++) {
-    const double d = (double)m[j] - f->mean[j];
-    f->mean[j] = (REAL)(f->mean[j] + a * d);
-    f->var[j] = (REAL)((1 - a) * f->var[j] + a * v[j] + a * (1 - a) * d * d);
+    const double d = (double)m[j] - f->mean[j], old_var = f->var[j];
+    mean[j] = (REAL)(f->mean[j] + a * d);
+    var[j] = (REAL)((1 - a) * old_var + a * v[j] + a * (1 - a) * d * d);
+    f->mean[j] = (REAL)(f->mean[j] + s * d); /* the same, unless the state keeps more */
+    f->var[j] = (REAL)((1 - s) * old_var + s * v[j] + s * (1 - s) * d * d);
   }
   *f->count = (REAL)moved;
   return a;
@@ -388,7 +405,8 @@ int rbn_forward(const Forward *f) {
   if (skips || moves) *f->samples = seen, *f->batches = iteration;
 
   const int young = *f->samples < f->young_until;
-  const REAL *mean = f->batch ? saved + M * c : f->mean, *var = f->batch ? saved + V * c : f->var, floor = (REAL)f->clamp;
+  const REAL *mean = f->batch ? saved + M * c : moves ? saved + MEAN * c : f->mean, floor = (REAL)f->clamp;
+  const REAL *var = f->batch ? saved + V * c : moves ? saved + VAR * c : f->var;
   for (int64_t j = 0; j < c; j++) {
     const int held = young && var[j] < floor;
     const REAL inv = (REAL)(1 / sqrt((double)(held ? floor : var[j]) + f->eps));

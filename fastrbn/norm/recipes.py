@@ -28,6 +28,20 @@ def at_least_one(n):
     return n.clamp_min(1) if isinstance(n, torch.Tensor) else max(n, 1)
 
 
+def smaller(a, b):
+    """min(a, b) of numbers or tensors."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, torch.Tensor):
+        return a.clamp_max(b)
+    return b.clamp_max(a) if isinstance(b, torch.Tensor) else min(a, b)
+
+
+def between(a, least: float, most: float):
+    """a, or the bound it is beyond; a number or a tensor."""
+    return a.clamp(least, most) if isinstance(a, torch.Tensor) else min(max(a, least), most)
+
+
 def rate_fixed(mom: float, bs: int, n: int) -> float:
     """λ = mom at every batch size: nn.BatchNorm's `momentum`."""
     return mom
@@ -46,6 +60,11 @@ def rate_per_32_samples(mom: float, bs: int, n: int) -> float:
 def rate_per_sample(mom: float, bs: int, n: int) -> float:
     """λ = bs/(bs + 4/mom): a batch weighs as many samples as it has against a memory of 4/mom (40 at mom 0.1)."""
     return bs / (bs + 4 / mom)
+
+
+def rate_leading(mom: float, bs: int, n: int) -> float:
+    """λ = bs/(bs + 1/mom): a batch of 1/mom samples (10 at mom 0.1) weighs as much as all before it."""
+    return bs / (bs + 1 / mom)
 
 
 def rate_backward(mom: float, bs: int, n: int) -> float:
@@ -115,13 +134,38 @@ class Steady:
 
     def rate(self, rate, n, drift, samples):
         """λ from the recipe's rate, n, the drift and the number of samples seen before; numbers or tensors."""
-        if isinstance(drift, torch.Tensor):
-            memory = (self.share * samples.to(drift.dtype)).clamp(self.least, self.most)
-            drift = drift.clamp_min(1)
-            calm = n / memory * drift * drift
-            return torch.minimum(calm, rate) if isinstance(rate, torch.Tensor) else calm.clamp_max(rate)
-        memory, drift = min(max(self.share * samples, self.least), self.most), max(1.0, drift)
-        return min(rate, n / memory * drift * drift)  # drift**2 would raise where this is inf
+        memory, drift = between(self.share * samples, self.least, self.most), at_least_one(drift)
+        return smaller(rate, n / memory * drift * drift)  # drift**2 would raise where this is inf
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A state that remembers longer than a training step: it moves at no more than bs/(bs + memory).
+
+    The memory, in samples, is `share` of those seen so far, at least `least`/mom and at most `most`/mom: 40 and 400 at
+    mom 0.1. Some nets train better with much of the batch in what normalises it, as nn.BatchNorm has it, while evaluation
+    wants an average over many samples, and over more once the weights move less. The price is that a batch is not
+    normalised in training as it is in evaluation. Numbers from norm/README.md.
+    """
+
+    least: float = 4
+    most: float = 40
+    share: float = 0.02
+
+    def __post_init__(self):
+        if not (0 < self.least <= self.most and 0 <= self.share):
+            raise ValueError(
+                f"what is kept is more than 0, `most` at least `least`, and `share` not negative; got {self}"
+            )
+
+    def samples(self, mom: float) -> tuple[float, float, float]:
+        """The least and the most samples, and the share."""
+        return self.least / mom, self.most / mom, self.share
+
+    def rate(self, mom: float, bs, samples):
+        """bs/(bs + memory) from the number of samples seen before; numbers or tensors."""
+        least, most, share = self.samples(mom)
+        return bs / (bs + between(share * samples, least, most))
 
 
 @dataclass(frozen=True)
@@ -129,6 +173,8 @@ class Recipe:
     """What distinguishes one running batch norm from another.
 
     - `rate`: the averaging rate λ of the statistics from (mom, batch size, elements a channel that they read).
+    - `keep`: the state, which evaluation uses, moves more slowly than that, see `Keep`; a training step still normalises
+      with what `rate` makes of the state and its batch. None: with the state, as evaluation does.
     - `statistics`: `"running"` normalises with the running statistics in training too; `"batch"` with the batch's own,
       as nn.BatchNorm does, and keeps running ones for evaluation.
     - `steady`: a longer memory while the means stand still, see `Steady`; a number for one of that many elements a
@@ -149,6 +195,7 @@ class Recipe:
     name: str
     rate: Rate = rate_per_sample
     statistics: str = "running"
+    keep: Keep | None = None
     steady: Steady | float | None = None
     backward: str = "exact"
     kappa: float = 0.0
@@ -175,6 +222,12 @@ class Recipe:
             object.__setattr__(self, "steady", Steady(self.steady, self.steady))
         if not isinstance(self.steady, (Steady, type(None))):
             raise ValueError(f"steady is a Steady, a number of elements, or None; got {self.steady!r}")
+        if not isinstance(self.keep, (Keep, type(None))):
+            raise ValueError(f"keep is a Keep or None; got {self.keep!r}")
+        if self.keep is not None and self.statistics == "batch":
+            raise ValueError(
+                f"statistics='batch' keeps running ones of its own, at `rate`; got keep={self.keep} too: leave one out"
+            )
 
     def but(self, **changes) -> Recipe:
         """A copy with some fields changed, named after this one unless `name` is given."""
@@ -188,12 +241,14 @@ class Recipe:
 
 
 _COURSE_CLAMP = Clamp()
+# each number: the best of the cells measured so far at batch 1 to 512 (norm/README.md)
+_DEFAULT = Recipe("default", steady=Steady(), backward="averaged", kappa=0.25, elements=4096, clamp=_COURSE_CLAMP)
 
 RECIPES = {
     r.name: r
     for r in (
-        # each number: the best of the cells measured so far at batch 1 to 512 (norm/README.md)
-        Recipe("default", steady=Steady(), backward="averaged", kappa=0.25, elements=4096, clamp=_COURSE_CLAMP),
+        _DEFAULT,
+        _DEFAULT.but(name="leaning", rate=rate_leading, keep=Keep()),
         Recipe("course", rate=rate_course, clamp=_COURSE_CLAMP),
         Recipe(
             "skip-alternate",

@@ -9,7 +9,8 @@ M, running variance V, running count c. With the averaging rate λ of this step
     x̂ = (x−M)/√(V+ε)             y = γ·x̂ + β
 
 which is the moving average of sums, squares and counts of fast.ai's course (part 2, 2019, notebook 07) without its
-cancellation. The gradient goes through m and v, so through the share a of the statistics. `averaged` adds, for the
+cancellation. A recipe with `keep` moves M, V and c at a lower rate than λ; the step normalises with what λ makes of them,
+and a is its share of that. The gradient goes through m and v, so through the share a of the statistics. `averaged` adds, for the
 share 1−a that lies in the past, κ times what the past would have contributed: running means A of mean(dy) and B of
 mean(dy·x̂) stand in for it (as in Moving Average Batch Normalization, ICLR 2020):
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from .groups import merge_over_ranks, sum_over_ranks
 from .memory import Moment, recall, snapshot
-from .recipes import Plan, at_least_one
+from .recipes import Plan, at_least_one, smaller
 
 
 class NormState(NamedTuple):
@@ -141,36 +142,56 @@ def read(x: Tensor, recipe) -> Tensor:
 def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment:
     """Move the state by a batch's statistics over n elements a channel of bs samples; call it without a graph."""
     recipe, rate = plan.recipe, plan.recipe.rate(plan.mom, bs, n)
-    old_mean, old_var, count = snapshot(state.running_mean, state.running_var, state.running_count)
+    old_mean, old_var, count, samples = snapshot(
+        state.running_mean, state.running_var, state.running_count, state.num_samples_tracked
+    )
     seen = v.sum().isfinite() & (n > 0)  # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
     moves = seen
+    samples = samples.to(count.dtype)
     if recipe.steady is not None:
         drift = n * ((m - old_mean).square() / (old_var + plan.eps)).mean()
-        calm = recipe.steady.rate(rate, n, drift, state.num_samples_tracked)
+        calm = recipe.steady.rate(rate, n, drift, samples)
         rate = torch.where(count == 0, rate, calm)  # nothing drifts from nowhere
+    kept = rate if recipe.keep is None else smaller(rate, recipe.keep.rate(plan.mom, bs, samples))
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
         seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch
     state.num_samples_tracked.add_((seen * bs).to(torch.int64))
     state.num_batches_tracked.add_(seen)
     young = None if recipe.clamp is None else state.num_samples_tracked < recipe.clamp.samples
+
+    def if_it_moves(mean, var):
+        return torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
+
     if recipe.statistics == "batch":  # nn.BatchNorm's: from mean 0, variance 1, the variance unbiased where it can be
         a, moved = torch.ones_like(count), torch.zeros_like(count) + n
-        mean = old_mean + rate * (m - old_mean)
-        var = old_var + rate * (v * (n / at_least_one(n - 1)) - old_var)
+        unbiased = v * (n / at_least_one(n - 1))
+        mean, var = if_it_moves(old_mean + rate * (m - old_mean), old_var + rate * (unbiased - old_var))
     else:
-        new = torch.zeros_like(count) + rate * n
-        moved = torch.where(count < 0, n, new + (1 - rate) * count)
-        # a tensor over a tensor: 1 exactly on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
-        a = torch.where(moves, new / moved, 0.0)
-        mean = old_mean + a * (m - old_mean)
-        var = (1 - a) * old_var + a * v + a * (1 - a) * (m - old_mean).square()
-    mean, var = torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
+        a, moved = share_of(kept, n, count, moves)
+        mean, var = if_it_moves(*towards(old_mean, old_var, m, v, a))
     state.running_mean.copy_(mean)
     state.running_var.copy_(var)
+    if recipe.keep is not None:
+        a = share_of(rate, n, count, moves)[0]
+        mean, var = if_it_moves(*towards(old_mean, old_var, m, v, a))
     # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
     return Moment(m, v, mean.to(m.dtype), var.to(m.dtype), a.to(m.dtype), moves, young)
+
+
+def share_of(rate, n, count: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch's share a at an averaging rate, and the running count then."""
+    new = torch.zeros_like(count) + rate * n
+    moved = torch.where(count < 0, n, new + (1 - rate) * count)
+    # a tensor over a tensor: 1 exactly on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
+    return torch.where(moves, new / moved, 0.0), moved
+
+
+def towards(mean: Tensor, var: Tensor, m: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance when a batch with m and v has the share a."""
+    off = m - mean
+    return mean + a * off, (1 - a) * var + a * v + a * (1 - a) * off.square()
 
 
 def inverse_deviation(var: Tensor, young: Tensor | None, plan: Plan) -> Tensor:

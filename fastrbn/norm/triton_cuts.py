@@ -139,7 +139,7 @@ def job_for(
         channels,
         max(min(128, tuning.together // channels), 1),
         max(min(64, tuning.together // channels_a_program), 1),
-        (3 * keys + blocks) * statistics.slots + 5 + 3 * c,
+        (3 * keys + blocks) * statistics.slots + 6 + 3 * c,
         (2 * keys + blocks) * sums.slots + 1 + 6 * c,
     )
 

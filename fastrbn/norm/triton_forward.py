@@ -11,7 +11,7 @@ Functions that are not called `…_kernel` are pieces; the kernels put them toge
 in `work`, which is float32 and holds, with K = C in planes and W in columns:
 
 - forward: count, mean − origin, M2 (slots, K) each | a flag a program: not finite | old count, skipped, young if this
-  batch counts, young if it does not, λ by the drift | old mean, old variance, origin (C) each
+  batch counts, young if it does not, λ by the drift, samples before | old mean, old variance, origin (C) each
 - backward: Σdy, Σdy·(x−mean) (slots, K) each | flags | old weight | old A, B (C) each | u, z, u_read, z_read (C) each
 
 What a forward pass leaves for the backward pass is its `moment`, float32: m, v, mean, variance (C) each | share, moves,
@@ -47,6 +47,7 @@ class Rule(NamedTuple):
     SKIP_AFTER: tl.constexpr
     YOUNG: tl.constexpr  # samples until which the floor holds; 0: no floor
     FLOOR: tl.constexpr  # of the variance
+    KEEP: tl.constexpr  # whether the state moves more slowly than what normalises: `Recipe.keep`
     DRIFT: tl.constexpr  # whether λ depends on the drift of the means: `Recipe.steady`, and few elements
 
 
@@ -229,7 +230,7 @@ def statistics(block, slot, x, state, work, shape, rows, tiles, slots, step, bs,
     bad = tl.where(inside & ~(tl.abs(m2) < float("inf")), 1.0, 0.0)
     tl.store(flag + slot * blocks + block, tl.sum(bad, 0))
     if slot == 0:
-        once, to, channels = inside & (key % shape.inner == 0), old + 5 + c, shape.channels
+        once, to, channels = inside & (key % shape.inner == 0), old + 6 + c, shape.channels
         tl.store(to, tl.load(state.running_mean + c, mask=once), mask=once)
         tl.store(to + channels, tl.load(state.running_var + c, mask=once), mask=once)
         tl.store(to + 2 * channels, origin, mask=once)
@@ -239,6 +240,7 @@ def statistics(block, slot, x, state, work, shape, rows, tiles, slots, step, bs,
                 tl.store(old + 1, skipped.to(tl.float32))
             tl.store(old + 2, (samples + bs < rule.YOUNG).to(tl.float32))
             tl.store(old + 3, (samples < rule.YOUNG).to(tl.float32))
+            tl.store(old + 5, samples.to(tl.float32))
 
 
 @triton.jit
@@ -273,16 +275,30 @@ def rate_by_drift(state, work, shape, parts, flags, numbers, cut, CHANNELS: tl.c
     for i in range(0, shape.channels, CHANNELS):
         c = tl.arange(0, CHANNELS) + i
         inside = c < shape.channels
-        mean = tl.load(old + 5 + c, mask=inside, other=0.0)
-        var = tl.load(old + 5 + shape.channels + c, mask=inside, other=1.0)
+        mean = tl.load(old + 6 + c, mask=inside, other=0.0)
+        var = tl.load(old + 6 + shape.channels + c, mask=inside, other=1.0)
         m, v = merge_statistics(c, work, shape, parts, cut, PARTS)
-        gap = m + tl.load(old + 5 + 2 * shape.channels + c, mask=inside, other=0.0) - mean
+        gap = m + tl.load(old + 6 + 2 * shape.channels + c, mask=inside, other=0.0) - mean
         total += tl.where(inside, gap * gap / (var + numbers.eps), 0.0)
     drift = tl.maximum(numbers.n / shape.channels * tl.sum(total, 0), 1.0)
     memory = numbers.share * tl.load(state.num_samples_tracked).to(tl.float32)
     memory = tl.minimum(tl.maximum(memory, numbers.least), numbers.most)
     calm = tl.minimum(numbers.n / memory * drift * drift, numbers.rate)
     tl.store(old + 4, tl.where(tl.load(old) == 0, numbers.rate, calm))  # nothing drifts from nowhere
+
+
+@triton.jit
+def share_of(rate, new, n, count, moves):
+    """As `reference.share_of`, with λ·n given."""
+    moved = tl.where(count < 0, n, new + (1 - rate) * count)
+    # rounded right: 1 on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
+    return tl.where(moves, tl.div_rn(new + 0 * count, moved), 0.0), moved
+
+
+@triton.jit
+def towards(mean, var, gap, v, a):
+    """As `reference.towards`, with m−M given."""
+    return mean + a * gap, (1 - a) * var + a * v + a * (1 - a) * gap * gap
 
 
 @triton.jit
@@ -295,10 +311,15 @@ def advance(c, write, first, state, moment, work, shape, parts, flags, numbers, 
     if rule.DRIFT:
         rate = tl.load(old + 4)
         new = rate * n
+    leaning, new_leaning = rate, new
+    if rule.KEEP:
+        memory = tl.minimum(tl.maximum(numbers.kept_share * tl.load(old + 5), numbers.kept_least), numbers.kept_most)
+        rate = tl.minimum(rate, bs / (bs + memory))
+        new = rate * n
     m, v = merge_statistics(c, work, shape, parts, cut, PARTS)
-    old_mean = tl.load(old + 5 + c, mask=inside, other=0.0)
-    old_var = tl.load(old + 5 + channels + c, mask=inside, other=1.0)
-    m += tl.load(old + 5 + 2 * channels + c, mask=inside, other=0.0)
+    old_mean = tl.load(old + 6 + c, mask=inside, other=0.0)
+    old_var = tl.load(old + 6 + channels + c, mask=inside, other=1.0)
+    m += tl.load(old + 6 + 2 * channels + c, mask=inside, other=0.0)
     count, seen = tl.load(old), all_finite(flag, flags)
     moves = seen
     if rule.SKIP_EVERY > 0:
@@ -307,19 +328,22 @@ def advance(c, write, first, state, moment, work, shape, parts, flags, numbers, 
         if not rule.TWICE:  # nothing was read
             m, v = tl.where(skipped, old_mean, m), tl.where(skipped, old_var, v)
     young = tl.where(seen, tl.load(old + 2), tl.load(old + 3))
+    gap = m - old_mean
     if rule.BATCH:
         a, moved = count * 0 + 1, n
-        mean, var = old_mean + rate * (m - old_mean), old_var + rate * (v * (n / tl.maximum(n - 1, 1.0)) - old_var)
+        mean, var = old_mean + rate * gap, old_var + rate * (v * (n / tl.maximum(n - 1, 1.0)) - old_var)
     else:
-        moved = tl.where(count < 0, n, new + (1 - rate) * count)
-        # rounded right: 1 on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
-        a = tl.where(moves, tl.div_rn(new + 0 * count, moved), 0.0)
-        gap = m - old_mean
-        mean, var = old_mean + a * gap, (1 - a) * old_var + a * v + a * (1 - a) * gap * gap
+        a, moved = share_of(rate, new, n, count, moves)
+        mean, var = towards(old_mean, old_var, gap, v, a)
     mean, var = tl.where(moves, mean, old_mean), tl.where(moves, var, old_var)
     if write:
         tl.store(state.running_mean + c, mean, mask=inside)
         tl.store(state.running_var + c, var, mask=inside)
+    if rule.KEEP:
+        a, _ = share_of(leaning, new_leaning, n, count, moves)
+        mean, var = towards(old_mean, old_var, gap, v, a)
+        mean, var = tl.where(moves, mean, old_mean), tl.where(moves, var, old_var)
+    if write:
         tl.store(moment + c, m, mask=inside)
         tl.store(moment + channels + c, v, mask=inside)
         tl.store(moment + 2 * channels + c, mean, mask=inside)

@@ -53,12 +53,7 @@ def evaluate(
 
 
 def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    state: NormState,
-    plan: Plan,
-    relu: str = "none",
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan, relu: str = "none"
 ) -> Tensor:
     """As `reference.normalize`, for batches with at least one element and without a process group.
 
@@ -103,7 +98,7 @@ def _backward(ctx, dy):
 
 
 class _Numbers(NamedTuple):
-    """Of a forward pass: elements n a channel that the statistics read, λ, λ·n, ε, the recipe's `Steady`."""
+    """Of a forward pass: elements n a channel that the statistics read, λ, λ·n, ε, the recipe's `Steady` and `Keep`."""
 
     n: float
     rate: float
@@ -112,6 +107,9 @@ class _Numbers(NamedTuple):
     least: float
     most: float
     share: float
+    kept_least: float
+    kept_most: float
+    kept_share: float
 
 
 class _BackwardNumbers(NamedTuple):
@@ -145,7 +143,7 @@ def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
     job = _job(x, last, recipe)
     y, affine = torch.empty_like(x), _affine(weight, bias)
     work, moment = _floats(job.forward_work, x), _floats(4 * channels + 3, x)
-    numbers = _Numbers(job.n, rate, rate * job.n, float(plan.eps), *_memory(recipe))
+    numbers = _Numbers(job.n, rate, rate * job.n, float(plan.eps), *_steady(recipe), *_kept(recipe, plan.mom))
     s, flags, common = job.statistics, job.statistics.slots * job.blocks, job.common
     with _on(x.device):
         if job.one:
@@ -179,7 +177,7 @@ def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
 def _map(x, last: bool, weight, bias, state, moment, eps: float, rule, relu: str, recipe=None):
     """y for a moment, or a frozen state, that is known; and the job."""
     job = _job(x, last, recipe)
-    y, numbers = torch.empty_like(x), _Numbers(0.0, 0.0, 0.0, float(eps), 1.0, 1.0, 0.0)
+    y, numbers = torch.empty_like(x), _Numbers(0.0, 0.0, 0.0, float(eps), *_NO_BOUNDS, *_NO_BOUNDS)
     with _on(x.device):
         forward.map_kernel[(job.tiles * job.blocks,)](
             x, y, _affine(weight, bias), state, moment, None, job.shape, numbers, job.rows, job.tiles, job.tiles, 0, 0,
@@ -268,12 +266,17 @@ def _differentiable(ctx, x, weight, bias, dy):
 
 
 _MERGING = {"num_warps": 4, "enable_fp_fusion": True}
-_FROZEN = Rule(*map(tl.constexpr, (True, False, False, False, False, 0, 0, 0, 0.0, False)))
+_FROZEN = Rule(*map(tl.constexpr, (True, False, False, False, False, 0, 0, 0, 0.0, False, False)))
+_NO_BOUNDS = 1.0, 1.0, 0.0
 
 
-def _memory(recipe: Recipe) -> tuple[float, float, float]:
+def _steady(recipe: Recipe) -> tuple[float, float, float]:
     s = recipe.steady
-    return (1.0, 1.0, 0.0) if s is None else (float(s.least), float(s.most), float(s.share))
+    return _NO_BOUNDS if s is None else (float(s.least), float(s.most), float(s.share))
+
+
+def _kept(recipe: Recipe, mom: float) -> tuple[float, float, float]:
+    return _NO_BOUNDS if recipe.keep is None else tuple(map(float, recipe.keep.samples(mom)))
 
 
 @lru_cache(maxsize=256)
@@ -285,7 +288,8 @@ def _rule(recipe: Recipe, eps: float, twice: bool = False, for_x: bool = True, d
     young, floor = 0, 0.0
     if clamp is not None:
         young, floor = clamp.samples, clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
-    settings = (False, batch, through, averaged, twice, every, after, young, float(floor), drift)
+    keep = recipe.keep is not None
+    settings = (False, batch, through, averaged, twice, every, after, young, float(floor), keep, drift)
     return Rule(*map(tl.constexpr, settings))
 
 

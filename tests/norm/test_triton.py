@@ -16,7 +16,7 @@ import pytest
 import torch
 from norm.steps import assert_same, assert_unmoved, buffers, layer_of, step
 
-from fastrbn.norm import RECIPES, Clamp, NormState, RunningBatchNorm, Skip, dispatch, reference
+from fastrbn.norm import RECIPES, Clamp, Keep, NormState, RunningBatchNorm, Skip, dispatch, reference
 from fastrbn.norm.recipes import Plan
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -121,8 +121,9 @@ def on_device(*tensors):
         PARTIAL.but(order="strided"),
         RECIPES["course"].but(skip=Skip(2, 6)),
         RECIPES["batch"].but(clamp=Clamp(11, variance=8.0)),
+        RECIPES["leaning"].but(elements=None, keep=Keep(least=0.1, most=3, share=0.5)),
     ],
-    ids=["default", "partial", "skip", "batch"],
+    ids=["default", "partial", "skip", "batch", "leaning"],
 )
 def test_every_regime_equals_the_reference_in_outputs_gradients_and_buffers(recipe, regime):
     assert_agree(recipe, SHAPES if recipe is DEFAULT else SHAPES[:5])
@@ -138,10 +139,24 @@ def test_every_regime_equals_the_reference_in_outputs_gradients_and_buffers(reci
         RECIPES["batch"].but(backward="detached"),
         PARTIAL.but(kappa=1.0, skip=Skip(3, 4)),
         RECIPES["course"].but(elements=1),
+        RECIPES["leaning"],
+        DEFAULT.but(keep=Keep(least=0.1, most=3, share=0.5), skip=Skip(3, 4)),
         DEFAULT.but(clamp=Clamp(100, variance=0.8)),
         DEFAULT.but(clamp=Clamp(100, variance=None, deviation=0.9)),
     ],
-    ids=["exact", "alternate", "detached", "batch-averaged", "batch-detached", "partial", "few", "clamp", "deviation"],
+    ids=[
+        "exact",
+        "alternate",
+        "detached",
+        "batch-averaged",
+        "batch-detached",
+        "partial",
+        "few",
+        "leaning",
+        "leaning-skip",
+        "clamp",
+        "deviation",
+    ],
 )
 def test_every_recipe_equals_the_reference(recipe):
     assert_agree(recipe)
