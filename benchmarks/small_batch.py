@@ -18,20 +18,20 @@ from pathlib import Path
 
 from fastrbn.compare import cells_of, run_grid, split_norms, write_report
 
-RECIPES = "default,course,skip-alternate,skip-tenth,detached"
+RECIPES = "default,leaning,course,skip-alternate,skip-tenth,detached"
 PEERS = "batchnorm,batchrenorm,groupnorm,layernorm,frn"  # on the course net InstanceNorm has one value a channel
 GRIDS = {
     "quick": {"norms": "default,course,batchnorm,groupnorm", "bs": [2, 8, 32], "seeds": [0], "n_train": 5000},
     "full": {"norms": f"{RECIPES},{PEERS}", "bs": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], "seeds": [0, 1, 2]},
     "sweep": {
-        "norms": f"default,course,detached,{PEERS}",
+        "norms": f"default,leaning,course,detached,{PEERS}",
         "bs": [2, 8, 32],
         "seeds": [0, 1, 2],
         "lr_factors": [0.25, 0.5, 1, 2, 4],
     },
     "cifar": {
-        "norms": "default,course,batchnorm,groupnorm,layernorm,instancenorm",
-        "bs": [2, 8, 32, 128],
+        "norms": "default,leaning,course,batchnorm,groupnorm,layernorm,instancenorm",
+        "bs": [1, 2, 4, 8, 32, 128, 512],
         "seeds": [0, 1, 2],
         "data": ["cifar10"],
         "net": ["resnet-small"],

@@ -9,12 +9,13 @@ M, running variance V, running count c. With the averaging rate λ of this step
     x̂ = (x−M)/√(V+ε)             y = γ·x̂ + β
 
 which is the moving average of sums, squares and counts of fast.ai's course (part 2, 2019, notebook 07) without its
-cancellation. A recipe with `keep` moves M, V and c at a lower rate than λ; the step normalises with what λ makes of them,
-and a is its share of that. The gradient goes through m and v, so through the share a of the statistics. `averaged` adds, for the
+cancellation. The gradient goes through m and v, so through the share a of the statistics. `averaged` adds, for the
 share 1−a that lies in the past, κ times what the past would have contributed: running means A of mean(dy) and B of
 mean(dy·x̂) stand in for it (as in Moving Average Batch Normalization, ICLR 2020):
 
     dx = γ/σ · [ dy − (a·mean(dy) + κ(1−a)·A) − x̂·(a·mean(dy·x̂) + κ(1−a)·B) ]
+
+A recipe with `keep` moves the state at a lower rate than λ; the step normalises with the M and V above all the same.
 
 `norm/README.md` derives all this.
 """
