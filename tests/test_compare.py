@@ -460,7 +460,7 @@ def test_the_table_has_mean_and_spread_and_what_did_not_train():
     rows += [made_row("frn", seed=s, accuracy=10, status="chance") for s in range(3)]
     rows += [made_row("batchnorm", bs=1, accuracy=None, status="refused"), made_row("frn", bs=1, accuracy=96.5)]
     text = compare.markdown(rows)
-    assert text.splitlines()[0] == "### mnist, cnn, 50000 images, 1 epoch, 3 seeds"
+    assert text.splitlines()[0] == "### mnist, cnn, 50000 images, 1 epoch, 1 to 3 seeds"
     assert "| batch size | 1 | 8 |" in text
     assert cells_in(text, "default") == ["", "**98.20 ± 0.20**"]
     assert cells_in(text, "batchnorm") == ["refused", "97.10 ± 0.14 (1 of 3 diverged)"]

@@ -88,10 +88,11 @@ class Group:
     @property
     def title(self):
         r = self.rows[0]
-        seeds = len({row["seed"] for row in self.rows})
+        few, most = (pick(point.total for point in self.points.values()) for pick in (min, max))
+        seeds = f"{most} seed{'s' * (most > 1)}" if few == most else f"{few} to {most} seeds"
         epochs = "1 epoch" if r["epochs"] == "1" else f"{r['epochs']} epochs"
         augmented = ", augmented" if r["augment"] == "1" else ""
-        counts = f"{r['n_train']} images, {epochs}{augmented}, {seeds} seed{'s' * (seeds > 1)}"
+        counts = f"{r['n_train']} images, {epochs}{augmented}, {seeds}"
         return f"{r['data']}, {r['net']}, {counts}{self.beside}"
 
 
