@@ -164,9 +164,9 @@ def test_the_courses_net_has_relu_before_the_norm_and_the_residual_one_after():
 
 
 @pytest.mark.parametrize("norm", ["default", "batchnorm"])
-def test_a_cell_trains_to_the_accuracy_that_its_model_has(monkeypatch, norm):
-    models = watch(monkeypatch, "_model")
-    row, norms = run_cell(Cell(norm, 8, epochs=6), small())
+def test_a_cell_trains_to_the_accuracy_that_its_model_has(norm):
+    models = []
+    row, norms = run_cell(Cell(norm, 8, epochs=6), small(), look=models.append)
     (model,) = models
     x = (small().valid.x.float() / 255 - small().mean[0]) / small().std[0]
     model.eval()
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_ends_the_cell_with_the_accuracy_of_then():
 
 
 def test_a_net_that_knows_nothing_is_at_chance_and_one_that_only_evaluates_badly_is_not(monkeypatch):
-    monkeypatch.setattr(cell_module, "_accuracy", lambda *_: 0.1)
+    monkeypatch.setattr(cell_module, "valid_accuracy", lambda *_: 0.1)
     row, _ = run_cell(Cell("default", 8, lr_factor=1e-9), small())
     assert row["status"] == "chance"
     row, _ = run_cell(Cell("default", 8, epochs=10), small())

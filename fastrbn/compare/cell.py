@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,13 +17,7 @@ from torch import nn, optim
 
 from .._version import __version__
 from ..callbacks import ParamMagnitudes, ParamScheduler, Recorder, sched_lin
-from ..data import (
-    BatchLoader,
-    DataBunch,
-    RandomCrop,
-    RandomFlip,
-    load_dataset,
-)
+from ..data import BatchLoader, DataBunch, RandomCrop, RandomFlip, load_dataset
 from ..learn import Callback, CancelTrainException, Learner, Runner
 from ..models import conv_layer, get_cnn_model, init_cnn, resnet9
 from .norms import describe, get_norm
@@ -126,7 +121,9 @@ def load_images(name: str, root=None):
     return load_dataset(name, root)
 
 
-def run_cell(cell: Cell, images, device="cpu", norms_every: int | None = None) -> tuple[dict, dict | None]:
+def run_cell(
+    cell: Cell, images, device="cpu", norms_every: int | None = None, look: Callable[[nn.Module], None] | None = None
+) -> tuple[dict, dict | None]:
     """Train `cell` on `images` (an `ImageData`) and measure.
 
     Returns a row of results (`accuracy` in percent over all validation images, None where the norm refuses the batch;
@@ -137,6 +134,8 @@ def run_cell(cell: Cell, images, device="cpu", norms_every: int | None = None) -
     knows nothing at the end, whether it never learnt or collapsed: accuracy below twice chance, and training loss above
     0.9 ln(classes), so that a norm which trains and then evaluates badly is not among them; "refused" when the norm
     raises at this batch size, as nn.BatchNorm does at one value a channel.
+
+    `look` is called with the trained net, once all is measured.
     """
     data, steps = _loaders(cell, images, device)
     model = _model(cell, data, steps).to(device)
@@ -161,6 +160,8 @@ def run_cell(cell: Cell, images, device="cpu", norms_every: int | None = None) -
     if row["status"] != "refused":
         _measure(row, cell, model, images, losses, stop, device)
     row |= {"weight_norm_start": f"{start:.4g}", "weight_norm_end": f"{_total_norm(convs.values()):.4g}"}
+    if look is not None:
+        look(model)
     return row, _norms(sizes, convs) if norms_every else None
 
 
@@ -191,7 +192,7 @@ def _model(cell, data, steps):
 def _measure(row, cell, model, images, losses, stop, device):
     last = losses[-max(1, len(losses) // 10) :]
     row["train_loss"] = f"{fmean(last):.5g}" if all(map(math.isfinite, last)) else "nan"
-    row["accuracy"] = round(100 * _accuracy(model, images, device), 3)
+    row["accuracy"] = round(100 * valid_accuracy(model, images, device), 3)
     if stop.reason:
         row.update(status="diverged", note=stop.reason)
     elif not all(map(math.isfinite, losses[-1:])):  # on CUDA the last steps are not waited for
@@ -201,7 +202,8 @@ def _measure(row, cell, model, images, losses, stop, device):
 
 
 @torch.no_grad()
-def _accuracy(model, images, device) -> float:
+def valid_accuracy(model, images, device="cpu") -> float:
+    """The share of all validation images that `model` gets right in evaluation."""
     loader = BatchLoader(images.valid.x, images.valid.y, _VALID_BS, device=device, normalize=(images.mean, images.std))
     model.eval()
     right = [(model(xb).argmax(1) == yb).sum() for xb, yb in loader]
