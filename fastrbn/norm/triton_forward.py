@@ -268,7 +268,12 @@ def merge_statistics(c, work, shape, parts, cut, PARTS: tl.constexpr):
 
 
 @triton.jit
-def rate_by_drift(state, work, shape, parts, flags, numbers, cut, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+def between(a, least, most):
+    return tl.minimum(tl.maximum(a, least), most)
+
+
+@triton.jit
+def rate_by_drift(work, shape, parts, flags, numbers, cut, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
     """λ of a recipe with `steady` into `work`, by one program: the mean over all channels is asked for."""
     old = work + 3 * parts * keys_of(0, shape, cut)[1] + flags
     total = tl.zeros((CHANNELS,), tl.float32)
@@ -281,8 +286,7 @@ def rate_by_drift(state, work, shape, parts, flags, numbers, cut, CHANNELS: tl.c
         gap = m + tl.load(old + 6 + 2 * shape.channels + c, mask=inside, other=0.0) - mean
         total += tl.where(inside, gap * gap / (var + numbers.eps), 0.0)
     drift = tl.maximum(numbers.n / shape.channels * tl.sum(total, 0), 1.0)
-    memory = numbers.share * tl.load(state.num_samples_tracked).to(tl.float32)
-    memory = tl.minimum(tl.maximum(memory, numbers.least), numbers.most)
+    memory = between(numbers.share * tl.load(old + 5), numbers.least, numbers.most)
     calm = tl.minimum(numbers.n / memory * drift * drift, numbers.rate)
     tl.store(old + 4, tl.where(tl.load(old) == 0, numbers.rate, calm))  # nothing drifts from nowhere
 
@@ -313,7 +317,7 @@ def advance(c, write, first, state, moment, work, shape, parts, flags, numbers, 
         new = rate * n
     leaning, new_leaning = rate, new
     if rule.KEEP:
-        memory = tl.minimum(tl.maximum(numbers.kept_share * tl.load(old + 5), numbers.kept_least), numbers.kept_most)
+        memory = between(numbers.kept_share * tl.load(old + 5), numbers.kept_least, numbers.kept_most)
         rate = tl.minimum(rate, bs / (bs + memory))
         new = rate * n
     m, v = merge_statistics(c, work, shape, parts, cut, PARTS)
@@ -390,11 +394,9 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def rate_kernel(
-    state, work, shape, numbers, parts, flags, cut: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr
-):
+def rate_kernel(work, shape, numbers, parts, flags, cut: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
     """λ by the drift, for whatever moves the state next. One program."""
-    rate_by_drift(state, work, shape, parts, flags, numbers, cut, CHANNELS, PARTS)
+    rate_by_drift(work, shape, parts, flags, numbers, cut, CHANNELS, PARTS)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -437,7 +439,7 @@ def forward_kernel(
     statistics(0, 0, x, state, work, shape, read_rows, read_tiles, 1, step, bs, cut, rule, RELU)
     tl.debug_barrier()  # what one thread has written, another may now read
     if rule.DRIFT:
-        rate_by_drift(state, work, shape, 1, 1, numbers, cut, CHANNELS, PARTS)
+        rate_by_drift(work, shape, 1, 1, numbers, cut, CHANNELS, PARTS)
         tl.debug_barrier()
     c = tl.arange(0, CHANNELS)
     advance(c, True, True, state, moment, work, shape, 1, 1, numbers, bs, cut, rule, PARTS)

@@ -158,7 +158,7 @@ def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
             )  # fmt: skip
             if drift:
                 forward.rate_kernel[(1,)](
-                    state, work, job.shape, numbers, s.slots, flags, job.cut, job.channels, job.parts, **_MERGING
+                    work, job.shape, numbers, s.slots, flags, job.cut, job.channels, job.parts, **_MERGING
                 )
             if not s.inside:
                 forward.advance_kernel[(triton.cdiv(channels, job.channels),)](
