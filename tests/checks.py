@@ -106,8 +106,9 @@ class ClosedForm:
         xr = x if read is None else x[read]
         n = xr.numel() / x.shape[1]
         drift = n * ((xr.mean(dims) - self.mean) ** 2 / (self.var + self.eps)).mean().item()
+        most = bs / (bs + max(min(max(bs / 3, 10), 40), min(0.005 * self.samples, 100)))
         memory = min(max(0.05 * self.samples, 320), 3000)
-        return bs / (bs + 40) if self.count == 0 else min(bs / (bs + 40), n / memory * max(1, drift) ** 2)
+        return most if self.count == 0 else min(most, n / memory * max(1, drift) ** 2)
 
     def step(self, x, dy, rate, backward_rate=None, read=None, floor_samples=20, floor=0.01):
         x, dy = x.detach().double(), dy.double()

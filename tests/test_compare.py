@@ -103,7 +103,7 @@ def test_batch_renorms_warm_up_and_memory_fit_the_length_of_the_run():
         ("default:kappa=2", "'default:kappa=2': a recipe's kappa is a share from 0 to 1; got 2"),
         ("default:steady=abc", "'default:steady=abc': "),
         ("default:rate=fast", "rate is one of .*per_sample.*got 'fast'"),
-        ("leaning:keep=40", "keep can only be switched off, keep=none; got '40'"),
+        ("default:memory=40", "memory can only be switched off, memory=none; got '40'"),
         ("default:skip=3", "skip can only be switched off, skip=none; got '3'"),
         ("default:kappa", "written default:name=value,name=value; got 'default:kappa'"),
         ("none:eps=1", "none takes no settings; got 'eps'"),
@@ -121,8 +121,10 @@ def test_a_description_has_every_setting_and_changes_with_a_recipe(monkeypatch):
     before = describe("default")
     monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", kappa=0.125))
     assert describe("default") != before
-    # a recipe without `keep` is described as it was before there was one, so that older results count as its own
-    assert "keep" not in before and "keep=Keep(least=4,most=40,share=0.02)" in describe("leaning")
+    assert "memory=Memory(least=1,most=10,share=0.005)" in before and "leaning" not in before
+    assert "memory=Memory(least=4,most=40,share=0.02) leaning=True" in describe("leaning")
+    # a recipe without either is described as it was before there were any, so that older results count as its own
+    assert "memory" not in describe("course") and "leaning" not in describe("course")
 
 
 # one cell

@@ -103,8 +103,9 @@ def describe(text: str) -> str:
         defaults = {p.name: p.default for p in known if p.name not in ("nf", "steps")}
         return _words({**defaults, **settings})
     recipe, layer = _variant(text, name, settings)
-    # without a `keep` that is off: results from before there was one stay results of the same recipe
-    return _words({f: v for f, v in _fields(recipe).items() if f != "name" and (f, v) != ("keep", None)} | layer)
+    # without what is off and was not there at first: results from before stay results of the same recipe
+    silent = ("memory", None), ("leaning", False)
+    return _words({f: v for f, v in _fields(recipe).items() if f != "name" and (f, v) not in silent} | layer)
 
 
 def _fields(recipe):  # dataclasses.asdict would spread skip and clamp
@@ -164,7 +165,7 @@ def _variant(text, name, settings):
                     f"{_nearest(str(changes[key]), _RATES)}"
                 )
             changes[key] = _RATES[changes[key]]
-    for key in ("keep", "skip", "clamp"):
+    for key in ("memory", "skip", "clamp"):
         if changes.get(key) is not None:
             raise ValueError(f"as text {key} can only be switched off, {key}=none; got '{changes[key]}' in '{text}'")
     try:

@@ -3,13 +3,13 @@
 from .convert import convert_batchnorm, fuse_conv_rbn, to_batchnorm
 from .dispatch import running_batch_norm
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
-from .recipes import RECIPES, Clamp, Keep, Recipe, Skip, Steady, get_recipe
+from .recipes import RECIPES, Clamp, Memory, Recipe, Skip, Steady, get_recipe
 from .reference import NormState
 
 __all__ = [
     "RECIPES",
     "Clamp",
-    "Keep",
+    "Memory",
     "NormState",
     "Recipe",
     "RunningBatchNorm",

@@ -148,9 +148,11 @@ def _advance_on_host(x: Tensor, state: NormState, plan: Plan) -> Moment:
         if recipe.steady is not None and count != 0 and n < rate * recipe.steady.most:
             drift = n * (shift.square() / (var + plan.eps)).mean().item()
             rate = recipe.steady.rate(rate, n, drift, samples - bs)
-        kept = rate if recipe.keep is None else min(rate, recipe.keep.rate(plan.mom, bs, samples - bs))
-        (a, _), (into_state, moved) = _share(rate, n, count), _share(kept, n, count)
-        if kept != rate:
+        kept = rate if recipe.memory is None else min(rate, recipe.memory.rate(plan.mom, bs, samples - bs))
+        into_state, moved = _share(kept, n, count)
+        a = into_state
+        if recipe.leaning:
+            a, _ = _share(rate, n, count)
             leaning = mean.add(shift, alpha=a), _towards(var.clone(), v, shift, a)
         mean.add_(shift, alpha=into_state)
         _towards(var, v, shift, into_state)

@@ -29,7 +29,7 @@ _FEW_POSITIONS = 64  # elements a channel of a sample below which the sums run o
 _WORTH_A_THREAD = 1 << 16  # elements
 _MOST_THREADS = 64
 # as the structs of native_kernels.c: layout, then numbers, then pointers
-_FORWARD = Struct("7q 2q 10d 4q 10P")
+_FORWARD = Struct("7q 2q 10d 5q 10P")
 _BACKWARD = Struct("7q q 2d q 9P")
 _SAVED = 6  # rows a channel: 1/σ, whether off the floor, and a moment's m, v, mean and variance; then its three numbers
 
@@ -85,14 +85,14 @@ class _Normalize(torch.autograd.Function):
         bs, c = x.shape[:2]
         layout, read = _layout(x, recipe)
         y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 3, dtype=x.dtype)
-        clamp, skip, keep, steady = recipe.clamp, recipe.skip, recipe.keep, recipe.steady
+        clamp, skip, memory, steady = recipe.clamp, recipe.skip, recipe.memory, recipe.steady
         floor = 0.0 if clamp is None else clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
         arguments = _FORWARD.pack(
             *layout, bs, _threads(x),
             recipe.rate(mom, bs, read),
-            *((0, 0, 0) if keep is None else keep.samples(mom)),
+            *((0, 0, 0) if memory is None else memory.bounds(mom)),
             *((0, 0, 0) if steady is None else (steady.least, steady.most, steady.share)), eps, floor, 0 if clamp is None else clamp.samples,
-            recipe.statistics == "batch", *((0, 0) if skip is None else (skip.every, skip.after)), plan.twice,
+            recipe.statistics == "batch", recipe.leaning, *((0, 0) if skip is None else (skip.every, skip.after)), plan.twice,
             x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias),
             state[0].data_ptr(), state[1].data_ptr(), state[2].data_ptr(), state[3].data_ptr(), state[4].data_ptr(),
             saved.data_ptr(),

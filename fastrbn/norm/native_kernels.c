@@ -277,11 +277,12 @@ typedef struct {
   Layout layout;
   int64_t bs, threads;
   double rate;
-  double kept_least, kept_most, kept_share; /* `Keep`, samples; most 0: none */
+  double memory_least, memory_most, memory_share; /* `Memory`, samples; most 0: none */
   double least, most, grows; /* `Steady`, elements; most 0: none */
   double eps;
   double clamp, young_until;     /* floor under V while fewer samples were seen; young_until 0: never */
   int64_t batch;                 /* statistics="batch": normalise with the batch's own */
+  int64_t leaning;               /* only the state moves with the memory */
   int64_t skip_every, skip_after; /* skip_every 0: never */
   int64_t twice;                  /* the batch's statistics are wanted on a skipped step too */
   const REAL *x;
@@ -357,27 +358,28 @@ static double counted(double rate, double n, double old) { return old < 0 ? n : 
 /* Move the running statistics by the batch's in saved, and leave there what normalises; the batch's share of that. */
 static double move(const Forward *f, int64_t c, double n) {
   REAL *m = f->saved + M * c, *v = f->saved + V * c, *mean = f->saved + MEAN * c, *var = f->saved + VAR * c;
-  const double old = *f->count, rate = f->most > 0 && old != 0 ? steadied(f, c, n) : f->rate;
+  const double old = *f->count, most = f->most > 0 && old != 0 ? steadied(f, c, n) : f->rate;
   if (f->batch) { /* nn.BatchNorm's: the variance unbiased where it can be */
     const double unbiased = n > 1 ? n / (n - 1) : 1;
     for (int64_t j = 0; j < c; j++) {
-      f->mean[j] = (REAL)(f->mean[j] + rate * ((double)m[j] - f->mean[j]));
-      f->var[j] = (REAL)(f->var[j] + rate * (unbiased * v[j] - f->var[j]));
+      f->mean[j] = (REAL)(f->mean[j] + most * ((double)m[j] - f->mean[j]));
+      f->var[j] = (REAL)(f->var[j] + most * (unbiased * v[j] - f->var[j]));
     }
     *f->count = (REAL)n;
     return 1;
   }
-  double kept = rate;
-  if (f->kept_most > 0) {
-    kept = f->bs / (f->bs + grown(f, f->kept_share, f->kept_least, f->kept_most));
-    kept = kept < rate ? kept : rate;
+  double kept = most;
+  if (f->memory_most > 0) {
+    kept = f->bs / (f->bs + grown(f, f->memory_share, f->memory_least, f->memory_most));
+    kept = kept < most ? kept : most;
   }
+  const double rate = f->leaning ? most : kept;
   const double moved = counted(kept, n, old), a = rate * n / counted(rate, n, old), s = kept * n / moved;
   for (int64_t j = 0; j < c; j++) {
     const double d = (double)m[j] - f->mean[j], old_var = f->var[j];
     mean[j] = (REAL)(f->mean[j] + a * d);
     var[j] = (REAL)((1 - a) * old_var + a * v[j] + a * (1 - a) * d * d);
-    f->mean[j] = (REAL)(f->mean[j] + s * d); /* the same, unless the state keeps more */
+    f->mean[j] = (REAL)(f->mean[j] + s * d); /* the same, but for a leaning recipe */
     f->var[j] = (REAL)((1 - s) * old_var + s * v[j] + s * (1 - s) * d * d);
   }
   *f->count = (REAL)moved;

@@ -67,6 +67,12 @@ def rate_leading(mom: float, bs: int, n: int) -> float:
     return bs / (bs + 1 / mom)
 
 
+def rate_at_first(mom: float, bs: int, n: int) -> float:
+    """λ = bs/(bs + memory), the memory a third of the batch, at least 1/mom and at most 4/mom samples (10 and 40 at mom
+    0.1): a batch weighs three quarters at most, up to 120 samples. Where a memory that grows starts."""
+    return bs / (bs + between(bs / 3, 1 / mom, 4 / mom))
+
+
 def rate_backward(mom: float, bs: int, n: int) -> float:
     """λ_b = bs/(bs + 10/mom): a memory of 100 samples at mom 0.1, since the reductions of a
     batch's gradient are noisier than its statistics."""
@@ -139,32 +145,29 @@ class Steady:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """A state that remembers longer than a training step: it moves at no more than bs/(bs + memory).
+class Memory:
+    """A memory in samples that grows while weights move less and less: λ is at most bs/(bs + memory).
 
-    The memory, in samples, is `share` of those seen so far, at least `least`/mom and at most `most`/mom: 40 and 400 at
-    mom 0.1. Some nets train better with much of the batch in what normalises it, as nn.BatchNorm has it, while evaluation
-    wants an average over many samples, and over more once the weights move less. The price is that a batch is not
-    normalised in training as it is in evaluation. Numbers from norm/README.md.
+    The memory is `share` of the samples seen so far, at least `least`/mom and at most `most`/mom: 10 and 100 at mom 0.1,
+    which 2,000 and 20,000 samples make of it. A short one follows weights that move fast, and a step trains better for
+    more of its own batch; an average over many samples evaluates better. Numbers from norm/README.md.
     """
 
-    least: float = 4
-    most: float = 40
-    share: float = 0.02
+    least: float = 1
+    most: float = 10
+    share: float = 0.005
 
     def __post_init__(self):
         if not (0 < self.least <= self.most and 0 <= self.share):
-            raise ValueError(
-                f"what is kept is more than 0, `most` at least `least`, and `share` not negative; got {self}"
-            )
+            raise ValueError(f"a memory is more than 0, `most` at least `least`, and `share` not negative; got {self}")
 
-    def samples(self, mom: float) -> tuple[float, float, float]:
-        """The least and the most samples, and the share."""
+    def bounds(self, mom: float) -> tuple[float, float, float]:
+        """The least and the most samples at a mom, and the share."""
         return self.least / mom, self.most / mom, self.share
 
     def rate(self, mom: float, bs, samples):
         """bs/(bs + memory) from the number of samples seen before; numbers or tensors."""
-        least, most, share = self.samples(mom)
+        least, most, share = self.bounds(mom)
         return bs / (bs + between(share * samples, least, most))
 
 
@@ -173,8 +176,9 @@ class Recipe:
     """What distinguishes one running batch norm from another.
 
     - `rate`: the averaging rate λ of the statistics from (mom, batch size, elements a channel that they read).
-    - `keep`: the state, which evaluation uses, moves more slowly than that, see `Keep`; a training step still normalises
-      with what `rate` makes of the state and its batch. None: with the state, as evaluation does.
+    - `memory`: λ is no more than a memory in samples allows, which grows with those seen, see `Memory`. None: the rate.
+    - `leaning`: only the state, which evaluation uses, moves with that memory; a training step normalises with what `rate`
+      makes of the state and its batch. False: with the state, as evaluation does.
     - `statistics`: `"running"` normalises with the running statistics in training too; `"batch"` with the batch's own,
       as nn.BatchNorm does, and keeps running ones for evaluation.
     - `steady`: a longer memory while the means stand still, see `Steady`; a number for one of that many elements a
@@ -195,7 +199,8 @@ class Recipe:
     name: str
     rate: Rate = rate_per_sample
     statistics: str = "running"
-    keep: Keep | None = None
+    memory: Memory | None = None
+    leaning: bool = False
     steady: Steady | float | None = None
     backward: str = "exact"
     kappa: float = 0.0
@@ -222,12 +227,14 @@ class Recipe:
             object.__setattr__(self, "steady", Steady(self.steady, self.steady))
         if not isinstance(self.steady, (Steady, type(None))):
             raise ValueError(f"steady is a Steady, a number of elements, or None; got {self.steady!r}")
-        if not isinstance(self.keep, (Keep, type(None))):
-            raise ValueError(f"keep is a Keep or None; got {self.keep!r}")
-        if self.keep is not None and self.statistics == "batch":
+        if not isinstance(self.memory, (Memory, type(None))):
+            raise ValueError(f"memory is a Memory or None; got {self.memory!r}")
+        if self.memory is not None and self.statistics == "batch":
             raise ValueError(
-                f"statistics='batch' keeps running ones of its own, at `rate`; got keep={self.keep} too: leave one out"
+                f"statistics='batch' keeps running ones of its own, at `rate`; got memory={self.memory} too: leave one out"
             )
+        if self.leaning and self.memory is None:
+            raise ValueError("leaning=True lets the state alone move with a `memory`, and there is none; give it one")
 
     def but(self, **changes) -> Recipe:
         """A copy with some fields changed, named after this one unless `name` is given."""
@@ -242,13 +249,22 @@ class Recipe:
 
 _COURSE_CLAMP = Clamp()
 # each number: the best of the cells measured so far at batch 1 to 512 (norm/README.md)
-_DEFAULT = Recipe("default", steady=Steady(), backward="averaged", kappa=0.25, elements=4096, clamp=_COURSE_CLAMP)
+_DEFAULT = Recipe(
+    "default",
+    rate=rate_at_first,
+    memory=Memory(),
+    steady=Steady(),
+    backward="averaged",
+    kappa=0.25,
+    elements=4096,
+    clamp=_COURSE_CLAMP,
+)
 
 RECIPES = {
     r.name: r
     for r in (
         _DEFAULT,
-        _DEFAULT.but(name="leaning", rate=rate_leading, keep=Keep()),
+        _DEFAULT.but(name="leaning", rate=rate_leading, memory=Memory(least=4, most=40, share=0.02), leaning=True),
         Recipe("course", rate=rate_course, clamp=_COURSE_CLAMP),
         Recipe(
             "skip-alternate",

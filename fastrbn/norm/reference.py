@@ -15,7 +15,7 @@ mean(dy·x̂) stand in for it (as in Moving Average Batch Normalization, ICLR 20
 
     dx = γ/σ · [ dy − (a·mean(dy) + κ(1−a)·A) − x̂·(a·mean(dy·x̂) + κ(1−a)·B) ]
 
-A recipe with `keep` moves the state at a lower rate than λ; the step normalises with the M and V above all the same.
+A `leaning` recipe moves the state at a lower rate than λ; the step normalises with the M and V above all the same.
 
 `norm/README.md` derives all this.
 """
@@ -153,7 +153,7 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
         drift = n * ((m - old_mean).square() / (old_var + plan.eps)).mean()
         calm = recipe.steady.rate(rate, n, drift, samples)
         rate = torch.where(count == 0, rate, calm)  # nothing drifts from nowhere
-    kept = rate if recipe.keep is None else smaller(rate, recipe.keep.rate(plan.mom, bs, samples))
+    kept = rate if recipe.memory is None else smaller(rate, recipe.memory.rate(plan.mom, bs, samples))
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
         seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch
@@ -173,7 +173,7 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
         mean, var = if_it_moves(*towards(old_mean, old_var, m, v, a))
     state.running_mean.copy_(mean)
     state.running_var.copy_(var)
-    if recipe.keep is not None:
+    if recipe.leaning:
         a = share_of(rate, n, count, moves)[0]
         mean, var = if_it_moves(*towards(old_mean, old_var, m, v, a))
     # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar

@@ -72,15 +72,7 @@ class Job(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def job_for(
-    n: int,
-    c: int,
-    positions: int,
-    last: bool,
-    itemsize: int,
-    kept: int,
-    step: int,
-    processors: int,
-    tuning: Tuning,
+    n: int, c: int, positions: int, last: bool, itemsize: int, kept: int, step: int, processors: int, tuning: Tuning
 ) -> Job:
     """The job for x of n samples, c channels, `positions` elements a channel each, `last`: channels last. Statistics
     read every step-th sample, `kept` of them. Raises ValueError where rows or columns are beyond counting."""

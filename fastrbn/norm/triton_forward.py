@@ -47,7 +47,8 @@ class Rule(NamedTuple):
     SKIP_AFTER: tl.constexpr
     YOUNG: tl.constexpr  # samples until which the floor holds; 0: no floor
     FLOOR: tl.constexpr  # of the variance
-    KEEP: tl.constexpr  # whether the state moves more slowly than what normalises: `Recipe.keep`
+    MEMORY: tl.constexpr  # whether λ is bound by a memory in samples: `Recipe.memory`
+    LEANING: tl.constexpr  # whether that binds the state only, not what normalises
     DRIFT: tl.constexpr  # whether λ depends on the drift of the means: `Recipe.steady`, and few elements
 
 
@@ -316,8 +317,8 @@ def advance(c, write, first, state, moment, work, shape, parts, flags, numbers, 
         rate = tl.load(old + 4)
         new = rate * n
     leaning, new_leaning = rate, new
-    if rule.KEEP:
-        memory = between(numbers.kept_share * tl.load(old + 5), numbers.kept_least, numbers.kept_most)
+    if rule.MEMORY:
+        memory = between(numbers.memory_share * tl.load(old + 5), numbers.memory_least, numbers.memory_most)
         rate = tl.minimum(rate, bs / (bs + memory))
         new = rate * n
     m, v = merge_statistics(c, work, shape, parts, cut, PARTS)
@@ -343,7 +344,7 @@ def advance(c, write, first, state, moment, work, shape, parts, flags, numbers, 
     if write:
         tl.store(state.running_mean + c, mean, mask=inside)
         tl.store(state.running_var + c, var, mask=inside)
-    if rule.KEEP:
+    if rule.LEANING:
         a, _ = share_of(leaning, new_leaning, n, count, moves)
         mean, var = towards(old_mean, old_var, gap, v, a)
         mean, var = tl.where(moves, mean, old_mean), tl.where(moves, var, old_var)

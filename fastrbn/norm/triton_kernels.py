@@ -98,7 +98,7 @@ def _backward(ctx, dy):
 
 
 class _Numbers(NamedTuple):
-    """Of a forward pass: elements n a channel that the statistics read, λ, λ·n, ε, the recipe's `Steady` and `Keep`."""
+    """Of a forward pass: elements n a channel that the statistics read, λ, λ·n, ε, the recipe's `Steady` and `Memory`."""
 
     n: float
     rate: float
@@ -107,9 +107,9 @@ class _Numbers(NamedTuple):
     least: float
     most: float
     share: float
-    kept_least: float
-    kept_most: float
-    kept_share: float
+    memory_least: float
+    memory_most: float
+    memory_share: float
 
 
 class _BackwardNumbers(NamedTuple):
@@ -143,7 +143,7 @@ def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
     job = _job(x, last, recipe)
     y, affine = torch.empty_like(x), _affine(weight, bias)
     work, moment = _floats(job.forward_work, x), _floats(4 * channels + 3, x)
-    numbers = _Numbers(job.n, rate, rate * job.n, float(plan.eps), *_steady(recipe), *_kept(recipe, plan.mom))
+    numbers = _Numbers(job.n, rate, rate * job.n, float(plan.eps), *_steady(recipe), *_memory(recipe, plan.mom))
     s, flags, common = job.statistics, job.statistics.slots * job.blocks, job.common
     with _on(x.device):
         if job.one:
@@ -266,7 +266,7 @@ def _differentiable(ctx, x, weight, bias, dy):
 
 
 _MERGING = {"num_warps": 4, "enable_fp_fusion": True}
-_FROZEN = Rule(*map(tl.constexpr, (True, False, False, False, False, 0, 0, 0, 0.0, False, False)))
+_FROZEN = Rule(*map(tl.constexpr, (True, False, False, False, False, 0, 0, 0, 0.0, False, False, False)))
 _NO_BOUNDS = 1.0, 1.0, 0.0
 
 
@@ -275,8 +275,8 @@ def _steady(recipe: Recipe) -> tuple[float, float, float]:
     return _NO_BOUNDS if s is None else (float(s.least), float(s.most), float(s.share))
 
 
-def _kept(recipe: Recipe, mom: float) -> tuple[float, float, float]:
-    return _NO_BOUNDS if recipe.keep is None else tuple(map(float, recipe.keep.samples(mom)))
+def _memory(recipe: Recipe, mom: float) -> tuple[float, float, float]:
+    return _NO_BOUNDS if recipe.memory is None else tuple(map(float, recipe.memory.bounds(mom)))
 
 
 @lru_cache(maxsize=256)
@@ -288,8 +288,21 @@ def _rule(recipe: Recipe, eps: float, twice: bool = False, for_x: bool = True, d
     young, floor = 0, 0.0
     if clamp is not None:
         young, floor = clamp.samples, clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
-    keep = recipe.keep is not None
-    settings = (False, batch, through, averaged, twice, every, after, young, float(floor), keep, drift)
+    memory = recipe.memory is not None
+    settings = (
+        False,
+        batch,
+        through,
+        averaged,
+        twice,
+        every,
+        after,
+        young,
+        float(floor),
+        memory,
+        recipe.leaning,
+        drift,
+    )
     return Rule(*map(tl.constexpr, settings))
 
 

@@ -9,7 +9,7 @@ import torch
 from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
 from norm.steps import ALL
 
-from fastrbn.norm import RECIPES, Keep, Recipe, RunningBatchNorm, get_recipe
+from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, get_recipe
 from fastrbn.norm.recipes import rate_backward
 
 SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
@@ -111,12 +111,14 @@ def test_a_steady_recipe_remembers_long_until_the_means_drift(backend):
     calm = [rate_taken(draw(n)) for n in (8, 24) * 20]
     assert max(calm[0::2]) < 2.6 * 8 / 1000 and max(calm[1::2]) < 2.6 * 24 / 1000
     assert min(calm[0::2]) >= 8 / 1000 * (1 - 1e-9)
-    assert rate_taken(draw(8) + 10) == pytest.approx(8 / 48)  # the rate itself is the most
+    most = recipe.memory.rate(0.1, 8, layer.num_samples_tracked.item())
+    assert most == pytest.approx(8 / (8 + 0.005 * 3856)) and rate_taken(draw(8) + 10) == pytest.approx(most)
 
 
+@pytest.mark.parametrize("leaning", [False, True])
 @pytest.mark.parametrize("backend", ALL)
-def test_a_leaning_step_normalises_with_more_of_its_batch_than_the_state_keeps(backend):
-    recipe = RECIPES["leaning"].but(backward="exact", elements=None, steady=None, clamp=None)
+def test_a_memory_binds_state_and_step_or_in_a_leaning_recipe_the_state_alone(backend, leaning):
+    recipe = RECIPES["leaning"].but(leaning=leaning, backward="exact", elements=None, steady=None, clamp=None)
     layer = RunningBatchNorm(3, recipe=recipe, backend=backend, dtype=torch.float64)
     mean, var, count, samples = torch.zeros(3), torch.ones(3), 0.0, 0
 
@@ -128,10 +130,11 @@ def test_a_leaning_step_normalises_with_more_of_its_batch_than_the_state_keeps(b
 
     for i, (x, dy) in enumerate(batches([*SHAPES, (900, 2, 2), (8, 3, 3), (12_000, 1, 1), (3, 5, 2)])):
         bs, leaf = len(x), x.clone().requires_grad_()
-        used_mean, used_var, _ = moved(leaf, bs / (bs + 10))
+        bound = bs / (bs + min(max(0.02 * samples, 40), 400))
+        used_mean, used_var, _ = moved(leaf, bs / (bs + 10) if leaning else bound)
         want = (leaf - used_mean.view(-1, 1, 1)) / (used_var.view(-1, 1, 1) + layer.eps).sqrt()
         want.backward(dy)
-        mean, var, count = moved(x, bs / (bs + min(max(0.02 * samples, 40), 400)))
+        mean, var, count = moved(x, bound)
         samples += bs
         got = step(layer, x, dy)
         for what, ours, theirs in (
@@ -144,13 +147,13 @@ def test_a_leaning_step_normalises_with_more_of_its_batch_than_the_state_keeps(b
         assert layer.running_count.item() == pytest.approx(count)
 
 
-def test_the_state_of_a_leaning_recipe_remembers_in_proportion_to_what_it_has_seen_and_to_mom():
-    keep = RECIPES["leaning"].keep
-    assert [keep.rate(0.1, 8, seen) for seen in (0, 2000, 10_000, 10**6)] == [8 / 48, 8 / 48, 8 / 208, 8 / 408]
-    assert keep.rate(0.4, 8, 0) == 8 / 18 and keep.rate(0.4, 8, 10**6) == 8 / 108
+def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
+    memory = RECIPES["leaning"].memory
+    assert [memory.rate(0.1, 8, seen) for seen in (0, 2000, 10_000, 10**6)] == [8 / 48, 8 / 48, 8 / 208, 8 / 408]
+    assert memory.rate(0.4, 8, 0) == 8 / 18 and memory.rate(0.4, 8, 10**6) == 8 / 108
     for numbers in ({"least": 0}, {"least": 9, "most": 8}, {"share": -1}):
         with pytest.raises(ValueError, match="`most` at least `least`"):
-            Keep(**numbers)
+            Memory(**numbers)
 
 
 def test_batch_recipe_is_batchnorm_in_training_and_in_evaluation():
@@ -217,8 +220,9 @@ def test_unknown_recipe_names_the_nearest():
         {"statistics": "lagged"},
         {"order": "random"},
         {"steady": "long"},
-        {"keep": 40},
-        {"keep": Keep(), "statistics": "batch"},
+        {"memory": Memory(), "statistics": "batch"},
+        {"memory": 40},
+        {"leaning": True},
     ],
 )
 def test_a_recipe_outside_its_rules_says_what_came(bad):

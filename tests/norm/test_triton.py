@@ -16,7 +16,7 @@ import pytest
 import torch
 from norm.steps import assert_same, assert_unmoved, buffers, layer_of, step
 
-from fastrbn.norm import RECIPES, Clamp, Keep, NormState, RunningBatchNorm, Skip, dispatch, reference
+from fastrbn.norm import RECIPES, Clamp, Memory, NormState, RunningBatchNorm, Skip, dispatch, reference
 from fastrbn.norm.recipes import Plan
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -121,7 +121,7 @@ def on_device(*tensors):
         PARTIAL.but(order="strided"),
         RECIPES["course"].but(skip=Skip(2, 6)),
         RECIPES["batch"].but(clamp=Clamp(11, variance=8.0)),
-        RECIPES["leaning"].but(elements=None, keep=Keep(least=0.1, most=3, share=0.5)),
+        RECIPES["leaning"].but(elements=None, memory=Memory(least=0.1, most=3, share=0.5)),
     ],
     ids=["default", "partial", "skip", "batch", "leaning"],
 )
@@ -140,7 +140,8 @@ def test_every_regime_equals_the_reference_in_outputs_gradients_and_buffers(reci
         PARTIAL.but(kappa=1.0, skip=Skip(3, 4)),
         RECIPES["course"].but(elements=1),
         RECIPES["leaning"],
-        DEFAULT.but(keep=Keep(least=0.1, most=3, share=0.5), skip=Skip(3, 4)),
+        RECIPES["leaning"].but(memory=Memory(least=0.1, most=3, share=0.5), skip=Skip(3, 4)),
+        DEFAULT.but(memory=Memory(least=0.1, most=3, share=0.5)),
         DEFAULT.but(clamp=Clamp(100, variance=0.8)),
         DEFAULT.but(clamp=Clamp(100, variance=None, deviation=0.9)),
     ],
@@ -154,6 +155,7 @@ def test_every_regime_equals_the_reference_in_outputs_gradients_and_buffers(reci
         "few",
         "leaning",
         "leaning-skip",
+        "memory",
         "clamp",
         "deviation",
     ],
