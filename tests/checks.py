@@ -106,7 +106,7 @@ class ClosedForm:
         xr = x if read is None else x[read]
         n = xr.numel() / x.shape[1]
         drift = n * ((xr.mean(dims) - self.mean) ** 2 / (self.var + self.eps)).mean().item()
-        most = bs / (bs + max(min(max(bs / 3, 10), 40), min(0.005 * self.samples, 100)))
+        most = bs / (bs + max(min(max(bs / 3, 20), 40), min(0.005 * self.samples, 100)))
         memory = min(max(0.05 * self.samples, 320), 3000)
         return most if self.count == 0 else min(most, n / memory * max(1, drift) ** 2)
 

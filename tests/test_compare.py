@@ -121,7 +121,7 @@ def test_a_description_has_every_setting_and_changes_with_a_recipe(monkeypatch):
     before = describe("default")
     monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", kappa=0.125))
     assert describe("default") != before
-    assert "memory=Memory(least=1,most=10,share=0.005)" in before and "leaning" not in before
+    assert "memory=Memory(least=2,most=10,share=0.005)" in before and "leaning" not in before
     assert "memory=Memory(least=4,most=40,share=0.02) leaning=True" in describe("leaning")
     # a recipe without either is described as it was before there were any, so that older results count as its own
     assert "memory" not in describe("course") and "leaning" not in describe("course")

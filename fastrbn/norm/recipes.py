@@ -68,9 +68,9 @@ def rate_leading(mom: float, bs: int, n: int) -> float:
 
 
 def rate_at_first(mom: float, bs: int, n: int) -> float:
-    """λ = bs/(bs + memory), the memory a third of the batch, at least 1/mom and at most 4/mom samples (10 and 40 at mom
+    """λ = bs/(bs + memory), the memory a third of the batch, at least 2/mom and at most 4/mom samples (20 and 40 at mom
     0.1): a batch weighs three quarters at most, up to 120 samples. Where a memory that grows starts."""
-    return bs / (bs + between(bs / 3, 1 / mom, 4 / mom))
+    return bs / (bs + between(bs / 3, 2 / mom, 4 / mom))
 
 
 def rate_backward(mom: float, bs: int, n: int) -> float:
@@ -148,12 +148,12 @@ class Steady:
 class Memory:
     """A memory in samples that grows while weights move less and less: λ is at most bs/(bs + memory).
 
-    The memory is `share` of the samples seen so far, at least `least`/mom and at most `most`/mom: 10 and 100 at mom 0.1,
-    which 2,000 and 20,000 samples make of it. A short one follows weights that move fast, and a step trains better for
+    The memory is `share` of the samples seen so far, at least `least`/mom and at most `most`/mom: 20 and 100 at mom 0.1,
+    which 4,000 and 20,000 samples make of it. A short one follows weights that move fast, and a step trains better for
     more of its own batch; an average over many samples evaluates better. Numbers from norm/README.md.
     """
 
-    least: float = 1
+    least: float = 2
     most: float = 10
     share: float = 0.005
 
