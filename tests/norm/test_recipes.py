@@ -106,13 +106,13 @@ def test_a_steady_recipe_remembers_long_until_the_means_drift(backend):
         return torch.randn(n, 64, generator=g, dtype=torch.float64)
 
     layer(draw(16))
-    for _ in range(400):
+    for _ in range(200):
         layer(draw(16))
     calm = [rate_taken(draw(n)) for n in (8, 24) * 20]
     assert max(calm[0::2]) < 2.6 * 8 / 1000 and max(calm[1::2]) < 2.6 * 24 / 1000
     assert min(calm[0::2]) >= 8 / 1000 * (1 - 1e-9)
-    most = recipe.memory.rate(0.1, 8, layer.num_samples_tracked.item())
-    assert most == pytest.approx(8 / (8 + 0.005 * 7056)) and rate_taken(draw(8) + 10) == pytest.approx(most)
+    layer.num_samples_tracked.fill_(12_000)
+    assert rate_taken(draw(8) + 10) == pytest.approx(8 / (8 + 60))  # what `memory` allows is the most
 
 
 @pytest.mark.parametrize("leaning", [False, True])
