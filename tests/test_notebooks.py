@@ -47,5 +47,12 @@ def test_notebook_is_committed_executed_without_errors_and_small(path):
     assert os.path.getsize(path) < 500_000
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_text_escapes_no_backslash_twice(path):
+    # a formula would show its commands' names, and a shell command would end at the line's end
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert cell.cell_type != "markdown" or "\\\\" not in cell.source, cell.source
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS

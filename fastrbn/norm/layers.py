@@ -27,7 +27,8 @@ class RunningBatchNorm(nn.Module):
     - `nf`: C, the number of channels.
     - `mom` (0.1): how fast the statistics move, in PyTorch's sense: 0.1 means that the *new* values weigh a tenth
       (Keras and the papers write 0.9 for it). How a batch size turns it into a rate is the recipe's: `default` takes
-      λ = bs/(bs + 4/mom), 0.17 at batch 8, or less (see `Recipe.steady`); `batch` takes mom itself, like
+      λ = bs/(bs + memory) with a memory that grows from 2/mom to 10/mom samples (20 to 100): 0.29 at batch 8 at first,
+      0.07 after 20,000 samples, or less (see `Recipe.memory`, `Recipe.steady`); `batch` takes mom itself, like
       nn.BatchNorm.
     - `eps` (1e-5): added to the variance.
     - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,).
