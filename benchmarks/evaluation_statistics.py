@@ -1,6 +1,6 @@
 """How much of a norm's accuracy is lost to the statistics that it is evaluated with?
 
-    python benchmarks/evaluation_statistics.py --norms default,leaning,batchnorm --bs 8 --seeds 0,1,2
+    python benchmarks/evaluation_statistics.py [--norms default,batchnorm] [--bs 8] [--seeds 0,1,2] [--csv FILE]
 
 Trains resnet-small on CIFAR-10 as `small_batch.py --grid cifar` does, and prints the validation accuracy with the net's own running
 statistics and with those of 2,000 training images, which are set layer by layer, each from what the layers before make of
@@ -10,14 +10,16 @@ the images with theirs.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from statistics import fmean
 
 import torch
+from about import machine, write_csv
 from small_batch import GRIDS, numbers
 from torch import nn
 
 from fastrbn import RunningBatchNorm
-from fastrbn.compare import cells_of, split_norms
+from fastrbn.compare import cells_of, describe, split_norms
 from fastrbn.compare.cell import load_images, run_cell, valid_accuracy
 from fastrbn.data import BatchLoader
 
@@ -48,6 +50,7 @@ def main():
     parser.add_argument("--bs", type=numbers(int), default=[8])
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2])
     parser.add_argument("--n-train", type=int, default=GRIDS["cifar"]["n_train"])
+    parser.add_argument("--csv", type=Path, help="write a row a training here too")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -55,6 +58,7 @@ def main():
     grid = GRIDS["cifar"] | {"bs": args.bs, "seeds": args.seeds, "n_train": args.n_train}
     del grid["norms"]
     print("norm, batch size: accuracy with its own statistics; with those of 2,000 images; a seed each, and the means")
+    rows = []
     for norm in split_norms(args.norms):
         for bs in args.bs:
             own, given = [], []
@@ -66,6 +70,11 @@ def main():
             for cell in cells_of([norm], **grid | {"bs": [bs]}):
                 own.append(run_cell(cell, images, look=look)[0]["accuracy"])
             print(f"{norm}, {bs}: {words(own)}; {words(given)}", flush=True)
+            for seed, accuracy, with_given in zip(args.seeds, own, given, strict=True):
+                row = {"norm": norm, "settings": describe(norm), "bs": bs, "seed": seed}
+                rows.append(row | {"accuracy": accuracy, "with_statistics_of_2000": round(with_given, 2)})
+            if args.csv:
+                write_csv(args.csv, rows, machine())
 
 
 def words(values):
