@@ -58,7 +58,7 @@ def test_forwards_before_backwards_in_any_order_use_the_statistics_of_their_own_
     ys, moments = [], []
     for x in xs:
         ys.append(layer(x))
-        n, lam = 20, 4 / (4 + 40)
+        n, lam = 20, 4 / (4 + 20)
         moments.append((layer.running_mean.clone(), layer.running_var.clone(), lam * n / layer.running_count.clone()))
     for i in order:
         ys[i].backward(dys[i])

@@ -96,7 +96,7 @@ def test_a_batchnorm_checkpoint_loads_strictly_and_its_past_counts(batches, old,
     assert torch.allclose(layer.eval()(x), theirs.eval()(x), atol=1e-6)
     mean, var = layer.running_mean.clone(), layer.running_var.clone()
     layer.train()(x * 30 + 100)
-    rate = 5 / 45  # the rate itself: everything has drifted
+    rate = 5 / 25  # the most of a young memory: everything has drifted
     if batches == 0:  # nothing seen: the first batch counts fully
         assert torch.allclose(layer.running_mean, (x * 30 + 100).mean((0, 2, 3)))
     else:
