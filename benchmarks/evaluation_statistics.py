@@ -1,6 +1,7 @@
 """How much of a norm's accuracy is lost to the statistics that it is evaluated with?
 
-    python benchmarks/evaluation_statistics.py [--norms default,batchnorm] [--bs 8] [--seeds 0,1,2] [--csv FILE]
+    python benchmarks/evaluation_statistics.py [--norms default,leaning,batchnorm] [--bs 8] [--seeds 0,1,2]
+        [--csv results/evaluation_statistics_cpu.csv]
 
 Trains resnet-small on CIFAR-10 as `small_batch.py --grid cifar` does, and prints the validation accuracy with the net's own running
 statistics and with those of 2,000 training images, which are set layer by layer, each from what the layers before make of
@@ -62,17 +63,14 @@ def main():
     for norm in split_norms(args.norms):
         for bs in args.bs:
             own, given = [], []
-
-            def look(model, given=given):
-                set_statistics(model, images)
-                given.append(100 * valid_accuracy(model, images))
-
             for cell in cells_of([norm], **grid | {"bs": [bs]}):
-                own.append(run_cell(cell, images, look=look)[0]["accuracy"])
+                trained = []
+                own.append(run_cell(cell, images, look=trained.append)[0]["accuracy"])
+                set_statistics(trained[0], images)
+                given.append(round(100 * valid_accuracy(trained[0], images), 2))
+                row = {"norm": norm, "settings": describe(norm), "bs": bs, "seed": cell.seed}
+                rows.append(row | {"accuracy": own[-1], "with_statistics_of_2000": given[-1]})
             print(f"{norm}, {bs}: {words(own)}; {words(given)}", flush=True)
-            for seed, accuracy, with_given in zip(args.seeds, own, given, strict=True):
-                row = {"norm": norm, "settings": describe(norm), "bs": bs, "seed": seed}
-                rows.append(row | {"accuracy": accuracy, "with_statistics_of_2000": round(with_given, 2)})
             if args.csv:
                 write_csv(args.csv, rows, machine())
 

@@ -358,28 +358,28 @@ static double counted(double rate, double n, double old) { return old < 0 ? n : 
 /* Move the running statistics by the batch's in saved, and leave there what normalises; the batch's share of that. */
 static double move(const Forward *f, int64_t c, double n) {
   REAL *m = f->saved + M * c, *v = f->saved + V * c, *mean = f->saved + MEAN * c, *var = f->saved + VAR * c;
-  const double old = *f->count, most = f->most > 0 && old != 0 ? steadied(f, c, n) : f->rate;
+  const double old = *f->count, rate = f->most > 0 && old != 0 ? steadied(f, c, n) : f->rate;
   if (f->batch) { /* nn.BatchNorm's: the variance unbiased where it can be */
     const double unbiased = n > 1 ? n / (n - 1) : 1;
     for (int64_t j = 0; j < c; j++) {
-      f->mean[j] = (REAL)(f->mean[j] + most * ((double)m[j] - f->mean[j]));
-      f->var[j] = (REAL)(f->var[j] + most * (unbiased * v[j] - f->var[j]));
+      f->mean[j] = (REAL)(f->mean[j] + rate * ((double)m[j] - f->mean[j]));
+      f->var[j] = (REAL)(f->var[j] + rate * (unbiased * v[j] - f->var[j]));
     }
     *f->count = (REAL)n;
     return 1;
   }
-  double kept = most;
+  double kept = rate; /* of the state; but for a leaning recipe also of what normalises */
   if (f->memory_most > 0) {
     kept = f->bs / (f->bs + grown(f, f->memory_share, f->memory_least, f->memory_most));
-    kept = kept < most ? kept : most;
+    kept = kept < rate ? kept : rate;
   }
-  const double rate = f->leaning ? most : kept;
-  const double moved = counted(kept, n, old), a = rate * n / counted(rate, n, old), s = kept * n / moved;
+  const double used = f->leaning ? rate : kept;
+  const double moved = counted(kept, n, old), a = used * n / counted(used, n, old), s = kept * n / moved;
   for (int64_t j = 0; j < c; j++) {
     const double d = (double)m[j] - f->mean[j], old_var = f->var[j];
     mean[j] = (REAL)(f->mean[j] + a * d);
     var[j] = (REAL)((1 - a) * old_var + a * v[j] + a * (1 - a) * d * d);
-    f->mean[j] = (REAL)(f->mean[j] + s * d); /* the same, but for a leaning recipe */
+    f->mean[j] = (REAL)(f->mean[j] + s * d);
     f->var[j] = (REAL)((1 - s) * old_var + s * v[j] + s * (1 - s) * d * d);
   }
   *f->count = (REAL)moved;

@@ -288,21 +288,8 @@ def _rule(recipe: Recipe, eps: float, twice: bool = False, for_x: bool = True, d
     young, floor = 0, 0.0
     if clamp is not None:
         young, floor = clamp.samples, clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
-    memory = recipe.memory is not None
-    settings = (
-        False,
-        batch,
-        through,
-        averaged,
-        twice,
-        every,
-        after,
-        young,
-        float(floor),
-        memory,
-        recipe.leaning,
-        drift,
-    )
+    bounds = recipe.memory is not None, recipe.leaning, drift
+    settings = (False, batch, through, averaged, twice, every, after, young, float(floor), *bounds)
     return Rule(*map(tl.constexpr, settings))
 
 

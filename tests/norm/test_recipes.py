@@ -10,7 +10,7 @@ from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
 from norm.steps import ALL
 
 from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, get_recipe
-from fastrbn.norm.recipes import rate_backward
+from fastrbn.norm.recipes import rate_at_first, rate_backward
 
 SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
 
@@ -154,6 +154,14 @@ def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
     for numbers in ({"least": 0}, {"least": 9, "most": 8}, {"share": -1}):
         with pytest.raises(ValueError, match="`most` at least `least`"):
             Memory(**numbers)
+
+
+def test_the_defaults_rate_starts_from_a_third_of_the_batch_between_bounds_that_mom_sets():
+    sizes, memories = (1, 8, 60, 90, 120, 512), (20, 20, 20, 30, 40, 40)
+    for bs, memory in zip(sizes, memories, strict=True):
+        assert rate_at_first(0.1, bs, 1) == pytest.approx(bs / (bs + memory))
+        assert rate_at_first(0.1, torch.tensor(bs), 1).item() == pytest.approx(bs / (bs + memory))
+    assert rate_at_first(0.4, 8, 1) == pytest.approx(8 / 13) and rate_at_first(0.4, 512, 1) == pytest.approx(512 / 522)
 
 
 def test_batch_recipe_is_batchnorm_in_training_and_in_evaluation():
