@@ -7,7 +7,7 @@ from .device import BatchTransformXCallback, CudaCallback
 from .distributed import Distributed
 from .ema import EMA
 from .graph import GraphHolder, GraphMonitor, GraphReport
-from .hooks import Hook, Hooks, ListContainer, append_stats, children
+from .hooks import Hook, Hooks, ListContainer, append_stats, append_stats_hist, children
 from .loggers import CSVLogger, TensorBoardLogger
 from .mixup import MixUp
 from .nonfinite import HaltOnNaN, NonFiniteError, NonFiniteReport
@@ -67,6 +67,7 @@ __all__ = [
     "accuracy",
     "annealer",
     "append_stats",
+    "append_stats_hist",
     "children",
     "combine_scheds",
     "cos_1cycle_anneal",

@@ -107,19 +107,30 @@ class Hooks(_Removable, ListContainer):
 
 
 def append_stats(hook, mod, inp, outp):
-    """For `Hooks`: `hook.stats` is three lists, means, deviations and histograms (40 bins, 0–10), an entry for each
-    call in training. Each call waits for the device; `ActivationStats` does not.
+    """For `Hooks`: `hook.stats` is two lists, means and standard deviations, an entry for each call in training.
+
+    Each call waits for the device; `ActivationStats` does not.
 
     Source: fast.ai course, part 2 (2019), notebook 06.
     """
+    _append(hook, mod, outp, (torch.mean, torch.std))
+
+
+def append_stats_hist(hook, mod, inp, outp):
+    """As `append_stats`, with a third list: histograms of 40 bins from 0 to 10.
+
+    Source: fast.ai course, part 2 (2019), notebook 06, which calls it `append_stats` too.
+    """
+    _append(hook, mod, outp, (torch.mean, torch.std, lambda out: out.histc(40, 0, 10)))
+
+
+def _append(hook, mod, outp, functions):
     if not hasattr(hook, "stats"):
-        hook.stats = ([], [], [])
+        hook.stats = tuple([] for _ in functions)
     if mod.training:
-        means, stds, hists = hook.stats
         out = outp.detach().float().cpu()
-        means.append(out.mean())
-        stds.append(out.std())
-        hists.append(out.histc(40, 0, 10))
+        for values, function in zip(hook.stats, functions):
+            values.append(function(out))
 
 
 def _call(reference, f, module, inp, outp):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastrbn.callbacks import Hook, Hooks, ListContainer, append_stats, children
+from fastrbn.callbacks import Hook, Hooks, ListContainer, append_stats, append_stats_hist, children
 
 
 def hooks_on(model):
@@ -99,21 +99,25 @@ def test_hooks_of_a_model_are_its_childrens_as_in_the_course():
     with Hooks(model, append_stats) as hooks:
         model(torch.randn(5, 4))
         assert hooks_on(model) == len(hooks) == 3
-        means, stds, hists = hooks[0].stats
+        means, stds = hooks[0].stats
         model.eval()
         model(torch.randn(5, 4))
-        assert (len(means), len(stds), len(hists)) == (1, 1, 1), "evaluation was counted"
+        assert (len(means), len(stds)) == (1, 1), "evaluation was counted"
     assert hooks_on(model) == 0
-    assert hists[0].shape == (40,)
 
 
-def test_append_stats_takes_mean_deviation_and_histogram():
+def test_append_stats_keeps_mean_and_deviation_and_append_stats_hist_a_histogram_too():
     model = nn.Sequential(nn.Identity())
     x = torch.rand(6, 4) * 10
-    with Hooks(children(model), append_stats) as hooks:
-        model(x)
-        means, stds, hists = hooks[0].stats
-    torch.testing.assert_close((means[0], stds[0], hists[0]), (x.mean(), x.std(), x.histc(40, 0, 10)))
+    for keep, expected in (
+        (append_stats, [x.mean(), x.std()]),
+        (append_stats_hist, [x.mean(), x.std(), x.histc(40, 0, 10)]),
+    ):
+        with Hooks(children(model), keep) as hooks:
+            model(x)
+            model(2 * x)
+            torch.testing.assert_close([values[0] for values in hooks[0].stats], expected)
+            assert all(len(values) == 2 for values in hooks[0].stats)
 
 
 def test_deleting_an_item_removes_its_hook():
