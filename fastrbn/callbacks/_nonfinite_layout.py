@@ -84,12 +84,12 @@ class Layout:
         """(key, value) of all tensors in the flat copies."""
         return (pair for group, flat in zip(self.groups, copies) for pair in group.values(flat))
 
-    def adopted(self, other, copies) -> Copies:
-        """The copies that belong to another layout in this one. What that did not have begins as 0, as optimisers'
-        averages and counts do."""
+    def adopted(self, other, copies, more) -> Copies:
+        """The copies that belong to another layout in this one, with `more` by key. What there is not begins as 0, as
+        optimisers' averages and counts do."""
         if other.same_as(self):
             return copies
-        old = {key: value for key, value in other.values(copies)}
+        old = {**more, **dict(other.values(copies))}
         new = Copies(self.groups)
         for group, out in zip(self.groups, new):
             torch.cat([_flat(_like(t, old.get(key))) for key, t, _ in group.members], out=out)

@@ -8,6 +8,7 @@ import functools
 import typing
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from fastrbn.snapshot import RandomState
 
@@ -123,7 +124,7 @@ def _traced(model, trace):
             if not isinstance(m, CONTAINERS):
                 handles.append(m.register_forward_hook(functools.partial(_note_output, trace, name or "model")))
         for name, p in model.named_parameters():
-            if p.requires_grad:
+            if p.requires_grad and not is_lazy(p):
                 handles.append(p.register_post_accumulate_grad_hook(functools.partial(_note_grad, trace, name)))
         yield
     finally:

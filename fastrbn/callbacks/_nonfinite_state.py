@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ._nonfinite_layout import Layout
 from ._nonfinite_native import known_finite
@@ -22,29 +23,63 @@ class KeptState:
     - `advance()`: copy the state as it is now; when it is finite, keep the copy. Returns the names that are not.
     - `advance_unless(flags)`: the same on a device, where `flags` (`DeviceFlags`) decide without the host knowing.
     - `restore(host)`: put back what is kept.
+    - `follow()`: take the model's modules and parameters as they are now, when some were `replaced()`.
+    - `remove()`: take the hooks off lazy modules that were never called.
 
     `device`: where `flags` are; tensors elsewhere (an optimiser's counters) are copied for each step, in `host`.
 
     Buffers that hold NaN or Inf when this is made (masks of -inf) are kept, and let be. Of the optimiser's state those
     tensors are examined that have their parameter's shape: what else there is may mean anything.
+
+    A lazy module's parameters and buffers are kept as soon as the module has made them, before it uses them.
     """
 
     def __init__(self, model, opt, device=None):
-        self.params, self._opt, self._device = list(model.named_parameters()), opt, device
-        self._names = {p: name for name, p in self.params}
-        self._modules = list(model.named_modules())
-        self._params = [p for _, p in self.params]
-        self._find_buffers()
-        self._exempt, self._pointers, self._layout, self._saved = set(), None, None, None
-        self.stale = False
+        self._model, self._opt, self._device = model, opt, device
+        self._exempt, self._entries, self._layout, self._saved = set(), [], None, None
+        self._fresh, self._hooks = {}, []  # of lazy modules: what they have made, and hooks on those that will
         self.norm, self.host = 0.0, ({}, [])
-        self._look_up()
-        floats = [(key, t) for key, t, examined in self._entries if examined]
-        if not known_finite([t for _, t in floats]):
-            self._exempt = {key for key, t in floats if not is_finite(t)}
-            self._pointers = None
+        self.follow()
 
     # What there is
+
+    def follow(self) -> None:
+        self.params = list(self._model.named_parameters())
+        self._names = {p: name for name, p in self.params}
+        self._modules = list(self._model.named_modules())
+        self._params = [p for _, p in self.params]
+        self._tables = [table for _, m in self._modules for table in (m._parameters, m._modules)]
+        self._parts, self._pointers = self._in_tables(), None
+        known = {key for key, _, _ in self._entries}
+        self._find_buffers()
+        self._look_up()
+        floats = [(key, t) for key, t, examined in self._entries if examined and key not in known]
+        if not known_finite([t for _, t in floats]):
+            self._exempt |= {key for key, t in floats if not is_finite(t)}
+            self._pointers = None
+        self.remove()
+        for name, m in self._modules:
+            if any(map(is_lazy, (*m._parameters.values(), *m._buffers.values()))):
+                self._hooks.append(m.register_forward_pre_hook(_MadeHook(self, name)))  # comes after the module's own
+        self.save()
+
+    def replaced(self) -> bool:
+        """Whether a module or parameter is not the one it was."""
+        return self._in_tables() != self._parts
+
+    def _in_tables(self):
+        return [id(part) for table in self._tables for part in table.values()]
+
+    def _made(self, prefix, module):
+        for kind, table in (("param", module._parameters), ("buffer", module._buffers)):
+            for name, t in table.items():
+                if _in_memory(t):
+                    self._fresh[kind, f"{prefix}.{name}".lstrip(".")] = t.detach().clone()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _live(self):
         """Tensors in a fixed order, their addresses, and of the optimiser's state what is no tensor."""
@@ -55,9 +90,9 @@ class KeptState:
             now += state.values()
         try:
             return now, list(map(_address, now)), []
-        except TypeError:  # a buffer that is not there, or an optimiser's counter
-            now = [t for t in now if isinstance(t, torch.Tensor)]
-        plain = [(p, k, v) for p, s in states.items() for k, v in s.items() if not isinstance(v, torch.Tensor)]
+        except (TypeError, ValueError, RuntimeError):  # no buffer, an optimiser's counter; lazy ones; sparse ones
+            now = list(filter(_in_memory, now))
+        plain = [(p, k, _copy(v)) for p, s in states.items() for k, v in s.items() if not _in_memory(v)]
         return now, list(map(_address, now)), plain
 
     def _find_buffers(self):
@@ -75,12 +110,12 @@ class KeptState:
 
     def _named(self, now):
         """(key, tensor, examined?) of each live tensor."""
-        keys = [("param", name) for name, _ in self.params]
+        keys = [("param", name) for name, p in self.params if _in_memory(p)]
         for prefix, module in self._modules:
-            keys += [("buffer", f"{prefix}.{n}".lstrip(".")) for n, b in module._buffers.items() if b is not None]
+            keys += [("buffer", f"{prefix}.{n}".lstrip(".")) for n, b in module._buffers.items() if _in_memory(b)]
         shapes = {}
         for p, state in getattr(self._opt, "state", {}).items():
-            own = [("state", p, k) for k, v in state.items() if isinstance(v, torch.Tensor)]
+            own = [("state", p, k) for k, v in state.items() if _in_memory(v)]
             shapes.update({key: getattr(p, "shape", None) for key in own})
             keys += own
         for key, t in zip(keys, now):
@@ -119,6 +154,7 @@ class KeptState:
         self.stale = False
 
     def _keep(self, layout, copies):
+        self._fresh = {}
         before, self._saved = self._saved, (layout, copies)
         if not layout.native:
             layout.spare = before[1] if before and before[0].same_as(layout) else None
@@ -129,7 +165,7 @@ class KeptState:
         """The square of the parameters' norm, a tensor on the device for each group of them."""
         layout = self._look_up()
         if self._saved[0] is not layout:
-            self._saved = (layout, layout.adopted(*self._saved))
+            self._saved, self._fresh = (layout, layout.adopted(*self._saved, self._fresh)), {}
         copies, saved = layout.capture(), self._saved[1]
         for group, flat in zip(layout.groups, copies):
             if group.on_device and group.examined:
@@ -155,6 +191,10 @@ class KeptState:
         self._look_up()
         return self._not_finite()
 
+    def magnitudes(self) -> dict[str, float]:
+        """The largest absolute value of each parameter."""
+        return {name: p.detach().abs().max().item() for name, p in self.params if _in_memory(p) and p.numel()}
+
     def is_buffer(self, name) -> bool:
         return any(key == ("buffer", name) for key, _, _ in self._entries)
 
@@ -165,7 +205,7 @@ class KeptState:
         """`host`: what `self.host` was at the time; without it, it is the last one's."""
         layout, copies = self._saved
         plain, on_host = self.host if host is None else host
-        saved = dict(layout.values(copies))
+        saved = {**self._fresh, **dict(layout.values(copies))}
         for other, i, flat in on_host:
             saved.update(other.groups[i].values(flat))
         saved = {key: value for key, value in saved.items() if key[0] in kinds}
@@ -199,7 +239,31 @@ class KeptState:
             self._opt.state[p][k] = v
 
 
+class _MadeHook:
+    """Of a lazy module that is about to run for the first time. A copy of the model takes a copy, which does nothing."""
+
+    def __init__(self, kept=None, prefix=""):
+        self.kept, self.prefix = kept, prefix
+
+    def __call__(self, module, args):
+        if self.kept is not None:
+            self.kept._made(self.prefix, module)
+            self.kept = None
+
+    def __reduce__(self):
+        return _MadeHook, ()
+
+
 _address = torch.Tensor.data_ptr
+
+
+def _in_memory(value) -> bool:
+    """Whether it is a tensor whose values can be copied by address: not one of a lazy module, nor a sparse one."""
+    return isinstance(value, torch.Tensor) and not is_lazy(value) and value.layout is torch.strided
+
+
+def _copy(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _squares(flats) -> float:

@@ -43,7 +43,9 @@ def sums_finite(tensors) -> bool:
 
 
 def number(loss):
-    """The loss as a float where that waits for no device."""
+    """The loss as a float where that waits for no device. Of a loss for each sample it is the mean."""
+    if loss.numel() != 1:
+        loss = loss.detach().double().mean()
     return loss.item() if loss.is_cpu and loss.numel() == 1 and loss.is_floating_point() else loss.detach()
 
 

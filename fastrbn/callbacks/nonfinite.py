@@ -85,23 +85,41 @@ class HaltOnNaN(Callback):
         run = self.run
         vars(self).update(_IDLE)
         self.report, self._history = None, History()
-        self._outputs, device = Outputs(run.model, stay=self.every == 1), late_device(run.model)
+        device = late_device(run.model)
         self._late = LateLooks(device) if device is not None else None
+        self._outputs = Outputs(run.model, stay=self.every == 1)
         self._kept = KeptState(run.model, run.opt, device)
-        self._kept.save()
-        hooked = next((o for o in (run.opt, run.learn.opt) if hasattr(o, "register_step_pre_hook")), None)
+        hooked = self._hooked()
         self._hook = hooked and hooked.register_step_pre_hook(self._before_step)
-        stepped = {p for g in run.opt.param_groups for p in g["params"]}
-        self._showing = type(hooked) in _SHOWING and all(
-            p in stepped for p in run.model.parameters() if p.requires_grad
-        )
+        self._showing = self._shows()
+
+    def _hooked(self):
+        run = self.run
+        return next((o for o in (run.opt, run.learn.opt) if hasattr(o, "register_step_pre_hook")), None)
+
+    def _shows(self):
+        """Whether each bad gradient becomes a bad parameter."""
+        stepped = {p for g in self.run.opt.param_groups for p in g["params"]}
+        return type(self._hooked()) in _SHOWING and all(p in stepped for _, p in self._kept.params if p.requires_grad)
+
+    def _follow(self):
+        """Modules or parameters were replaced."""
+        self._poll(wait=True)
+        self._outputs.remove()
+        self._outputs = Outputs(self.run.model, stay=self.every == 1)
+        self._kept.follow()
+        self._showing = self._shows()
 
     def begin_batch(self):
         run, kept = self.run, self._kept
+        if kept is None:  # outside a fit
+            return
         if (run.n_iter if run.in_train else run.iter) % self.every:
             self._batch = None
             return
-        if kept.stale:
+        if kept.replaced():
+            self._follow()
+        elif kept.stale:
             kept.save()
         late, outputs, own = self._late, self._outputs, vars(self)  # setting attributes of a callback has its price
         own["_batch"] = batch = Batch.here(run, kept.host, outputs.counters(), late and late.device)
@@ -111,6 +129,8 @@ class HaltOnNaN(Callback):
 
     def after_loss(self):
         run, batch = self.run, self._batch
+        if self._kept is None or not isinstance(run.loss, torch.Tensor):
+            return  # outside a fit; or the loop will say what a loss must be
         loss = number(run.loss)
         if run.in_train:
             self._history.add_loss(run.n_iter, loss, [g["lr"] for g in run.opt.param_groups])
@@ -173,16 +193,15 @@ class HaltOnNaN(Callback):
 
     def after_epoch(self):
         self._poll(wait=True)
-        if self.every > 1 and (bad := self._kept.advance()):  # the last steps went unseen
+        if self.every > 1 and self._kept is not None and (bad := self._kept.advance()):  # the last steps went unseen
             self._halt(Batch.here(self.run, self._kept.host), *self._state_phase(bad))
 
     def after_fit(self):
+        for hooks in (self._outputs, self._kept, self._hook):
+            if hooks is not None:
+                hooks.remove()
         if self._late is not None and self._late.waiting and not self._halting:
             self._last_look()
-        if self._outputs is not None:
-            self._outputs.remove()
-        if self._hook is not None:
-            self._hook.remove()
         self._history.load_state_dict(self._history.state_dict())  # numbers from here on
         vars(self).update(_IDLE)
 
@@ -266,7 +285,7 @@ class HaltOnNaN(Callback):
             batch=batch.batch,
             phase=phase,
             where=where,
-            magnitudes={n: p.detach().abs().max().item() for n, p in kept.params if p.numel()},
+            magnitudes=kept.magnitudes(),
             in_train=batch.in_train,
             note=note,
             **self._history.upto(batch.step),

@@ -539,3 +539,202 @@ def test_a_prediction_that_the_loss_does_not_show_is_looked_at(make_learn, way):
     Runner([halt]).fit(1, learn)
     assert (halt.report.step, halt.report.phase, halt.report.where) == (5, "forward", "model")
     assert math.isfinite(halt.report.losses[-1])
+
+
+# --- parameters that are made, or replaced, within the fit
+
+
+def lazy_model(middle):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Dropout(0.2), middle, nn.LazyLinear(3))
+
+
+class Hurts(nn.Module):
+    """In training call number `at` the output, or the gradient, is NaN."""
+
+    def __init__(self, at, kind="output"):
+        super().__init__()
+        self.at, self.kind, self.calls = at, kind, -1
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.training and self.calls == self.at:
+            x = x.clone()
+            if self.kind == "output":
+                return x * math.nan
+            x.register_hook(lambda g: g * math.nan)
+        return x
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(("kind", "where"), [("output", "3"), ("gradient", "1.weight")])
+def test_lazy_modules_are_put_back_from_their_first_batch_on(make_learn, way, kind, where, at):
+    learn = make_learn(model=lazy_model(Hurts(at, kind)))
+    run = Runner([HaltOnNaN()])
+    run.fit(2, learn)
+    assert (run.halt_on_nan.report.step, run.halt_on_nan.report.where) == (at, where)
+
+    class Initialised(Callback):
+        """The state that a first batch begins with: modules initialise themselves in its forward pass."""
+
+        def after_pred(self):
+            self.run.model[1].reset_running_stats()
+            raise CancelTrainException
+
+    clean = make_learn(model=lazy_model(Hurts(-2)))
+    Runner([Stops(at) if at else Initialised()]).fit(2, clean)
+    check_same(state_of(learn), state_of(clean))
+
+
+def test_a_lazy_module_that_is_never_called_is_no_trouble(make_learn, way):
+    model = model_of(Hurts(1))
+    model.forward = lambda x, layers=tuple(model): layers[2](layers[1](layers[0](x)))
+    model.spare = nn.LazyLinear(3)
+    run = Runner([HaltOnNaN()])
+    run.fit(1, make_learn(model=model))
+    assert (run.halt_on_nan.report.step, run.halt_on_nan.report.where) == (1, "1.3")
+    assert "spare.weight" not in run.halt_on_nan.report.magnitudes
+
+
+class Replaces(Callback):
+    """At step `at` gives the model another head, or that another weight; from step `hurts` on its gradient is NaN."""
+
+    def __init__(self, what, at, hurts):
+        self.what, self.at, self.hurts = what, at, hurts
+
+    def begin_batch(self):
+        run = self.run
+        if run.in_train and run.n_iter == self.at:
+            torch.manual_seed(2)
+            if self.what == "module":
+                run.model[2] = nn.Linear(8, 3, bias=False)
+            else:
+                run.model[2].weight = nn.Parameter(torch.randn(3, 8))
+            run.opt.add_param_group({"params": [run.model[2].weight], "lr": 0.1})
+        if run.in_train and run.n_iter == self.hurts:
+            run.model[2].weight.register_hook(lambda g: g * math.nan)
+
+
+@pytest.mark.parametrize("what", ["module", "parameter"])
+@pytest.mark.parametrize("hurts", [2, 3])
+def test_what_replaces_a_module_or_parameter_is_watched_and_put_back(make_learn, way, what, hurts):
+    learn = make_learn(model=model_of())
+    run = Runner([HaltOnNaN(), Replaces(what, 2, hurts)])
+    run.fit(2, learn)
+    report = run.halt_on_nan.report
+    assert (report.step, report.phase, report.where) == (hurts, "backward", "2.weight")
+
+    class StopsLater(Stops):
+        _order = 1
+
+    clean = make_learn(model=model_of())
+    Runner([Replaces(what, 2, -1), StopsLater(hurts)]).fit(2, clean)
+    check_same(learn.model.state_dict(), clean.model.state_dict())
+
+
+def test_a_module_that_replaces_another_is_named_by_its_output(make_learn, way):
+    class Adds(Callback):
+        def begin_batch(self):
+            if self.run.in_train and self.run.n_iter == 2:
+                self.run.model[1][3] = Hurts(0)
+
+    model = model_of(nn.Identity())
+    run = Runner([HaltOnNaN(), Adds()])
+    run.fit(1, make_learn(model=model))
+    assert (run.halt_on_nan.report.step, run.halt_on_nan.report.where) == (2, "1.3")
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_parameters_that_modules_share_are_named_once_and_put_back(make_learn, way):
+    def make():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+        model[1].weight = model[0].weight
+        return make_learn(model=model)
+
+    class Spoils(Callback):
+        def begin_batch(self):
+            if self.run.in_train and self.run.n_iter == 2:
+                self.run.model[1].weight.register_hook(lambda g: g * math.nan)
+
+    learn, clean = make(), make()
+    run = Runner([HaltOnNaN(), Spoils()])
+    run.fit(1, learn)
+    assert (run.halt_on_nan.report.step, run.halt_on_nan.report.where) == (2, "0.weight")
+    Runner([Stops(2)]).fit(1, clean)
+    check_same(state_of(learn), state_of(clean))
+    assert learn.model[1].weight is learn.model[0].weight
+
+
+@pytest.mark.parametrize("opt", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SparseAdam(p)])
+@pytest.mark.parametrize("bad", [1.0, math.nan])
+def test_sparse_gradients_and_what_an_optimiser_keeps_of_them_are_put_back(make_learn, way, opt, bad):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.Embedding(5, 3, sparse=True)
+
+        def forward(self, x):
+            return self.rows((x[:, 0] > 0).long()) + 1.0
+
+    class Spoils(Callback):
+        def begin_batch(self):
+            if self.run.in_train and self.run.n_iter == 2:
+                self.run.model.rows.weight.register_hook(lambda g: g * bad)
+
+    def make():
+        torch.manual_seed(1)
+        return make_learn(model=Rows(), opt=opt)
+
+    learn, clean = make(), make()
+    run = Runner([HaltOnNaN(), Spoils()])
+    run.fit(1, learn)
+    report = run.halt_on_nan.report
+    assert (report is None) if bad == 1 else (report.step, report.where) == (2, "rows.weight")
+    Runner([] if bad == 1 else [Stops(2)]).fit(1, clean)
+    for name, value in state_of(clean).items():
+        now = torch.as_tensor(state_of(learn)[name])
+        torch.testing.assert_close(now.to_dense(), torch.as_tensor(value).to_dense(), rtol=0, atol=0)
+
+
+# --- outside a fit, and in one that fails
+
+
+def test_a_batch_can_be_looked_at_outside_a_fit(make_learn):
+    learn, run = make_learn(), Runner([HaltOnNaN()])
+
+    def get_batch():  # as the course's notebook 07 does
+        run.xb, run.yb = next(iter(learn.data.train_dl))
+        run("begin_batch")
+        return run.xb
+
+    assert get_batch().shape == (6, 4)
+    run.fit(1, learn)
+    run.loss = learn.loss_func(learn.model(get_batch()), run.yb)
+    for event in ("after_loss", "after_backward", "after_step", "after_batch"):
+        run(event)
+    assert run.halt_on_nan.report is None
+    assert not any(m._forward_hooks for m in learn.model.modules())
+
+
+def test_a_loss_that_is_no_scalar_fails_with_one_error(make_learn, way, capsys):
+    run = Runner([HaltOnNaN()])
+    with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar outputs"):
+        run.fit(1, make_learn(loss_func=nn.CrossEntropyLoss(reduction="none")))
+    assert capsys.readouterr().err == ""
+
+
+def test_of_a_loss_for_each_sample_the_report_has_the_mean(make_learn, way):
+    class Weighs(Callback):
+        def begin_fit(self):
+            self.losses = []
+            self.run.claim(self, weigh=lambda loss: loss.mean())
+
+        def after_loss(self):
+            if self.run.in_train:
+                self.losses.append(self.run.loss.mean().item())
+
+    run = Runner([HaltOnNaN(), Weighs()])
+    run.fit(1, make_learn(model=model_of(Hurts(2)), loss_func=nn.CrossEntropyLoss(reduction="none")))
+    assert run.halt_on_nan.report.losses[:2] == pytest.approx(run.weighs.losses[:2])
+    assert math.isnan(run.halt_on_nan.report.losses[2])
