@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 
 import torch
@@ -72,26 +73,17 @@ def model_summary(model, xb) -> Summary:
       model's first parameter.
 
     The model is afterwards as it was: modes, buffers (bit for bit, the same tensors), plain attributes, hooks and
-    random states. Hooks that are on the model see the pass. Raises RuntimeError for a forward pass that writes to
-    parameters, which are not copied, and ValueError for lazy modules, which the pass would initialise.
+    random states. Hooks that are on the model see the pass. A model with lazy modules is copied, the batch initialises
+    the copy, and the summary is that of the copy. Raises RuntimeError for a forward pass that writes to parameters,
+    which are not copied, and ValueError for lazy modules that the pass does not reach.
     """
-    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
-    if lazy:
-        raise ValueError(
-            f"a summary changes nothing, and a forward pass would initialise {', '.join(lazy[:3])}: give the model a "
-            f"batch first, then ask again"
-        )
     xb = _to(xb, next((p.device for p in model.parameters()), None))
+    lazy = list(dict.fromkeys(name.rpartition(".")[0] for name in _lazy(model)))
+    if lazy:
+        model = _initialised_copy(model, xb)
     shapes = {}
-    with _as_it_was(model), _watched(model, shapes), torch.no_grad():
-        model.eval()
-        try:
-            model(xb)
-        except Exception as e:
-            raise RuntimeError(
-                f"the model failed on a batch of shape {_shape(xb)}, {type(e).__name__}: {e}. Give the summary a "
-                f"batch as the model takes it: summary(xb)"
-            ) from e
+    with _as_it_was(model), _watched(model, shapes):
+        _forward(model, xb)
     params, buffers = list(model.parameters()), list(model.buffers())
     return Summary(
         rows=_rows(model, shapes),
@@ -100,8 +92,43 @@ def model_summary(model, xb) -> Summary:
         trainable=sum(p.numel() for p in params if p.requires_grad),
         buffers=sum(b.numel() for b in buffers),
         bytes=sum(t.numel() * t.element_size() for t in (*params, *buffers)),
-        notes=[],
+        notes=[f"lazy, as this batch would make them: {', '.join(n or 'the model' for n in lazy)}"] if lazy else [],
     )
+
+
+def _lazy(model) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that are not initialised, by name."""
+    return {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)}
+
+
+def _initialised_copy(model, xb):
+    # torch cannot copy lazy buffers
+    fresh = {
+        id(t): type(t)(requires_grad=t.requires_grad, device=t.device, dtype=t.dtype) for t in _lazy(model).values()
+    }
+    state, model = RandomState(), copy.deepcopy(model, fresh)
+    try:
+        _forward(model, xb)
+    finally:
+        state.restore()
+    if left := list(_lazy(model)):
+        raise ValueError(
+            f"a summary needs the size of every parameter; the batch does not reach the lazy modules of "
+            f"{', '.join(left[:3])}: call the model so that they run, then ask again"
+        )
+    return model
+
+
+def _forward(model, xb):
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(xb)
+    except Exception as e:
+        raise RuntimeError(
+            f"the model failed on a batch of shape {_shape(xb)}, {type(e).__name__}: {e}. Give the summary a "
+            f"batch as the model takes it: summary(xb)"
+        ) from e
 
 
 def of_learner(learn, xb=None, cbs=()) -> Summary:

@@ -150,10 +150,29 @@ def test_a_graph_that_waits_for_its_backward_is_not_disturbed():
     assert model.body[0].weight.grad is not None
 
 
-def test_lazy_modules_and_those_that_write_to_parameters_are_refused():
-    with pytest.raises(ValueError, match="would initialise 0.weight, 0.bias: give the model a batch first"):
-        model_summary(nn.Sequential(nn.LazyLinear(3)), torch.randn(2, 2))
+def test_of_a_lazy_model_a_copy_is_made_and_looked_at():
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    random = torch.get_rng_state()
+    found = model_summary(model, torch.randn(2, 4, generator=torch.Generator()))
+    assert [(row.kind, row.output, row.params) for row in found.rows] == [
+        ("Linear", "2 × 3", 15),
+        ("BatchNorm1d", "2 × 3", 6),
+    ]
+    assert (found.params, found.trainable, found.buffers) == (21, 21, 7)
+    assert "lazy, as this batch would make them: 0, 1" in str(found)
+    assert all(map(nn.parameter.is_lazy, model.parameters()))
+    assert torch.equal(torch.get_rng_state(), random)
 
+
+def test_lazy_modules_that_the_batch_does_not_reach_are_told():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.forward = model[0].forward
+    model.spare = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match="does not reach the lazy modules of spare.weight, spare.bias"):
+        model_summary(model, torch.randn(2, 4))
+
+
+def test_models_that_write_to_parameters_are_refused():
     class Writes(nn.Linear):
         def forward(self, x):
             self.weight.data.add_(0)
