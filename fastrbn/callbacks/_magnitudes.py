@@ -31,6 +31,7 @@ class Meter:
         self.names, self.stats, self.count = [name for name, _ in named], stats, 0
         self._made_for = [_identity(name, p) for name, p in named]
         with_values = [(i, p) for i, (_, p) in enumerate(named) if not (is_lazy(p) or p.is_meta)]
+        self.absent = [name for name, p in named if is_lazy(p) or p.is_meta]
         self._empty = [i for i, p in with_values if not p.numel()]
         groups = {}
         for i, p in with_values:

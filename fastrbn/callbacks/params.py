@@ -23,6 +23,7 @@ _LABELS = {
 }
 _STATS = ("max", "rms", "update")
 _KINDS = ("map", "lines")
+_NOTHING = 0.01  # of the magnitude that is typical at the start: what begins below it has no scale of its own
 
 
 class ParamMagnitudes(Callback):
@@ -38,7 +39,7 @@ class ParamMagnitudes(Callback):
 
     After the fit, and during it at the price of waiting for the device: `.steps` (list of `n_iter`), `.names`,
     `.values[stat]` (float32 tensor on the host, steps × names). Numbers come over once an epoch. Each fit begins anew;
-    what was recorded survives its errors. `.growth()` names what blows up.
+    what was recorded survives its errors. `.growth()` names what blows up, `.not_finite` what went NaN or Inf.
 
     Frozen parameters count, shared ones once, under their first name; empty ones have 0, lazy and meta ones NaN. What
     comes within a fit is there from the next step on (what a new module brings, or has another shape: from the next
@@ -61,7 +62,7 @@ class ParamMagnitudes(Callback):
         self._clear([])
 
     def _clear(self, names):
-        self.names, self._gone = names, set()
+        self.names, self._gone, self._absent = names, set(), set()
         self._rows = Rows(self.keep, (len(self.stats), len(names)))
         self._meter, self._tables, self._known, self._armed = None, [], None, False
 
@@ -108,6 +109,7 @@ class ParamMagnitudes(Callback):
             self._flush()
             self._rename([name for name, _ in named])
             self._meter = Meter(named, self.stats)
+            self._absent = set(self._meter.absent)
 
     def _rename(self, names):
         """Go on with these names: columns that are new begin with NaN, those that are gone end with it."""
@@ -156,7 +158,7 @@ class ParamMagnitudes(Callback):
                 f"ParamMagnitudes can go on only with the same stats; the saved ones are {', '.join(state['values'])}, "
                 f"here they are {', '.join(self.stats)}: give stats and grads as in the first fit"
             )
-        self._meter, self._known, self._gone = None, None, set()
+        self._meter, self._known, self._gone, self._absent = None, None, set(), set()
         self.names = list(state["names"])
         values = torch.stack(list(state["values"].values()), dim=1)
         self._rows.replace(state["steps"].tolist(), values, state.get("stride", 1))
@@ -172,19 +174,54 @@ class ParamMagnitudes(Callback):
         return dict(zip(self.stats, self._fetch().unbind(1)))
 
     def growth(self, stat=None) -> dict[str, float]:
-        """Last over first magnitude by name, the largest first (`stat`: "rms" where it was recorded, else "max", else
-        the first of `stats`).
+        """Last over first magnitude by name, the largest first.
 
-        What grew from 0 grew infinitely (`inf`); what stayed 0 did not grow (1). NaN counts as the largest. A parameter
-        that came later or is gone is judged by the rows that have it; what never had a value is left out.
+        Where a parameter begins at next to nothing, such as a bias of 0, that ratio says nothing. What begins below a
+        hundredth of the typical first magnitude (the upper quartile over all parameters) is measured against the
+        typical one: 1 while it stays below that, 10 when it is ten times as large.
+
+        Only finite values count: of a parameter that went NaN or Inf, the last one before (see `not_finite`). A
+        parameter that came later or is gone is judged by the rows that have it; what never had a finite value is left
+        out.
+
+        Parameters
+        ----------
+        stat : str, optional
+            One of `stats`; by default "rms" where it was recorded, else "max", else the first of `stats`.
+
+        Returns
+        -------
+        dict of str to float
         """
-        ratios = {}
-        for name, column in zip(self.names, self._of(stat).unbind(1)):
+        columns = {name: c[c.isfinite()] for name, c in zip(self.names, self._of(stat).double().unbind(1))}
+        columns = {name: c for name, c in columns.items() if len(c)}
+        first = {name: c[0] for name, c in columns.items()}
+        if not any(first.values()):  # all were 0: from their first other value on
+            first = {name: c[c > 0][0] if (c > 0).any() else c[0] for name, c in columns.items()}
+        begun = [v for v in first.values() if v > 0]
+        if not begun:
+            return dict.fromkeys(columns, 1.0)
+        typical, ratios = torch.stack(begun).quantile(0.75, interpolation="higher"), {}
+        for name, c in columns.items():
+            own = first[name]
+            tiny = own < _NOTHING * typical
+            ratios[name] = (c[-1].clamp(min=typical) / typical if tiny else c[-1] / own).item()
+        return dict(sorted(ratios.items(), key=lambda kv: -kv[1]))
+
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """The parameters whose values went NaN or Inf, with the first recorded step that shows it, in that order."""
+        stat = "max" if "max" in self.stats else self._default()
+        found = {}
+        for name, column in zip(self.names, self.values[stat].unbind(1)):
             there = column.isnan().logical_not().nonzero().flatten().tolist()
-            if there:
-                last = there[-1] if name in self._gone else -1
-                ratios[name] = _ratio(column[last].item(), column[there[0]].item())
-        return dict(sorted(ratios.items(), key=lambda kv: (not math.isnan(kv[1]), -kv[1])))
+            first = there[0] if there else 0  # NaN before: it came later
+            last = (there[-1] + 1 if there else 0) if name in self._gone else len(column)
+            bad = column.isnan() if stat == "update" else column.isfinite().logical_not()  # that is inf from 0 on
+            rows = bad[first:last].nonzero().flatten().tolist()
+            if rows and (there or name not in self._absent):
+                found[name] = self.steps[first + rows[0]]
+        return dict(sorted(found.items(), key=lambda kv: kv[1]))
 
     def plot(self, stat=None, kind="map"):
         """Magnitudes over the steps. Returns the matplotlib Figure.
@@ -250,9 +287,3 @@ class ParamMagnitudes(Callback):
 
     def __repr__(self):
         return f"ParamMagnitudes(every={self.every}, stats={self.stats})"
-
-
-def _ratio(last, first):
-    if first == 0:
-        return 1.0 if last == 0 else math.nan if math.isnan(last) else math.inf
-    return last / first

@@ -218,6 +218,7 @@ def test_parameters_without_memory_are_nan(make_learn):
     m = run.param_magnitudes
     assert m.values["rms"].isnan().any(0).tolist() == [n not in ("0.weight", "0.bias") for n in m.names]
     assert list(m.growth()) and set(m.growth()) == {"0.weight", "0.bias"}
+    assert m.not_finite == {}, "without memory is not the same as not finite"
 
 
 class Changes(Callback):
@@ -272,7 +273,7 @@ def test_parameters_that_come_and_go_have_nan_where_they_are_not(make_learn, way
         assert m.names[-1] == "scale"
         assert rms["scale"].isnan().tolist() == [True] * 8 + [False] * 10
         assert m.growth()["scale"] == 1
-    assert not math.isnan(m.growth()["3.bias"]), "what is gone did not blow up"
+    assert 0 < m.growth()["3.bias"] < 10 and m.not_finite == {}, "what is gone did not blow up"
     m.plot()
     m.plot(kind="lines")
 
@@ -385,13 +386,13 @@ def test_on_a_gpu_it_never_waits_within_an_epoch(make_learn, monkeypatch, limit)
     torch.testing.assert_close(run.param_magnitudes.values["rms"], by_hand(run.copies.params, "rms"))
 
 
-def grown(first, last, stat="rms"):
+def grown(*rows, stat="rms"):
     m = ParamMagnitudes(stats=(stat,))
     m.load_state_dict(
         {
-            "steps": torch.tensor([0, 1]),
-            "names": [f"p{i}" for i in range(len(first))],
-            "values": {stat: torch.tensor([first, last])},
+            "steps": torch.arange(len(rows)),
+            "names": [f"p{i}" for i in range(len(rows[0]))],
+            "values": {stat: torch.tensor(rows)},
         }
     )
     return m
@@ -402,12 +403,31 @@ def test_growth_is_last_over_first_the_largest_first():
     assert list(grown([1.0, 2.0, 4.0], [2.0, 20.0, 2.0]).growth()) == ["p1", "p0", "p2"]
 
 
-def test_growth_from_nothing_and_to_nan_is_told():
-    growth = grown([0.0, 0.0, 1.0, 2.0, 0.0], [1.0, 0.0, math.nan, 2.0, math.nan]).growth()
-    assert math.isnan(growth["p2"])
-    assert math.isnan(growth["p4"])
-    assert (growth["p0"], growth["p1"], growth["p3"]) == (math.inf, 1.0, 1.0)
-    assert list(growth) == ["p2", "p4", "p0", "p1", "p3"]
+def test_growth_from_next_to_nothing_is_measured_against_the_other_parameters():
+    first, last = [0.1, 4e-10, 0.0, 0.0, 0.0, 0.2], [100.0, 4e-4, 0.1, 60.0, 0.0, 0.1]
+    growth = grown(first, last).growth()
+    assert list(growth) == ["p0", "p3", "p1", "p2", "p4", "p5"], "the one that blew up is first"
+    assert growth == pytest.approx({"p0": 1000, "p3": 300, "p1": 1, "p2": 1, "p4": 1, "p5": 0.5})
+    alone = grown([0.0], [0.01], [0.04])
+    assert alone.growth() == pytest.approx({"p0": 4}), "from its first value that is not 0"
+
+
+def test_what_is_not_finite_is_told_apart_and_growth_goes_up_to_it():
+    nan, inf = math.nan, math.inf
+    m = grown([1.0, 1.0, 2.0, nan], [8.0, 4.0, 2.0, nan], [nan, inf, 2.0, nan], [nan, nan, 2.0, nan])
+    assert m.growth() == {"p0": 8.0, "p1": 4.0, "p2": 1.0}
+    assert m.not_finite == {"p3": 0, "p0": 2, "p1": 2}
+    assert grown([1.0, 2.0]).not_finite == {}
+
+
+def test_what_diverges_is_named_with_its_step(make_learn):
+    run = Runner([ParamMagnitudes(every=2)])
+    run.fit(3, make_learn(opt=lambda p: torch.optim.SGD(p, lr=1e30)))
+    m = run.param_magnitudes
+    for name, step in m.not_finite.items():
+        column = m.values["max"][:, m.names.index(name)]
+        assert column.isfinite().tolist() == [s < step for s in m.steps]
+    assert m.not_finite
 
 
 def test_growth_of_nothing_recorded_is_empty():
@@ -415,9 +435,9 @@ def test_growth_of_nothing_recorded_is_empty():
 
 
 def test_growth_takes_what_was_recorded():
-    assert grown([1.0], [3.0], "max").growth() == {"p0": 3.0}
+    assert grown([1.0], [3.0], stat="max").growth() == {"p0": 3.0}
     with pytest.raises(ValueError, match="recorded were max; got 'rms'"):
-        grown([1.0], [3.0], "max").growth("rms")
+        grown([1.0], [3.0], stat="max").growth("rms")
 
 
 def test_the_file_holds_a_row_a_step(make_learn, tmp_path):
