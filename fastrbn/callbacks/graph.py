@@ -41,6 +41,8 @@ class GraphReport:
     - `nodes`, `first_nodes`: nodes of the loss's graph in this step, and in the first one of the fit.
     - `made_in`: the earliest step whose nodes this step's loss reaches (−1: before the fit); None when it reaches none.
     - `holders`: list of `GraphHolder`; empty when nothing was found to hold it.
+    - `changed`: where the backward pass failed because of that, what was changed in place after it had been saved:
+      a list of (`name`, such as `1.sums`, `kind`, `nodes`).
     """
 
     step: int
@@ -50,6 +52,7 @@ class GraphReport:
     first_nodes: int
     made_in: int | None
     holders: list[GraphHolder]
+    changed: list[held.Changed] = dataclasses.field(default_factory=list)
 
     @property
     def sentence(self) -> str:
@@ -57,6 +60,8 @@ class GraphReport:
             what = f"the loss's graph reaches nodes made in {_named(self.made_in)}"
         elif self.holders:
             what = "graphs of earlier steps are kept"
+        elif self.changed:
+            what = "the backward pass needs what was changed in place since"
         else:
             what = "the loss's graph grows"
         return f"{what} (step {self.step}, epoch {self.epoch}, batch {self.batch})"
@@ -65,9 +70,11 @@ class GraphReport:
         lines = [self.sentence, f"  nodes in the loss's graph: {self.nodes}; in the first step: {self.first_nodes}"]
         for h in self.holders:
             lines += [f"  {h}", f"    {_ADVICE[h.kind]}"]
+        for c in self.changed:
+            lines += [f"  {c}", f"    {_ADVICE_CHANGED[c.kind == 'parameter']}"]
         if not self.holders and self.made_in is not None:
             lines.append("  what holds them is no attribute of model, loss, callbacks, run, learner or optimiser")
-        if not self.holders and self.made_in is None:
+        if not self.holders and self.made_in is None and not self.changed:
             lines.append("  it reaches nothing of an earlier step: the model does more now (allow it with max_growth)")
         return "\n".join(lines)
 
@@ -82,7 +89,8 @@ class GraphMonitor(Callback):
     It reports, once a fit: a loss whose graph grows or reaches nodes made in an earlier step; a buffer or attribute
     whose own graph spans several steps; a list or dictionary with graphs of three steps or more, such as a callback's
     `self.losses.append(self.loss)`; losses or predictions that are kept elsewhere. A tensor of the last step alone, as
-    in `run.loss`, is normal. The report is printed, through `run.logger`, and stays in `.report` (None when all was
+    in `run.loss`, is normal. When the backward pass fails because a tensor was changed in place since the forward pass
+    had saved it, the report says which buffer, attribute or parameter that is. The report is printed, through `run.logger`, and stays in `.report` (None when all was
     well); `.steps` and `.counts` (lists of int) have the number of nodes of each step.
 
     Found by name are attributes of the modules, callbacks (`MyCallback.losses`), loss function, run, learner and
@@ -160,7 +168,10 @@ class GraphMonitor(Callback):
             self._judge(held.of_model(self.run.model, buffers_only=True))
 
     def after_fit(self):
-        if self.report is None and self._grown is not None:
+        if walk.CHANGED in (self.run.stop_reason or "") and held.has_graph(self.run.loss):
+            changed = held.changed_in_place(self.run.loss, self.run.model)
+            self._say(dataclasses.replace(self.report or self._made_report(None, []), changed=changed))
+        elif self.report is None and self._grown is not None:
             self._say(self._grown)
         self._last.clear()
         self._buffers = []
@@ -219,15 +230,21 @@ class GraphMonitor(Callback):
     def _all_held(self) -> list[held.Held]:
         run = self.run
         seen = {id(m) for m in run.model.modules()} | {id(o) for o in (run, run.learn, run.opt, run.data, *run.cbs)}
-        found = held.of_model(run.model)
+        found, ours = held.of_model(run.model), []
         for cb in run.cbs:
             if cb is not self:
-                found += held.of_attributes(cb, f"{type(cb).__name__}.", {"run"}, seen)
+                place = ours if type(cb).__module__.startswith("fastrbn.") else found
+                place += held.of_attributes(cb, f"{type(cb).__name__}.", {"run"}, seen)
         own = RUN_STATE | {name for name in vars(run) if name.startswith("_")}
         found += held.of_attributes(run, "run.", own, seen)
         found += held.of_attributes(run.learn, "learn.", RUN_STATE, seen)
         found += held.of_optimiser(run.opt, {p: name for name, p in run.model.named_parameters()})
-        return found + held.of_object(run.loss_func, "loss_func.", seen)
+        found += held.of_object(run.loss_func, "loss_func.", seen)
+        users = {t.grad_fn for h in found for t in h.tensors}
+        for h in ours:  # a callback of this package may look at what is the user's: that is no second holder
+            if own := [t for t in h.tensors if t.grad_fn not in users]:
+                found.append(h._replace(tensors=own))
+        return found
 
     def _made_report(self, made_in, holders) -> GraphReport:
         nodes, first = (self.counts[-1], self.counts[0]) if self.counts else (0, 0)
@@ -257,4 +274,8 @@ _ADVICE = {
     "gradient": "clear it each step, and do not leave gradients made with create_graph behind",
     "state": "an optimiser keeps values: update them under torch.no_grad",
     "global": "keep it detached: loss.detach(), and numbers once an epoch",
+}
+_ADVICE_CHANGED = {
+    False: "assign a new tensor, as in self.sums = self.sums.lerp(…), or use a copy of it in the forward pass: .clone()",
+    True: "the optimiser has stepped since: keep no graph beyond its step",
 }

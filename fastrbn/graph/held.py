@@ -28,6 +28,48 @@ class Held(NamedTuple):
     tensors: list[Tensor]
 
 
+class Changed(NamedTuple):
+    """What was changed in place after `nodes` had saved it for their backward: its qualified name, or its shape where it
+    has none, and what it is ("buffer", "attribute", "tensor", "parameter")."""
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+
+    def __str__(self):
+        return f"{self.name} was changed in place after {', '.join(self.nodes)} had saved it"
+
+
+_KINDS = ("buffer", "attribute", "tensor", "parameter")  # an optimiser changes parameters in each step
+
+
+def changed_in_place(tensor: Tensor, model: nn.Module) -> list[Changed]:
+    """What the backward pass of `tensor` needs, and will not find as it was."""
+    names, nodes = names_by_memory(model), {}
+    for node in walk.reach([tensor.grad_fn]):
+        for t in [] if walk.is_leaf(node) else walk.saved_by(node)[2]:
+            name, kind = name_of(t, names)
+            shape = "" if t is None else " " + ("×".join(map(str, t.shape)) or "number")
+            nodes.setdefault((name or f"a tensor{shape}", kind), {})[walk.name_of(node)] = None
+    return sorted((Changed(*key, tuple(of)) for key, of in nodes.items()), key=lambda c: _KINDS.index(c.kind))
+
+
+def names_by_memory(model: nn.Module) -> dict:
+    """(qualified name, kind) of parameters, buffers and tensors in attributes, by the memory they are in."""
+    names = {}
+    for prefix, module in model.named_modules():
+        own = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
+        for kind, table in (("buffer", module._buffers), ("parameter", module._parameters), ("attribute", own)):
+            for name, t in table.items():
+                if t is not None and not nn.parameter.is_lazy(t) and t.numel():
+                    names.setdefault(walk.memory_of(t)[0], (f"{prefix}.{name}".lstrip("."), kind))
+    return names
+
+
+def name_of(tensor: Tensor | None, names: dict) -> tuple[str | None, str]:
+    return (None, "tensor") if tensor is None else names.get(walk.memory_of(tensor)[0], (None, "tensor"))
+
+
 def of_model(model: nn.Module, prefix: str = "", buffers_only: bool = False) -> list[Held]:
     """What buffers, gradients and attributes of all modules keep."""
     found, seen = [], {id(m) for m in model.modules()}

@@ -9,7 +9,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from . import walk
+from . import held, walk
 from .modules import modules_of, record_modules
 from .views import AutogradGraph
 
@@ -26,7 +26,8 @@ class GraphNode:
       its calls (from 1; 0: not recorded).
     - `shape`, `dtype`: of the (first) output.
     - `saved_bytes`: what the node keeps for its backward; `freed`: a backward has freed it; `changed`: some of it was
-      changed in place since, so that its backward will fail.
+      changed in place since, so that its backward will fail; `changed_tensors`: the names of these, where they are
+      parameters, buffers or attributes of modules.
     - `parameters`: those inside (of a module); `buffers`: those it keeps for its backward; `held_by`: those that are
       its output, and so hold the graph up to here: usually a forgotten detach; `size`: how many of autograd's nodes.
     - `memory`: bytes by piece of memory, to add up over nodes without counting any twice.
@@ -43,6 +44,7 @@ class GraphNode:
     saved_bytes: int = 0
     freed: bool = False
     changed: bool = False
+    changed_tensors: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     held_by: tuple[str, ...] = ()
@@ -99,6 +101,7 @@ def _described(nodes, model, types) -> list[GraphNode]:
     named = {} if model is None else dict(model.named_parameters(remove_duplicate=False))
     params = {p: name for name, p in reversed(named.items())}  # of tied ones the first name
     by_memory, ends = _buffers(model)
+    names = {} if model is None else held.names_by_memory(model)
     taken = collections.Counter()
     found = []
     for i, (node, (module, kind, call)) in enumerate(zip(nodes, modules_of(nodes, params))):
@@ -124,7 +127,8 @@ def _described(nodes, model, types) -> list[GraphNode]:
                 dtype=dtype,
                 saved_bytes=sum(memory.values()),
                 freed=freed,
-                changed=changed,
+                changed=bool(changed),
+                changed_tensors=tuple(dict.fromkeys(n for t in changed if (n := held.name_of(t, names)[0]))),
                 buffers=tuple(by_memory[key] for key in memory if key in by_memory),
                 held_by=tuple(ends.get(node, ())),
                 memory=memory,

@@ -77,7 +77,7 @@ class AutogradGraph:
         return "\n".join([*lines, *self._remarks()])
 
     def _remarks(self):
-        freed, changed = sum(n.freed for n in self.nodes), [n.name for n in self.nodes if n.changed]
+        freed, changed = sum(n.freed for n in self.nodes), [_changed(n) for n in self.nodes if n.changed]
         for name, i in self.holders.items():
             n = self.nodes[i]
             place = f" of module {n.module}" if n.module and n.module != n.name else ""
@@ -163,12 +163,17 @@ def _joined(box, members, depth, types):
         saved_bytes=sum(memory.values()),
         freed=any(n.freed for n in ops),
         changed=any(n.changed for n in ops),
+        changed_tensors=tuple(dict.fromkeys(t for n in ops for t in n.changed_tensors)),
         parameters=tuple(n.name for n in members if n.kind == "parameter"),
         buffers=tuple(dict.fromkeys(b for n in ops for b in n.buffers)),
         held_by=tuple(b for n in ops for b in n.held_by),
         size=sum(n.size for n in members),
         memory=memory,
     )
+
+
+def _changed(n) -> str:
+    return f"{n.name} ({', '.join(n.changed_tensors)})" if n.changed_tensors else n.name
 
 
 def _merged(nodes) -> dict:

@@ -8,6 +8,7 @@ from torch.autograd.graph import get_gradient_edge
 
 _LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)  # AccumulateGrad
 _SAVED: dict[type, list[str]] = {}  # the names under which a kind of node saves tensors
+CHANGED = "modified by an inplace operation"  # in the text of autograd's error
 
 
 def root_of(tensor: Tensor):
@@ -87,8 +88,9 @@ def output_of(node) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
     return None, None
 
 
-def saved_by(node) -> tuple[list[Tensor], bool, bool]:
-    """The tensors a node keeps for its backward; whether it has freed them; whether one was changed in place since.
+def saved_by(node) -> tuple[list[Tensor], bool, list[Tensor | None]]:
+    """The tensors a node keeps for its backward; whether it has freed them; those that were changed in place since
+    (None for one that torch before 2.10 does not show).
 
     What hooks on saved tensors have packed (offloading, activation checkpointing) is not unpacked: that may compute a
     forward pass again. torch before 2.10 does not tell, and there they run.
@@ -96,21 +98,34 @@ def saved_by(node) -> tuple[list[Tensor], bool, bool]:
     kind = type(node)
     if kind not in _SAVED:
         _SAVED[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
-    tensors, freed, changed = [], False, False
+    tensors, freed, changed = [], False, []
     for name in _SAVED[kind]:
         try:
             raw = getattr(node, name)
-            for i, one in enumerate(raw) if isinstance(raw, (tuple, list)) else ((None, raw),):
-                tensors += _tensors(_unpacked(node, name, i, one))
         except RuntimeError as error:
-            if "modified by an inplace operation" in str(error):
-                changed = True
-            elif "been freed" in str(error):
-                freed = True
-            else:
+            if "been freed" not in str(error):
                 raise
+            freed = True
+            continue
+        for i, one in enumerate(raw) if isinstance(raw, (tuple, list)) else ((None, raw),):
+            try:
+                tensors += _tensors(_unpacked(node, name, i, one))
+            except RuntimeError as error:
+                if "been freed" in str(error):
+                    freed = True
+                elif CHANGED not in str(error):
+                    raise
+                elif i is None or not _unpacks(one):  # of several tensors, one fails for all
+                    changed.append(getattr(one, "data", None))
     own = getattr(node, "__dict__", {}) if isinstance(node, torch.autograd.function.BackwardCFunction) else {}
     return tensors + _tensors(tuple(own.values())), freed, changed
+
+
+def _unpacks(one) -> bool:
+    try:
+        return hasattr(one, "unpack") and one.unpack() is not None
+    except RuntimeError:
+        return False
 
 
 def _unpacked(node, name, i, one):

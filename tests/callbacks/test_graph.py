@@ -289,6 +289,109 @@ def test_normal_training_with_other_callbacks_is_not_reported(make_learn):
         assert run.graph_monitor.steps == list(range(18))
 
 
+@pytest.mark.parametrize("mine", [None, ListOfLosses], ids=["alone", "with a user's list"])
+def test_what_belongs_to_this_package_is_not_named_for_what_a_users_object_holds(make_learn, mine):
+    cbs = [HaltOnNaN(), Recorder(), ParamMagnitudes(), ActivationStats(), *([] if mine is None else [mine()])]
+    report = monitored(make_learn, net(Sums(8)), cbs, fails=True).report
+    assert [h.name for h in report.holders] == ["2.sums"]
+
+
+def test_what_only_this_package_holds_is_named_all_the_same(make_learn):
+    class Keeps(Recorder):
+        pass
+
+    Keeps.__module__ = "fastrbn.callbacks.record"
+    recorder = Keeps()
+    recorder.kept = []
+
+    class Stores(Callback):
+        def after_loss(self):
+            recorder.kept.append(self.run.loss)
+
+    (holder,) = monitored(make_learn, cbs=[recorder, Stores()], n_valid=0).report.holders
+    assert holder.name == "Keeps.kept"
+
+
+class InPlace(nn.Module):
+    """The course's norm as it was first written by hand: running sums that are changed in place."""
+
+    def __init__(self, nf, calls=1):
+        super().__init__()
+        self.calls = calls
+        self.register_buffer("sums", torch.zeros(nf))
+        self.register_buffer("sqrs", torch.ones(nf))
+        self.register_buffer("count", torch.ones(()))
+
+    def once(self, x):
+        self.sums.detach_()
+        self.sqrs.detach_()
+        self.sums.lerp_(x.sum(0), 0.1)
+        self.sqrs.lerp_((x * x).sum(0), 0.1)
+        self.count.lerp_(torch.tensor(float(len(x))), 0.1)
+        means = self.sums / self.count
+        return (x - means) * (self.sqrs / self.count - means * means + 0.1).abs().rsqrt()
+
+    def forward(self, x):
+        return sum(self.once(x) for _ in range(self.calls))
+
+
+def monitored_in_place(make_learn, model, cbs=()):
+    run, said = Runner([*cbs, GraphMonitor()]), []
+    run.logger = said.append
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run.fit(1, make_learn(model=model))
+    assert said[-1] == str(run.graph_monitor.report)
+    return run.graph_monitor.report
+
+
+needs_saved_data = pytest.mark.skipif(torch.__version__ < "2.10", reason="torch before 2.10 does not tell")
+
+
+@needs_saved_data
+def test_a_buffer_that_a_second_forward_changes_in_place_is_named(make_learn):
+    report = monitored_in_place(make_learn, nn.Sequential(nn.Linear(4, 8), InPlace(8, calls=2), nn.Linear(8, 3)))
+    assert [(c.name, c.kind, c.nodes) for c in report.changed] == [("1.count", "buffer", ("DivBackward0",))]
+    assert (report.step, report.made_in, report.holders) == (0, None, [])
+    assert report.sentence.startswith("the backward pass needs what was changed in place since (step 0, epoch 0")
+    assert "  1.count was changed in place after DivBackward0 had saved it\n" in str(report)
+    assert "the model does more now" not in str(report)
+
+
+@needs_saved_data
+def test_a_buffer_that_is_changed_in_place_with_its_graph_kept_is_named_too(make_learn):
+    class Keeps(Callback):
+        def begin_fit(self):
+            self.run.claim(self, backward=lambda loss: loss.backward(retain_graph=True))
+
+    class Forgets(InPlace):
+        def once(self, x):
+            self.count.lerp_(torch.tensor(float(len(x))), 0.1)
+            self.sums = (self.sums + x.sum(0)) / self.count
+            return x - self.sums
+
+    report = monitored_in_place(make_learn, nn.Sequential(nn.Linear(4, 8), Forgets(8), nn.Linear(8, 3)), [Keeps()])
+    assert (report.step, report.made_in, [h.name for h in report.holders]) == (1, 0, ["1.sums"])
+    assert report.changed[0][:2] == ("1.count", "buffer")
+
+
+@needs_saved_data
+def test_what_has_no_name_is_told_by_its_operation_and_an_error_of_another_kind_is_no_report(make_learn):
+    class Overwrites(nn.Module):
+        def forward(self, x):
+            y = x.sigmoid()
+            z = y * 2
+            y.mul_(2)
+            return z
+
+    report = monitored_in_place(make_learn, net(Overwrites()))
+    assert [(c.name, c.kind) for c in report.changed] == [("a tensor 6×8", "tensor")]
+    assert "a tensor 6×8 was changed in place after SigmoidBackward0 had saved it" in str(report)
+    run = Runner([GraphMonitor()])
+    with pytest.raises(RuntimeError, match="only for scalar outputs"):
+        run.fit(1, make_learn(loss_func=nn.CrossEntropyLoss(reduction="none")))
+    assert run.graph_monitor.report is None
+
+
 def test_two_monitors_and_a_second_fit_do_not_take_each_others_notes_for_old_nodes(make_learn):
     learn = make_learn()
     first, second = Runner([GraphMonitor(), GraphMonitor()]), Runner([GraphMonitor()])

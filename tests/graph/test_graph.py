@@ -155,6 +155,57 @@ def test_what_was_changed_in_place_since_it_was_saved_is_said():
     assert "changed in place since it was saved, the backward pass will fail: SigmoidBackward0" in str(graph)
 
 
+class Running(nn.Module):
+    """A norm in the manner of the course, which changes its statistics in place."""
+
+    def __init__(self, nf):
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(nf))
+        self.register_buffer("count", torch.tensor(1.0))
+        self.seen = torch.zeros(nf)  # not a buffer
+
+    def forward(self, x):
+        self.sums.detach_()
+        self.sums.lerp_(x.sum(0), 0.1)
+        self.count.lerp_(torch.tensor(float(len(x))), 0.1)
+        self.seen += 1
+        return (x - self.sums / self.count) * self.seen
+
+
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch before 2.10 does not tell which tensor was changed")
+def test_of_what_was_changed_in_place_the_buffer_is_named():
+    model = nn.Sequential(nn.Linear(4, 8), Running(8))
+    x = torch.randn(6, 4)
+    graph = autograd_graph((model(x) + model(x)).sum(), model)
+    assert [(n.name, n.changed_tensors) for n in graph.nodes if n.changed] == [
+        ("DivBackward0", ("1.count",)),
+        ("MulBackward0", ("1.seen",)),
+    ]
+    assert "pass will fail: DivBackward0 (1.count), MulBackward0 (1.seen)" in str(graph)
+    graph = autograd_graph(lambda: (model(x) + model(x)).sum(), model).by_module()
+    assert [(n.name, n.call, n.changed_tensors) for n in graph.nodes if n.changed] == [("1", 1, ("1.count", "1.seen"))]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch before 2.10 does not tell which tensor was changed")
+def test_of_several_tensors_that_a_function_saves_the_changed_one_is_named():
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, a, b):
+            ctx.save_for_backward(a, b)
+            return x * a * b
+
+        @staticmethod
+        def backward(ctx, g):
+            a, b = ctx.saved_tensors
+            return g * a * b, None, None
+
+    model = nn.BatchNorm1d(3)
+    loss = Scale.apply(torch.ones(3, requires_grad=True), model.running_mean, model.running_var).sum()
+    model.running_var.mul_(2)
+    (node,) = [n for n in autograd_graph(loss, model).nodes if n.changed]
+    assert node.changed_tensors == ("running_var",)
+
+
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch before 2.10 does not tell which tensors are packed")
 def test_looking_at_a_checkpointed_segment_does_not_run_it_again():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), RunningBatchNorm(4))
