@@ -7,6 +7,7 @@ the copy tells.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -68,7 +69,7 @@ class KeptState:
         return self._in_tables() != self._parts
 
     def _in_tables(self):
-        return [id(part) for table in self._tables for part in table.values()]
+        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._tables))))
 
     def _made(self, prefix, module):
         for kind, table in (("param", module._parameters), ("buffer", module._buffers)):

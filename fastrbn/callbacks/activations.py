@@ -18,7 +18,8 @@ class ActivationStats(Callback):
 
     - `modules`: modules of the model, or their qualified names; None: the model's children (those of its only child,
       if it has no other). Of an output that is a tuple, list or dictionary its first floating-point tensor counts, of
-      several calls in a step the last one; what has no such tensor is passed over.
+      several calls in a step the last one; what has no such tensor is passed over. A module that replaces one of them
+      within the fit is looked at from the next epoch on.
     - `hist`: keep histograms, of `bins` bins over `value_range`, upper end included; what lies beyond is not counted.
     - `near`: what is smaller in absolute value is near zero.
     - `every`: look at each `every`-th step (`n_iter` 0, `every`, …).
@@ -48,15 +49,31 @@ class ActivationStats(Callback):
         return self.bins if self.hist else 0
 
     def _clear(self, names):
-        self.names, self._found, self._hooks, self._looking, self._block = names, {}, [], False, None
+        self.names, self._found, self._looking, self._block = names, {}, False, None
+        self._hooked = {}  # of a module's number: the module and its hook
         self._rows = Rows(self.keep, (len(names), SINGLE + self._bins))
 
     def begin_fit(self):
         found = _modules_of(self.run.model, self.modules)
         self._clear(list(found))
-        for i, (name, module) in enumerate(found.items()):
-            # one by one: if the next one fails, those that are on go in after_fit
-            self._hooks.append(module.register_forward_hook(functools.partial(self._look, i, name)))
+        self._hook(found)
+
+    def begin_epoch(self):
+        now = dict(self.run.model.named_modules())
+        self._hook({name: now.get("" if name == "model" else name) for name in self.names})
+
+    def _hook(self, modules):
+        """Look at these modules; those that others have replaced are looked at no more."""
+        for i, (name, module) in enumerate(modules.items()):
+            before, hook = self._hooked.get(i, (None, None))
+            if module is before:
+                continue
+            if hook is not None:
+                hook.remove()
+                del self._hooked[i]
+            if module is not None:
+                # one by one: if the next one fails, those that are on go in after_fit
+                self._hooked[i] = module, module.register_forward_hook(functools.partial(self._look, i, name))
 
     def begin_batch(self):
         run = self.run
@@ -103,9 +120,9 @@ class ActivationStats(Callback):
         self._rows.fetch()
 
     def after_fit(self):
-        for hook in self._hooks:
+        for _, hook in self._hooked.values():
             hook.remove()
-        self._hooks, self._looking = [], False
+        self._hooked, self._looking = {}, False
         self._found.clear()
         self._block = None
         self._rows.fetch()
@@ -157,7 +174,7 @@ class ActivationStats(Callback):
     def __getstate__(self):
         # the hooks are the model's; a copy of it takes copies of them along, which look at nothing
         self._rows.fetch()
-        return {**super().__getstate__(), "_hooks": [], "_found": {}, "_looking": False, "_block": None}
+        return {**super().__getstate__(), "_hooked": {}, "_found": {}, "_looking": False, "_block": None}
 
     def __repr__(self):
         return f"ActivationStats(hist={self.hist})"

@@ -120,8 +120,10 @@ class GraphMonitor(Callback):
 
     def begin_fit(self):
         self._clear()
-        self._buffers = [m._buffers for m in self.run.model.modules() if m._buffers]
         self._judge(self._all_held())
+
+    def begin_epoch(self):
+        self._buffers = [m._buffers for m in self.run.model.modules() if m._buffers]
 
     def begin_batch(self):
         run = self.run

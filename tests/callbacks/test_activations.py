@@ -166,6 +166,21 @@ def test_hooks_go_and_statistics_stay_whatever_ends_the_fit(make_learn, error):
     assert len(stats.means) == len(stats.steps) >= 2
 
 
+def test_a_module_that_replaces_another_is_looked_at_from_the_next_epoch_on(make_learn):
+    class Replaces(Callback):
+        def begin_batch(self):
+            if self.run.in_train and self.run.n_iter == 1:
+                self.run.model[2] = nn.Threshold(10.0, 3.0)
+
+    learn = make_learn(n_train=3)
+    run = Runner([ActivationStats(), Replaces])
+    run.fit(2, learn)
+    means = run.activation_stats.means[:, 2]
+    assert means.isnan().tolist() == [False, True, True, False, False, False]
+    assert (means[3:] == 3).all()
+    assert not any(m._forward_hooks for m in learn.model.modules())
+
+
 def test_a_second_fit_begins_anew(make_learn):
     run, learn = Runner([ActivationStats]), make_learn(n_train=2)
     run.fit(2, learn)

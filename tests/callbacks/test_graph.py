@@ -132,6 +132,16 @@ def test_what_an_earlier_fit_left_behind_is_older_than_this_one(make_learn):
     assert (report.step, report.made_in, [h.name for h in report.holders]) == (0, -1, ["2.memory"])
 
 
+def test_a_buffer_of_a_module_that_came_within_the_fit_is_named(make_learn):
+    class Adds(Callback):
+        def begin_epoch(self):
+            if self.run.epoch == 1:
+                self.run.model[2] = Once(at=5)
+
+    report = monitored(make_learn, net(Once(at=99)), [Adds()], epochs=2, every=1000, fails=True).report
+    assert (report.step, [h.name for h in report.holders]) == (13, ["2.memory"])
+
+
 class ListOfLosses(Callback):
     def begin_fit(self):
         self.losses = []
