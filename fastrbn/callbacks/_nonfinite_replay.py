@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fastrbn.snapshot import RandomState
 
 from ._nonfinite_outputs import CONTAINERS, reachable
-from ._nonfinite_report import BUFFER
+from ._nonfinite_report import BUFFER, SPOILT
 from ._nonfinite_tensors import dense, float_tensors, is_finite
 
 
@@ -159,10 +159,13 @@ def first_now(run, kept, batch, phase, evidence, fresh) -> tuple[str, str, str]:
     are known. `fresh`: what is kept is what the batch began with. Buffers and gradients are the caller's to put back."""
     if not all(map(is_finite, float_tensors(batch.xb))):
         return "forward", "input", ""
+    spoilt = [name for name in kept.not_finite() if kept.is_buffer(name)] if batch.in_train and fresh else []
     if batch.in_train and fresh:
         kept.restore(kinds=("buffer",))
     run.opt.zero_grad()
     trace = replay(run, batch, backward=phase == "backward")
+    if spoilt and not trace.bad and (name := _spoilt_first(trace, phase, evidence, spoilt)) is not None:
+        return phase, name, SPOILT
     if (name := trace.first("module", evidence)) is not None:
         return "forward", name, trace.note
     if phase == "forward":
@@ -170,6 +173,21 @@ def first_now(run, kept, batch, phase, evidence, fresh) -> tuple[str, str, str]:
     name = trace.first("param", evidence) or evidence[0]
     owner = name.rpartition(".")[0]  # those of one module come together: the first as they are declared
     return phase, next(n for n in [*evidence, name] if n.rpartition(".")[0] == owner), trace.note
+
+
+def _spoilt_first(trace, phase, evidence, spoilt) -> str | None:
+    """The first of the `spoilt` buffers, unless the fault came before its layer, which then has only passed it on."""
+    place = {name: i for i, name in enumerate(trace.modules)}
+    buffers = [(place.get(_owner(name), -1), name) for name in spoilt]
+    if phase == "forward":
+        at, name = min(buffers)
+        return name if all(place.get(n, at) >= at for n in evidence) else None
+    at, name = max(buffers)  # the backward pass comes to the last layer first
+    return name if all(place.get(_owner(n), at) <= at for n in evidence) else None
+
+
+def _owner(name) -> str:
+    return name.rpartition(".")[0] or "model"
 
 
 def first_late(run, kept, batch) -> tuple[str, str, str]:

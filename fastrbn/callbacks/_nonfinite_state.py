@@ -241,7 +241,7 @@ class KeptState:
 
 
 class _MadeHook:
-    """Of a lazy module that is about to run for the first time. A copy of the model takes a copy, which does nothing."""
+    """On a lazy module that is about to run for the first time. A copy of the model takes a copy that does nothing."""
 
     def __init__(self, kept=None, prefix=""):
         self.kept, self.prefix = kept, prefix

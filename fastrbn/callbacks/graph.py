@@ -90,8 +90,9 @@ class GraphMonitor(Callback):
     whose own graph spans several steps; a list or dictionary with graphs of three steps or more, such as a callback's
     `self.losses.append(self.loss)`; losses or predictions that are kept elsewhere. A tensor of the last step alone, as
     in `run.loss`, is normal. When the backward pass fails because a tensor was changed in place since the forward pass
-    had saved it, the report says which buffer, attribute or parameter that is. The report is printed, through `run.logger`, and stays in `.report` (None when all was
-    well); `.steps` and `.counts` (lists of int) have the number of nodes of each step.
+    had saved it, the report says which buffer, attribute or parameter that is. The report is printed, through
+    `run.logger`, and stays in `.report` (None when all was well); `.steps` and `.counts` (lists of int) have the number
+    of nodes of each step.
 
     Found by name are attributes of the modules, callbacks (`MyCallback.losses`), loss function, run, learner and
     optimiser, also inside containers and objects, and global variables; local variables of functions are not.
@@ -278,6 +279,6 @@ _ADVICE = {
     "global": "keep it detached: loss.detach(), and numbers once an epoch",
 }
 _ADVICE_CHANGED = {
-    False: "assign a new tensor, as in self.sums = self.sums.lerp(…), or use a copy of it in the forward pass: .clone()",
+    False: "assign a new tensor, as in self.sums = self.sums.lerp(…), or use a copy in the forward pass: .clone()",
     True: "the optimiser has stepped since: keep no graph beyond its step",
 }

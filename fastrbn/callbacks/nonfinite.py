@@ -59,7 +59,8 @@ class HaltOnNaN(Callback):
 
     Gradients count when the optimiser's step begins: steps that a GradScaler skips are no reason to halt, nor are those
     of a fused optimiser that skips by itself. Under gradient accumulation the report names the batch that brought the
-    fault. Buffers that hold NaN or Inf when the fit begins (masks of -inf) are let be.
+    fault. Lazy modules are watched from their first batch on, and modules or parameters that replace others within the
+    fit from the next batch on. Buffers that hold NaN or Inf when the fit begins (masks of -inf) are let be.
 
     Costs two copies of parameters, buffers and optimiser state, on their device; one where C looks and copies (CPUs).
     """
@@ -237,7 +238,8 @@ class HaltOnNaN(Callback):
             self._poll()
         elif bad := self._kept.advance():
             if batch.stepped and (grads := not_finite(self._grads())):
-                self._kept.restore()  # the step has been taken on them
+                # the step has been taken on them; of buffers it still matters which are bad
+                self._kept.restore(kinds=("param", "state") if self.every == 1 else ("param", "buffer", "state"))
                 self._found(batch, "backward", grads)
             self._halt(batch, *self._state_phase(bad))
         else:

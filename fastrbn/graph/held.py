@@ -29,8 +29,8 @@ class Held(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """What was changed in place after `nodes` had saved it for their backward: its qualified name, or its shape where it
-    has none, and what it is ("buffer", "attribute", "tensor", "parameter")."""
+    """What was changed in place after `nodes` had saved it for their backward: its qualified name, or its shape where
+    it has none, and what it is ("buffer", "attribute", "tensor", "parameter")."""
 
     name: str
     kind: str

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastrbn import RunningBatchNorm
 from fastrbn.callbacks import HaltOnNaN, NonFiniteError, NonFiniteReport, ParamScheduler
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 
@@ -276,6 +277,48 @@ def test_a_parameter_that_a_callback_spoils_is_named(make_learn):
 
     report, _, _ = halted(make_learn, net(), SpoilsParameter())
     assert (report.step, report.phase, report.where) == (1, "step", "1.0.bias")
+
+
+class Nested(nn.Module):
+    """A model that is no container: its own output is one of a module as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), RunningBatchNorm(8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("make_model", [lambda: Nested().layers, Nested], ids=["container", "module"])
+@pytest.mark.parametrize(
+    ("name", "phase"), [("running_mean", "forward"), ("running_var", "forward"), ("running_grad", "backward")]
+)
+def test_a_buffer_that_a_callback_spoils_is_named(make_learn, make_model, name, phase):
+    class Spoils(Callback):
+        def begin_batch(self):
+            if self.run.in_train and self.run.n_iter == 2:
+                dict(self.run.model.named_buffers())[where].fill_(math.nan)
+
+    torch.manual_seed(1)
+    model = make_model()
+    where = next(n for n, _ in model.named_buffers() if n.endswith(name))
+    clean = copy.deepcopy(model)
+    report, _, learn = halted(make_learn, model, Spoils())
+    assert (report.step, report.phase, report.where) == (2, phase, where)
+    assert f"first in buffer '{where}'" in report.sentence
+    check_state(learn.model, state_after(make_learn, clean, 2))
+
+
+def test_of_a_bad_gradient_that_comes_from_elsewhere_a_norms_buffers_are_not_named(make_learn):
+    class Spoils(Callback):
+        def after_pred(self):
+            if self.run.in_train and self.run.n_iter == 2:
+                self.run.pred.register_hook(lambda g: g * math.nan)  # which a replay does not show
+
+    torch.manual_seed(1)
+    report, _, _ = halted(make_learn, Nested(), Spoils())
+    assert (report.phase, report.where) == ("backward", "layers.3.weight")
 
 
 def test_validation_is_watched(make_learn):

@@ -666,7 +666,10 @@ def test_parameters_that_modules_share_are_named_once_and_put_back(make_learn, w
     assert learn.model[1].weight is learn.model[0].weight
 
 
-@pytest.mark.parametrize("opt", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SparseAdam(p)])
+SPARSE = {"momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "adam": torch.optim.SparseAdam}
+
+
+@pytest.mark.parametrize("opt", SPARSE.values(), ids=SPARSE)
 @pytest.mark.parametrize("bad", [1.0, math.nan])
 def test_sparse_gradients_and_what_an_optimiser_keeps_of_them_are_put_back(make_learn, way, opt, bad):
     class Rows(nn.Module):
