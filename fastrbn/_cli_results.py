@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 import torch
 
@@ -30,24 +37,56 @@ def check_folder(folder: Path | None, force: bool) -> None:
         )
 
 
-def claim_folder(folder: Path) -> Path:
-    """Make `folder`, and drop the results of an earlier run there, which would pass for this one's."""
+def make_folder(folder: Path, numbered: bool = False) -> Path:
+    """Make `folder`; if `numbered`, as a new one, with -2, -3, … where it exists: two runs may start in one second."""
+    base, n = folder, 1
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=not numbered)
+            return folder
+        except OSError as e:
+            if not (numbered and isinstance(e, FileExistsError)):
+                raise _not_there(folder, e) from e
+            n += 1
+            folder = base.with_name(f"{base.name}-{n}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep `folder` for this process until the block ends, or the process does, however. CliError where another process
+    has it. Where the file system has no locks (some network ones), nothing is kept."""
+    fd = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is not None:
+            fd = os.open(folder, os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise CliError(
+            f"another process is training in {folder}: wait for its end, or take another folder with --out"
+        ) from e
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def drop_results(folder: Path) -> None:
+    """Delete the results of an earlier run in `folder`, which would pass for this one's."""
+    try:
         for file in (*(folder / name for name in RESULTS), *(f for _, f in checkpoints.files(folder / CHECKPOINTS))):
             file.unlink(missing_ok=True)
     except OSError as e:
-        raise CliError(f"the results cannot go to {folder}: {e.strerror or e}; choose another folder with --out", ERROR)
-    return folder
+        raise _not_there(folder, e) from e
 
 
-def free_folder(base: Path) -> Path:
-    """`base`, or with -2, -3, … the first that is not there: two runs may start in the same second."""
-    folder, n = base, 1
-    while folder.exists():
-        n += 1
-        folder = base.with_name(f"{base.name}-{n}")
-    return folder
+def _not_there(folder, error) -> CliError:
+    return CliError(
+        f"the results cannot go to {folder}: {error.strerror or error}; choose another folder with --out", ERROR
+    )
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -96,6 +96,8 @@ def read(path) -> dict:
     UserWarning for a file from before checksums were kept: its tensors are compared with the archive's own CRC-32 only.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        raise CheckpointError(f"the checkpoint {path} cannot be read: it is no file")
     try:
         with open(path, "rb") as file:
             sealed = _is_sealed(file, path)
