@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 import torch
 
@@ -49,29 +42,6 @@ def make_folder(folder: Path, numbered: bool = False) -> Path:
                 raise _not_there(folder, e) from e
             n += 1
             folder = base.with_name(f"{base.name}-{n}")
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Keep `folder` for this process until the block ends, or the process does, however. CliError where another process
-    has it. Where the file system has no locks (some network ones), nothing is kept."""
-    fd = None
-    try:
-        if fcntl is not None:
-            fd = os.open(folder, os.O_RDONLY)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(fd)
-        raise CliError(
-            f"another process is training in {folder}: wait for its end, or take another folder with --out"
-        ) from e
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        if fd is not None:
-            os.close(fd)
 
 
 def drop_results(folder: Path) -> None:

@@ -41,6 +41,7 @@ from .callbacks import (
     sched_lin,
 )
 from .data import DataError, DataNotFoundError, DownloadError, image_databunch, load_dataset
+from .files import locked
 from .models import conv_bn, conv_gn, conv_rbn, resnet9
 from .norm import RECIPES, get_recipe
 
@@ -229,7 +230,10 @@ def _folder(args, name, held) -> Path:
         folder = Path("runs") / f"{name}-{args.layer}-{datetime.now():%Y%m%d-%H%M%S}"
     if args.resume is None:
         folder = results.make_folder(folder, numbered=args.out is None)
-    held.enter_context(results.locked(folder))
+    try:
+        held.enter_context(locked(folder))
+    except BlockingIOError as e:
+        raise CliError(str(e)) from e
     if args.resume is None:  # once more: another process may have been here meanwhile
         results.check_folder(args.out, args.force)
     return folder

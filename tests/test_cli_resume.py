@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastrbn
-from fastrbn import _cli_callbacks, _cli_results, _cli_resume, _cli_train, checkpoints
+from fastrbn import _cli_callbacks, _cli_results, _cli_resume, _cli_train, checkpoints, files
 from fastrbn._cli_args import CliError, given
 from fastrbn._cli_args import parser as cli_parser
 from fastrbn.callbacks import Recorder
@@ -375,26 +375,26 @@ def test_what_only_the_run_can_tell_is_one_line_too(change, text, cli, monkeypat
 def test_a_second_start_into_a_folder_ends_with_a_clear_line(cli):
     trained(cli)
     before = contents("a")
-    with _cli_results.locked(Path("a")):
+    with files.locked(Path("a")):
         for arguments in (["glyphs", "--out", "a", "--force"], ["--resume", "a", "--epochs", 2]):
             status, _, err = cli("train", *arguments)
             assert (status, contents("a")) == (1, before)
-            assert "another process is training in a: wait for its end, or take another folder with --out" in err
+            assert "another process is at work in a: wait for its end, or take another folder with --out" in err
     assert cli("train", "--resume", "a")[0] == 0, "the folder is free again"
 
 
 def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from fastrbn._cli_results import locked\n"
+        "import sys, time; from pathlib import Path; from fastrbn.files import locked\n"
         "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"locked\n"
-        with pytest.raises(CliError, match="another process is training"), _cli_results.locked(tmp_path):
+        with pytest.raises(BlockingIOError, match="another process is at work"), files.locked(tmp_path):
             pass
         process.kill()
-    with _cli_results.locked(tmp_path):
+    with files.locked(tmp_path):
         assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
