@@ -51,8 +51,8 @@ def one_of(*names: str):
     return check
 
 
-def whole(least: int):
-    """An argparse type: a whole number from `least`."""
+def whole(least: int, most: int = 2**31 - 1):
+    """An argparse type: a whole number from `least` to `most`."""
 
     def check(text):
         try:
@@ -61,6 +61,8 @@ def whole(least: int):
             number = least - 1
         if number < least:
             raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got '{text}'")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {most} at most; got '{text}'")
         return number
 
     return check
@@ -123,6 +125,11 @@ def given(argv) -> set[str]:
     return {name for name, value in vars(top.parse_args(argv)).items() if value is not unset} - {"command"}
 
 
+def options() -> dict[str, argparse.Action]:
+    """The options of `train` by the names that their values have."""
+    return {action.dest: action for action in _both()[1]._actions}
+
+
 def _add_train(commands) -> argparse.ArgumentParser:
     from . import _cli_recipe as recipe
 
@@ -169,12 +176,12 @@ def _add_train(commands) -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     p.add_argument(
         "--threads",
-        type=whole(1),
+        type=whole(1, 1024),
         metavar="N",
         help=f"of the CPU (default: 1 for the cnn at batches below {MANY}, where more cost more than they bring; "
         "otherwise PyTorch's choice)",
     )
-    p.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and batches (default: 0)")
+    p.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of weights and batches (default: 0)")
     p.add_argument(
         "--limit", type=whole(1), metavar="N", help="train on N images at most, validate on a like share (500 at least)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import inspect
+from pathlib import Path
 
 from . import callbacks as built_in_package
 from ._cli_args import BAD_ARGUMENTS, CliError, nearest
@@ -47,6 +48,21 @@ def make_callback(spec: str) -> Callback:
     return made
 
 
+def outside(spec: str, folder: Path) -> str | None:
+    """Why the callback of `spec` may reach beyond `folder`, in words; None where it cannot: it is built in and its
+    files lie there, or it is a plug-in that is given no text, which may name anything."""
+    name, _, rest = spec.partition(":")
+    factory, kwargs = _built_in(name.strip()), _arguments(rest, spec)
+    if factory is None:
+        return "gives text to a plug-in" if _text_in([*kwargs.values()]) else None
+    default = inspect.signature(factory).parameters.get("path")
+    path = kwargs.get("path", None if default is None else default.default)
+    if path in (None, inspect.Parameter.empty):
+        return None
+    inside = isinstance(path, str) and "\0" not in path and Path(path).resolve().is_relative_to(folder.resolve())
+    return None if inside else f"writes to {path}, which is outside {folder}"
+
+
 def listing() -> list[str]:
     """Lines that name every callback, its arguments and the first line of its documentation."""
     lines = ["Built in:"]
@@ -63,10 +79,9 @@ def listing() -> list[str]:
 
 
 def _find(name: str, spec: str):
+    if (cls := _built_in(name)) is not None:
+        return cls
     known, points = built_in(), plug_ins()
-    by_form = {form: cls for cls_name, cls in known.items() for form in _forms(cls_name)}
-    if _plain(name) in by_form:
-        return by_form[_plain(name)]
     if name in points:
         return _load(points[name])
     names = [*sorted(known), *sorted(points)]
@@ -74,6 +89,19 @@ def _find(name: str, spec: str):
         f"--cb {spec}: there is no callback '{name}'.{nearest(name, names)} There are: {', '.join(names)}",
         BAD_ARGUMENTS,
     )
+
+
+def _built_in(name: str) -> type[Callback] | None:
+    return {form: cls for cls_name, cls in built_in().items() for form in _forms(cls_name)}.get(_plain(name))
+
+
+def _text_in(value) -> bool:
+    """Whether a literal contains text: in a container, or as bytes."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_text_in, value))
+    return isinstance(value, (str, bytes))
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from ._cli_args import BAD_ARGUMENTS, DONE, ERROR, INTERRUPTED, CliError
 from .compare import cells_of, run_grid, split_norms, write_report
 from .data import DataError, DataNotFoundError
-from .files import write_whole
+from .files import locked, write_whole
 
 CELLS, FAILED = "cells.csv", "failed.txt"
 
@@ -32,7 +32,9 @@ def compare(args) -> int:
             epochs=args.epochs,
             augment=args.augment,
         )
-        result = run_grid(cells, path, args.jobs, args.device, args.data_dir, args.record_norms, _line)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with locked(args.out):
+            result = run_grid(cells, path, args.jobs, args.device, args.data_dir, args.record_norms, _line)
     except DataNotFoundError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
     except (DataError, OSError) as e:

@@ -97,7 +97,7 @@ def restarted(args) -> str | None:
     folders = [args.out] if args.out is not None else sorted(Path("runs").glob("*"), reverse=True)
     for folder in folders:
         try:
-            if json.loads((folder / "config.json").read_text())["launch"] == launch():
+            if json.loads((folder / "config.json").read_text(encoding="utf-8"))["launch"] == launch():
                 print(f"torchrun has started the processes again: going on with {folder}", file=sys.stderr)
                 return str(folder)
         except (OSError, ValueError, KeyError, TypeError):

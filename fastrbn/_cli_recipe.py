@@ -27,7 +27,7 @@ def add_norm(group) -> None:
 def add_options(p) -> None:
     """The other options of `NAMES`, to the parser of `train`."""
     group = p.add_argument_group("recipe", "left out, each changes nothing")
-    group.add_argument("--width", type=whole(1), metavar="N", help="channels of resnet9's first layer (default: 64)")
+    group.add_argument("--width", type=whole(1, 4096), metavar="N", help="channels of resnet9's first layer (default: 64)")
     group.add_argument(
         "--momentum", type=share, default=0.0, metavar="X", help="of SGD, Nesterov's (default: 0)"
     )

@@ -30,24 +30,33 @@ def check_folder(folder: Path | None, force: bool) -> None:
         )
 
 
-def claim_folder(folder: Path) -> Path:
-    """Make `folder`, and drop the results of an earlier run there, which would pass for this one's."""
+def make_folder(folder: Path, numbered: bool = False) -> Path:
+    """Make `folder`; if `numbered`, as a new one, with -2, -3, … where it exists: two runs may start in one second."""
+    base, n = folder, 1
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=not numbered)
+            return folder
+        except OSError as e:
+            if not (numbered and isinstance(e, FileExistsError)):
+                raise _not_there(folder, e) from e
+            n += 1
+            folder = base.with_name(f"{base.name}-{n}")
+
+
+def drop_results(folder: Path) -> None:
+    """Delete the results of an earlier run in `folder`, which would pass for this one's."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for file in (*(folder / name for name in RESULTS), *(f for _, f in checkpoints.files(folder / CHECKPOINTS))):
             file.unlink(missing_ok=True)
     except OSError as e:
-        raise CliError(f"the results cannot go to {folder}: {e.strerror or e}; choose another folder with --out", ERROR)
-    return folder
+        raise _not_there(folder, e) from e
 
 
-def free_folder(base: Path) -> Path:
-    """`base`, or with -2, -3, … the first that is not there: two runs may start in the same second."""
-    folder, n = base, 1
-    while folder.exists():
-        n += 1
-        folder = base.with_name(f"{base.name}-{n}")
-    return folder
+def _not_there(folder, error) -> CliError:
+    return CliError(
+        f"the results cannot go to {folder}: {error.strerror or error}; choose another folder with --out", ERROR
+    )
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import shlex
@@ -40,6 +41,7 @@ from .callbacks import (
     sched_lin,
 )
 from .data import DataError, DataNotFoundError, DownloadError, image_databunch, load_dataset
+from .files import locked
 from .models import conv_bn, conv_gn, conv_rbn, resnet9
 from .norm import RECIPES, get_recipe
 
@@ -52,10 +54,10 @@ def train(args) -> int:
     """Run `fastrbn train` and return the exit status. CliError where nothing was trained."""
     before, ranks = torch.get_num_threads(), processes.Ranks()
     try:
-        with ranks.quiet():
+        with ranks.quiet(), contextlib.ExitStack() as held:
             args = _resumed(args, ranks)
             torch.set_num_threads(args.threads or (1 if args.model == "cnn" and args.bs < MANY else before))
-            return _train(args, ranks)
+            return _train(args, ranks, held)
     finally:
         torch.set_num_threads(before)
         ranks.leave()
@@ -71,7 +73,7 @@ def _resumed(args, ranks):
     return resuming.restarted(args) if args.checkpoint_every else args
 
 
-def _train(args, ranks) -> int:
+def _train(args, ranks, held) -> int:
     processes.check_device(args.device, ranks)
     if args.resume is None:  # what can be known to be wrong is said before anything is loaded
         ranks.first(lambda: results.check_folder(args.out, args.force))
@@ -85,9 +87,7 @@ def _train(args, ranks) -> int:
         images, args.bs, seed=args.seed, device=device, limit=args.limit, **recipes.data_kwargs(args, images, ranks.world)
     )
     lr = default_lr(args.bs * ranks.world) * recipes.default_factor(args) if args.lr is None else args.lr
-    folder = args.resume
-    if folder is None:
-        folder = Path(ranks.first(lambda: str(results.claim_folder(_folder(args, images.name)))))
+    folder = Path(ranks.first(lambda: str(_folder(args, images.name, held))))
     cbs = _callbacks(args, lr, folder, len(data.train_dl) // ranks.world, added)
     if ranks.world > 1 and not any(type(cb) is Distributed for cb in added):
         cbs.append(Distributed())
@@ -101,6 +101,8 @@ def _train(args, ranks) -> int:
     config["arguments"] = resuming.to_keep(args, images, lr, device, torch.get_num_threads())
     config = config if args.resume is None else resuming.with_history(config, args)
     if ranks.rank == 0:
+        if args.resume is None:
+            results.drop_results(folder)
         results.write_config(folder, config)
     _announce(images, data, config, folder)
     return _fit(args, learn, run, folder, config, ranks)
@@ -114,7 +116,8 @@ def _fit(args, learn, run, folder, config, ranks) -> int:
         run.fit(args.epochs, learn, resume=resume)
     except Exception as e:  # noqa: BLE001 - a callback's or the model's: the way there is shown, and what was learnt is kept
         if isinstance(e, CheckpointError) and resume is not None and run.resumed_from is None:
-            raise CliError(str(e)) from e  # nothing has begun: the run's results stay as they are
+            _put_back(folder, args, ranks)
+            raise CliError(str(e)) from e
         if not str(e).startswith("rank "):  # else another rank has shown it
             traceback.print_exc()
         error = e
@@ -123,6 +126,11 @@ def _fit(args, learn, run, folder, config, ranks) -> int:
     halt = _of(run, HaltOnNaN)
     report = halt.report if halt is not None else None
     status, sentence = ranks.worst(*_outcome(args, run, error, report, stats, seconds))
+    if resume is not None and not resuming.has_learnt(run) and status in (ERROR, INTERRUPTED):
+        _put_back(folder, args, ranks)
+        if ranks.rank == 0:
+            print(f"{sentence}; the results in {folder} are as they were", file=sys.stderr)
+        return status
     if ranks.rank != 0:
         return status
     failures = results.write_results(folder, learn.model, stats, recorder, magnitudes, report)
@@ -138,6 +146,12 @@ def _fit(args, learn, run, folder, config, ranks) -> int:
     for failure in failures:
         print(f"fastrbn train: error: {failure}", file=sys.stderr)
     return status
+
+
+def _put_back(folder, args, ranks) -> None:
+    """Leave a run that could not be resumed as it was: no result has been written, and its configuration is again."""
+    if ranks.rank == 0:
+        results.write_config(folder, args.config)
 
 
 def _outcome(args, run, error, report, stats, seconds) -> tuple[int, str]:
@@ -209,10 +223,20 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _folder(args, name) -> Path:
-    if args.out is not None:
-        return args.out
-    return results.free_folder(Path("runs") / f"{name}-{args.layer}-{datetime.now():%Y%m%d-%H%M%S}")
+def _folder(args, name, held) -> Path:
+    """The run's folder, which is this process's alone while `held` is."""
+    folder = args.resume or args.out
+    if folder is None:
+        folder = Path("runs") / f"{name}-{args.layer}-{datetime.now():%Y%m%d-%H%M%S}"
+    if args.resume is None:
+        folder = results.make_folder(folder, numbered=args.out is None)
+    try:
+        held.enter_context(locked(folder))
+    except BlockingIOError as e:
+        raise CliError(str(e)) from e
+    if args.resume is None:  # once more: another process may have been here meanwhile
+        results.check_folder(args.out, args.force)
+    return folder
 
 
 def _schedule(args, lr):

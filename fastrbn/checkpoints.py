@@ -1,13 +1,15 @@
 """Checkpoint files: plain data, written whole, told from broken ones when they are read, and never run as code.
 
-A file is what `torch.save` writes: `torch.load(path, weights_only=True)["model"]` is the model's state_dict, with or
-without this package.
+A file is what `torch.save` writes, with a checksum of all of it in the zip archive's comment:
+`torch.load(path, weights_only=True)["model"]` is the model's state_dict, with or without this package.
 """
 
 from __future__ import annotations
 
 import collections
+import hashlib
 import io
+import os
 import pickle
 import re
 import warnings
@@ -23,6 +25,10 @@ FORMAT = 1  # counts up when files can no longer be read by what was there befor
 _NAME = re.compile(r"checkpoint-(\d+)-step-(\d+)\.pt")
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _PARTS = ("model", "opt", "callbacks", "random", "position")
+_CHECKSUM = "blake2b"
+_MARK = b"fastrbn-blake2b:"  # begins the archive's comment; the hash of all bytes up to here, in hexadecimal, ends the file
+_HASH_BYTES = 32
+_FOOTER = len(_MARK) + 2 * _HASH_BYTES
 
 
 class CheckpointError(RuntimeError):
@@ -41,15 +47,20 @@ def files(folder) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in found if m)
 
 
+def steps_in(path) -> int:
+    """The number of training steps that the name of a checkpoint's file says."""
+    return int(_NAME.fullmatch(Path(path).name)[2])
+
+
 def write(path, state: dict) -> None:
     """Write `state` to `path`, whole or not at all. TypeError, with the place, for what is not plain data."""
-    file, checked = io.BytesIO(), torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)  # `read` counts on them
-    try:
-        torch.save(plain({"format": FORMAT, "fastrbn": __version__, "torch": torch.__version__, **state}), file)
-    finally:
-        torch.serialization.set_crc32_options(checked)
+    versions = {"format": FORMAT, "checksum": _CHECKSUM, "fastrbn": __version__, "torch": torch.__version__}
+    file = io.BytesIO()
+    torch.save(plain({**versions, **state}), file)
+    file.seek(-2, io.SEEK_END)  # an archive ends with the length of its comment, 0 so far
+    file.write(_FOOTER.to_bytes(2, "little") + _MARK)
     # not getbuffer(): in a traceback's cycle its memoryview crashes the garbage collector of Python 3.12.1
+    file.write(hashlib.blake2b(file.getvalue(), digest_size=_HASH_BYTES).hexdigest().encode())
     write_whole(path, file.getvalue())
 
 
@@ -80,23 +91,28 @@ def plain(value, where: str = ""):
 
 
 def read(path) -> dict:
-    """The state in the file `path`, tensors on the CPU. CheckpointError, with the reason, when there is none whole."""
+    """The state in the file `path`, tensors on the CPU. CheckpointError, with the reason, if it is missing or damaged.
+
+    UserWarning for a file from before checksums were kept: its tensors are compared with the archive's own CRC-32 only.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        raise CheckpointError(f"the checkpoint {path} cannot be read: it is no file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load reads on over bytes that a disk has changed
-            if (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}): take an earlier one")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as e:
-        if isinstance(e, CheckpointError):
-            raise
-        if isinstance(e, pickle.UnpicklingError):
-            why = "holds more than plain data, and is not opened: it was not written by Checkpoint"
-        else:
-            why = f"is not whole ({str(e).splitlines()[0] if str(e) else type(e).__name__}): take an earlier one"
-        raise CheckpointError(f"the checkpoint {path} {why}") from e
+        with open(path, "rb") as file:
+            sealed = _is_sealed(file, path)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except OSError as e:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {e.strerror or e}") from e
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(
+            f"the checkpoint {path} holds more than plain data, and is not opened: it was not written by Checkpoint"
+        ) from e
+    except Exception as e:  # noqa: BLE001 - damaged bytes lead the readers of zip and pickle to any exception
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise CheckpointError(f"the checkpoint {path} is not whole ({why}): take an earlier one") from e
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(
             f"{path} is no checkpoint of a run: Checkpoint writes those; weights alone are for model.load_state_dict"
@@ -108,7 +124,54 @@ def read(path) -> dict:
         )
     if missing := [part for part in _PARTS if part not in state]:
         raise CheckpointError(f"the checkpoint {path} lacks {', '.join(missing)}: take an earlier one")
+    _check_parts(path, state)
+    if not sealed:
+        if "checksum" in state:
+            raise CheckpointError(f"the checkpoint {path} is not whole (its checksum is missing): take an earlier one")
+        warnings.warn(
+            f"the checkpoint {path} has no checksum: it is from before they were kept, and not all damage would show",
+            stacklevel=2,
+        )
     return state
+
+
+def _is_sealed(file, path) -> bool:
+    """Whether `file` ends with a checksum; CheckpointError where its content does not match it or, without one, the
+    archive's CRC-32 of each entry. `file` stands at its beginning afterwards."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _FOOTER))
+    footer = file.read()
+    file.seek(0)
+    if not footer.startswith(_MARK):
+        with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}): take an earlier one")
+        file.seek(0)
+        return False
+    found, left = hashlib.blake2b(digest_size=_HASH_BYTES), size - 2 * _HASH_BYTES
+    while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+        found.update(chunk)
+        left -= len(chunk)
+    file.seek(0)
+    if found.hexdigest().encode() != footer[len(_MARK) :]:
+        raise CheckpointError(f"the checkpoint {path} is damaged (its checksum does not match): take an earlier one")
+    return True
+
+
+def _check_parts(path, state) -> None:
+    """CheckpointError for parts of another shape than `write` is given: the file is somebody else's work."""
+    for part in _PARTS:
+        if not isinstance(state[part], dict):
+            raise CheckpointError(f"the checkpoint {path}: '{part}' must be a dict; got {type(state[part]).__name__}")
+    place = state["position"]
+    for name in ("epoch", "n_iter", "epochs"):
+        if type(place.get(name)) is not int:
+            got = repr(place[name]) if name in place else "nothing"
+            raise CheckpointError(f"the checkpoint {path}: position.{name} must be a whole number; got {got}")
+    if place.get("phase") not in ("train", "valid", "end"):
+        raise CheckpointError(
+            f"the checkpoint {path}: position.phase must be train, valid or end; got {place.get('phase')!r}"
+        )
 
 
 def find(path, check=lambda state: None) -> tuple[Path, dict]:

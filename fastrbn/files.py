@@ -1,10 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process writes to."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 def write_whole(path, content) -> Path:
@@ -33,3 +38,26 @@ def whole_file(path):
         if isinstance(e, OSError) and e.errno is not None and e.filename is None:
             e.filename = str(path)  # a full disk does not say which file it was
         raise
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep `folder` for this process until the block ends, or the process does, even by kill -9. BlockingIOError if
+    another process has it. Where the file system has no locks (some network ones), nothing is kept."""
+    fd = None
+    try:
+        if fcntl is not None:
+            fd = os.open(folder, os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise BlockingIOError(
+            f"another process is at work in {folder}: wait for its end, or take another folder with --out"
+        ) from e
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)

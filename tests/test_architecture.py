@@ -158,6 +158,30 @@ def test_each_module_has_a_docstring_no_star_import_and_a_bearable_length(file):
         assert (ast.get_docstring(tree) or "").strip(), "no docstring"
 
 
+def texts_of_no_encoding(source: str) -> list[int]:
+    """Lines that open, read or write a text file in the encoding of the machine."""
+    lines = []
+    for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+        name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+        given = {k.arg: k.value for k in call.keywords}
+        mode = given.get("mode", call.args[1] if len(call.args) > 1 else None)
+        binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
+        module = name == "open" and isinstance(call.func, ast.Attribute)  # os.open, Image.open
+        nowhere = [ast.unparse(a) for a in call.args[:1]] == ["os.devnull"]
+        if name in ("open", "read_text", "write_text") and not (binary or module or nowhere or "encoding" in given):
+            lines.append(call.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_text_files_are_utf_8_on_every_machine(file):
+    assert texts_of_no_encoding(file.read_text(encoding="utf-8")) == []
+
+
+def test_the_rule_of_encodings_catches():
+    assert texts_of_no_encoding("open(p)\np.read_text()\nopen(p, 'w')\nopen(p, 'rb')\nopen(p, encoding='utf-8')") == [1, 2, 3]
+
+
 @pytest.mark.parametrize("name", ["", *SUBPACKAGES, "basics"])
 def test_each_package_lists_names_that_exist_once_each(name):
     package = importlib.import_module(f"fastrbn.{name}" if name else "fastrbn")

@@ -16,6 +16,7 @@ from fastrbn import _cli_compare_args
 from fastrbn.cli import main
 from fastrbn.compare import NETS, grid, read_rows, workers
 from fastrbn.data import glyphs
+from fastrbn.files import locked
 
 ROOT = Path(fastrbn.__file__).parents[1]
 
@@ -139,6 +140,14 @@ def test_a_file_in_the_folders_place_and_a_csv_of_others_are_refused(cli):
     Path("full/cells.csv").write_text("my,own\n1,2\n")
     status, _, err = cli("--out", "full")
     assert status == 2 and "other columns" in err and Path("full/cells.csv").read_text() == "my,own\n1,2\n"
+
+
+def test_a_second_command_into_the_same_folder_ends_with_a_clear_line(cli):
+    Path("compare").mkdir()
+    with locked("compare"):
+        status, _, err = cli("--norms", "default", "--bs", 8)
+    assert status == 1 and "another process is at work in compare: wait for its end" in err
+    assert os.listdir("compare") == []
 
 
 def test_the_help_lists_the_nets_there_are():

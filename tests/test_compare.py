@@ -358,6 +358,25 @@ def test_a_row_that_was_cut_off_is_left_out_and_its_cell_trained_again(here):
     )
 
 
+@pytest.mark.parametrize(
+    "damage, text",
+    [
+        (lambda row: row.replace(b"glyphs", b"glyp\xffs", 1), "cells.csv is not UTF-8 text: .*byte 0xff"),
+        (lambda row: row.replace(b",", b"", 1), r"cells.csv, row 2 has 25 fields, not 26"),
+        (lambda row: row.replace(b",8,", b",8x,", 1), r"cells.csv, row 2: bs must be a number; got '8x'"),
+    ],
+    ids=["no text", "a comma", "a number"],
+)
+def test_a_damaged_row_is_named_and_the_file_left_as_it_is(damage, text, here):
+    run(few(["default"], [8, 16]), here)
+    head, first, second = here.read_bytes().splitlines(keepends=True)
+    damaged = head + second + damage(first)
+    here.write_bytes(damaged)
+    with pytest.raises(ValueError, match=text):
+        run(few(["default"], [8, 16, 32]), here)
+    assert here.read_bytes() == damaged
+
+
 def test_a_csv_of_other_columns_is_refused_and_left_as_it_is(here):
     here.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has other columns than this version of fastrbn writes"):

@@ -63,12 +63,9 @@ def test_a_change_of_the_source_or_of_a_header_makes_another_library(cache, sour
 
 
 def test_a_compiler_that_fails_is_warned_of_once_and_not_asked_again(cache, source, tmp_path, monkeypatch):
-    broken, other = tmp_path / "cc", tmp_path / "other.c"
-    broken.write_text(f"#!/bin/sh\necho called >>{tmp_path}/calls\necho no room on this planet >&2\nexit 1\n")
-    broken.chmod(0o755)
+    other = tmp_path / "other.c"
+    fake_compiler(tmp_path, monkeypatch, f"echo called >>{tmp_path}/calls", "echo no room on this planet >&2", "exit 1")
     shutil.copy(source, other)
-    monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setattr(native_build, "_broken", {})
     with pytest.warns(RuntimeWarning, match="could not be built with .*cc: no room on this planet"):
         assert native_build.load(source, "-DANSWER=9")[0] is None
     with warnings.catch_warnings():
@@ -77,6 +74,90 @@ def test_a_compiler_that_fails_is_warned_of_once_and_not_asked_again(cache, sour
     assert library is None and "no room on this planet" in why
     assert (tmp_path / "calls").read_text() == "called\n"
     assert not [*cache.rglob("*.so")]
+
+
+DAMAGE = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "one bit": lambda data: data[:4000] + bytes([data[4000] ^ 1]) + data[4001:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_built_again_and_never_loaded(damage, cache, source):
+    code = (
+        "import pathlib, sys; from fastrbn import native_build;"
+        "print(native_build.load(pathlib.Path(sys.argv[1]), '-DANSWER=7')[0].answer())"
+    )
+    whole = native_build._built(COMPILER, source, ("-DANSWER=7",))
+    data = whole.read_bytes()
+    whole.write_bytes(DAMAGE[damage](data))
+    done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
+    assert [p.read_bytes() for p in cache.iterdir()] == [data]
+
+
+def test_without_a_home_the_libraries_lie_in_a_folder_of_the_process(source, monkeypatch):
+    """As in a container whose user id has no entry in the password file."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("FASTRBN_NATIVE", raising=False)
+
+    def no_entry(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    library, why = native_build.load(source, "-DANSWER=11")
+    assert (library.answer(), why) == (11, "")
+    assert native_build._cache() == native_build._of_this_process()
+
+
+def fake_compiler(tmp_path, monkeypatch, *lines):
+    file = tmp_path / "cc"
+    file.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    file.chmod(0o755)
+    monkeypatch.setenv("CC", str(file))
+    monkeypatch.setattr(native_build, "_broken", {})
+
+
+@pytest.mark.parametrize(
+    "lines, text",
+    [
+        ([r"printf 'ung\374ltig' >&2", "exit 1"], "could not be built with .*cc: ung\ufffdltig"),
+        ([r"printf 'ung\374ltig' >&2"], "could not be built with .*cc: .*No such file"),
+        (["printf waiting >&2", "exec sleep 60"], "could not be built with .*cc: .*timed out.* waiting"),
+    ],
+    ids=["bytes that are not UTF-8", "no library", "a compiler that hangs"],
+)
+def test_whatever_a_compiler_does_is_told(lines, text, cache, source, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, *lines)
+    monkeypatch.setattr(native_build, "_SECONDS", 1)
+    with pytest.warns(RuntimeWarning, match=text):
+        assert native_build.load(source, f"-DANSWER={len(text)}")[0] is None
+    assert not [*cache.rglob("*.so")]
+
+
+def test_a_compiler_that_makes_something_else_is_told(cache, source, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'while [ "$1" != -o ]; do shift; done; echo no library >"$2"')
+    with pytest.warns(RuntimeWarning, match="were built with .*cc, and cannot be loaded: .*answer"):
+        assert native_build.load(source, "-DANSWER=12")[0] is None
+
+
+def test_a_cache_from_which_nothing_may_be_run_is_said_to_be_one(cache, source, monkeypatch):
+    def refuse(path):
+        raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
+
+    class Noexec:
+        f_flag = os.ST_NOEXEC
+
+    monkeypatch.setattr(native_build, "_broken", {})
+    monkeypatch.setattr(native_build.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(os, "statvfs", lambda path: Noexec)
+    text = "cannot be loaded: .*/cache/fastrbn is on a file system mounted noexec; set XDG_CACHE_HOME to a folder that is not"
+    with pytest.warns(RuntimeWarning, match=text):
+        _, why = native_build.load(source, "-DANSWER=13")
+    assert "mounted noexec" in why
 
 
 def test_it_can_be_turned_off(source, monkeypatch):

@@ -54,7 +54,8 @@ class Checkpoint(Callback):
 
     A file is written beside the old ones under a temporary name, then renamed: whenever the process is killed, the last
     whole one is there. When a save fails (a full disk) the fit goes on with a warning, and ends with CheckpointError if
-    the next one fails too, or if it was the last. A file is plain data, read without running code.
+    the next one fails too, or if it was the last. A file is plain data, read without running code, with a checksum that
+    is verified when it is read.
     """
 
     _order = 1000  # when all others are done with the step

@@ -60,8 +60,14 @@ class CSVLogger(Callback):
         self.__dict__.pop("_stats", None)  # a copy of this callback should not copy that one
 
     def _rows_there(self) -> str:
-        text = self.path.read_text()
-        header = next(csv.reader(io.StringIO(text)), [])
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            header = next(csv.reader(io.StringIO(text)), [])
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(
+                f"CSVLogger(append=True) needs a CSV file in UTF-8; {self.path} is not: {e}. Take another path, or "
+                f"append=False to write it anew"
+            ) from e
         if header and header != self._stats.columns:
             raise ValueError(
                 f"CSVLogger(append=True) needs a file with the columns {', '.join(self._stats.columns)}; {self.path} "

@@ -34,22 +34,41 @@ def read_rows(path) -> list[dict[str, str]]:
     """The rows of `path`, as text, in order; of rows for the same cell the last. [] where there is no such file.
 
     A last line without an end (the machine went down while it was written) is left out. ValueError for a file with
-    other columns.
+    other columns, or with a damaged row.
     """
     path = Path(path)
     if not path.is_file():
         return []
-    text = _whole_lines(path.read_text(encoding="utf-8"))
-    if not text:
-        return []
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if tuple(rows.fieldnames or ()) != COLUMNS:
-        odd = sorted(set(rows.fieldnames or ()) ^ set(COLUMNS))
+    head, *rows = [*csv.reader(io.StringIO(_whole_lines(_text(path)), newline=""))] or [COLUMNS]
+    if tuple(head) != COLUMNS:
+        odd = sorted(set(head) ^ set(COLUMNS))
         raise ValueError(
             f"{path} has other columns than this version of fastrbn writes ({', '.join(odd) or 'in another order'}): "
             f"take another folder, or move that file away"
         )
+    rows = [_row(path, n, fields) for n, fields in enumerate(rows, 1)]
     return list({row_key(row): row for row in rows}.values())
+
+
+def _row(path, n, fields) -> dict[str, str]:
+    """The `n`-th row; ValueError if it is damaged."""
+    repair = "delete that row, and its cell is trained again"
+    if len(fields) != len(COLUMNS):
+        raise ValueError(f"{path}, row {n} has {len(fields)} fields, not {len(COLUMNS)}: {repair}")
+    row = dict(zip(COLUMNS, fields))
+    for name in NUMBERS:
+        try:
+            number(row, name)
+        except ValueError:
+            raise ValueError(f"{path}, row {n}: {name} must be a number; got {row[name]!r}: {repair}") from None
+    return row
+
+
+def _text(path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: {e}; mend it, or take another folder") from e
 
 
 def row_key(row) -> tuple[str, ...]:
@@ -65,7 +84,7 @@ def number(row, name) -> float | None:
 def begin(path) -> None:
     """Make `path` ready for `append`: with its header, without a line that was cut off."""
     path = Path(path)
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    old = _text(path) if path.is_file() else ""
     text = _whole_lines(old) or _line(COLUMNS)
     if text != old:
         write_whole(path, text)

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-import pickle
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import PIL
@@ -14,7 +14,7 @@ from ..files import whole_file
 
 __all__ = ["decode_once"]
 
-FORMAT = 1  # another number makes every file of the old one be written anew
+FORMAT = 2  # another number makes every file of the old one be written anew
 MANY = 5000  # from so many images a line says what the wait is for
 
 
@@ -35,7 +35,7 @@ def decode_once(path, files, size, decode):
     x = decode()
     try:
         with whole_file(path) as f:
-            torch.save({"key": key, "x": x}, f)
+            torch.save({"key": key, "x": x, "crc32": zlib.crc32(x.numpy())}, f)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
         warnings.warn(f"the decoded images cannot be kept in {path}, so each start decodes them again: {e}",
                       stacklevel=3)
@@ -58,11 +58,12 @@ def _kept(path, key, n):
         x = kept["x"]
         if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != n:
             raise ValueError(f"it holds {tuple(x.shape)} {x.dtype} for {n} images")
+        if zlib.crc32(x.numpy()) != kept["crc32"]:
+            raise ValueError("the images in it have changed since they were written")
         return x
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError,
-            pickle.UnpicklingError) as e:
+    except Exception as e:  # noqa: BLE001 - damaged bytes lead the readers of zip and pickle to any exception
         why = str(e).strip().partition("\n")[0] or type(e).__name__
         warnings.warn(f"{path} is no file of decoded images and is written anew: {why}", stacklevel=4)
         return None

@@ -28,8 +28,14 @@ STALL_SECONDS = 30  # no byte for that long during a download
 def data_root(root=None):
     """The folder of the data sets, in torchvision's layout: `root`, else $FASTRBN_DATA, else ~/.cache/fastrbn/data.
 
-    It need not exist. BadDataError when it is a file."""
-    path = Path(root or os.environ.get("FASTRBN_DATA") or "~/.cache/fastrbn/data").expanduser()
+    It need not exist. BadDataError when it is a file, DataNotFoundError when there is no home directory for the last."""
+    path = Path(root or os.environ.get("FASTRBN_DATA") or "~/.cache/fastrbn/data")
+    try:
+        path = path.expanduser()
+    except RuntimeError as e:
+        raise DataNotFoundError(f"there is no home directory for {path} (HOME is not set, and the user has no entry in "
+                                "the password file): say where the data sets are with root, --data-dir, or "
+                                "FASTRBN_DATA.") from e
     if path.exists() and not path.is_dir():
         raise BadDataError(f"the data folder must be a folder; {path} is a file. Pass another root "
                            "(--data-dir, or FASTRBN_DATA).")

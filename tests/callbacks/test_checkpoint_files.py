@@ -2,6 +2,8 @@
 
 import errno
 import math
+import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,100 @@ def test_files_can_be_read_whatever_torch_was_told_about_checksums(make_learn, t
     finally:
         torch.serialization.set_crc32_options(True)
     make_run(tmp_path / "c").fit(2, make_learn(), resume=tmp_path / "c")
+
+
+# --- a disk that changes bits
+
+
+def small_state():
+    parts = {part: {} for part in ("opt", "callbacks", "random")}
+    position = {"phase": "end", "epoch": 0, "done": None, "n_iter": 3, "n_epochs": 1, "epochs": 1, "iters": 3}
+    return {"model": {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(7)}, "position": position, **parts}
+
+
+def without_checksum(path):
+    """The file as it was written before checksums were kept: what torch.save makes of the same state."""
+    state = torch.load(path, weights_only=True)
+    del state["checksum"]
+    torch.save(state, path)
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
+    path, state = tmp_path / "checkpoint-0001-step-3.pt", small_state()
+    checkpoints.write(path, state)
+    whole, refused = path.read_bytes(), 0
+    names = [info.filename.encode() for info in zipfile.ZipFile(path).infolist()]
+    directory = [whole.rindex(name) for name in names]  # the last place of a name is in the zip's directory
+    bits = [8 * at + n for at in directory for n in (5, 6, 7)] + [8 * (at - 8) + 4 for at in directory]
+    for bit in [*bits, *random.Random(1).sample(range(8 * len(whole)), 400)]:
+        flip(path, bit)
+        try:
+            read = checkpoints.read(path)
+        except CheckpointError as e:
+            refused += 1
+            assert str(path) in str(e)
+        else:
+            assert all(read[k] == state[k] for k in state if k != "model"), bit
+            assert all(torch.equal(read["model"][k], v) for k, v in state["model"].items()), bit
+        path.write_bytes(whole)
+    assert refused > 400
+
+
+def test_the_one_before_is_taken_whatever_the_reader_of_the_newest_raises(tmp_path, monkeypatch):
+    for n in (1, 2):
+        checkpoints.write(tmp_path / checkpoints.file_name(n, 3), small_state())
+    newest = tmp_path / checkpoints.file_name(2, 3)
+    without_checksum(newest)
+    name = zipfile.ZipFile(newest).infolist()[0].filename.encode()
+    flip(newest, 8 * newest.read_bytes().rindex(name) + 7)
+    with pytest.warns(UserWarning, match=r"0002-step-3.pt is not whole .*; resuming from .*0001-step-3.pt instead"):
+        file, _ = checkpoints.find(tmp_path)
+    assert file.name == "checkpoint-0001-step-3.pt"
+
+
+def test_a_file_without_a_checksum_is_read_and_said_to_have_none(tmp_path):
+    path = tmp_path / "checkpoint-0001-step-3.pt"
+    checkpoints.write(path, small_state())
+    without_checksum(path)
+    with pytest.warns(UserWarning, match="has no checksum: it is from before they were kept"):
+        assert checkpoints.read(path)["position"] == small_state()["position"]
+
+
+def test_a_file_whose_checksum_was_cut_off_is_not_taken_for_an_old_one(tmp_path):
+    path = tmp_path / "checkpoint-0001-step-3.pt"
+    checkpoints.write(path, small_state())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is not whole"):
+        checkpoints.read(path)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"model": None}, "'model' must be a dict; got NoneType"),
+        ({"position": {"phase": "end"}}, "position.epoch must be a whole number; got nothing"),
+        ({"position": {**small_state()["position"], "n_iter": "3"}}, "position.n_iter must be a whole number; got '3'"),
+        ({"position": {**small_state()["position"], "phase": "noon"}}, "position.phase must be train, valid or end"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_shape_is_refused(change, text, tmp_path):
+    checkpoints.write(tmp_path / "a.pt", {**small_state(), **change})
+    with pytest.raises(CheckpointError, match=text):
+        checkpoints.read(tmp_path / "a.pt")
+
+
+def test_torch_alone_reads_the_file_also_mapped(tmp_path):
+    checkpoints.write(tmp_path / "a.pt", small_state())
+    for mmap in (False, True):
+        read = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mmap)
+        assert torch.equal(read["model"]["w"], small_state()["model"]["w"])
 
 
 # --- SaveBest

@@ -90,6 +90,14 @@ def test_appending_to_other_columns_is_an_error_and_leaves_the_file(make_learn, 
     assert path.read_text() == before
 
 
+def test_appending_to_a_file_that_is_not_text_is_an_error_and_leaves_the_file(make_learn, tmp_path):
+    path = tmp_path / "h.csv"
+    path.write_bytes(b"epoch,train_loss\xff\n")
+    with pytest.raises(ValueError, match=r"append=True\) needs a CSV file in UTF-8; .*h.csv is not: 'utf-8' codec"):
+        make_run(path, append=True).fit(1, make_learn())
+    assert path.read_bytes() == b"epoch,train_loss\xff\n"
+
+
 def test_without_averages_the_error_says_what_to_add(make_learn, tmp_path):
     with pytest.raises(ValueError, match="CSVLogger writes what AvgStatsCallback measures, and the run has none"):
         Runner([CSVLogger(tmp_path / "h.csv")]).fit(1, make_learn())

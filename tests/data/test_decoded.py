@@ -1,6 +1,7 @@
 """Decoded images in a file: used while the images are the same, replaced when they are not, never trusted half."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -98,6 +99,20 @@ def test_a_file_that_is_damaged_is_said_and_written_anew(images, decodings, cont
         again = load_dataset("cifar10", images)
     assert same(again, whole) and len(decodings) == 2
     assert same(load_dataset("cifar10", images), whole) and len(decodings) == 2
+
+
+def test_a_bit_that_changed_in_the_kept_images_is_found(images, decodings):
+    whole = load_dataset("cifar10", images)
+    path = images / "cifar10-jpeg.decoded.pt"
+    data = path.read_bytes()
+    start = data.index(bytes(load_dataset("cifar10", images).train.x[0, 0].flatten().tolist()))
+    for at in (start, start + 3000, len(data) - 30, data.rindex(b"/data.pkl")):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 128]) + data[at + 1 :])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert same(load_dataset("cifar10", images), whole), at
+        assert all("is no file of decoded images and is written anew" in str(w.message) for w in told)
+    assert len(decodings) > 2
 
 
 def test_what_cannot_be_kept_is_said_and_the_images_are_there(images, monkeypatch):

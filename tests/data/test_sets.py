@@ -116,6 +116,18 @@ def test_the_data_folder_is_the_argument_else_the_variable_else_the_cache(monkey
     assert data_root() == Path.home() / ".cache/fastrbn/data"
 
 
+def test_without_a_home_the_data_folder_has_to_be_given(monkeypatch):
+    monkeypatch.delenv("FASTRBN_DATA", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+
+    def no_entry(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    with pytest.raises(DataNotFoundError, match="no home directory .*: say where .* --data-dir, or FASTRBN_DATA"):
+        data_root()
+
+
 def test_a_data_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadDataError, match="must be a folder.*file"):
