@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -628,7 +629,78 @@ def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
     process.stdout.close()  # as `head` does
     err = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 1 and err == ""
+    assert process.wait() == 0 and err == ""
+
+
+# what is printed, and where
+
+
+def printing_to(monkeypatch, file, encoding="utf-8"):
+    """Have stdout go to the binary `file`, as a process would have it."""
+    stream = io.TextIOWrapper(file, encoding, errors="strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream
+
+
+@pytest.mark.parametrize(
+    "encoding, shape, rate", [("ascii", "1x28x28", "0.4 -> 0.04"), ("cp1252", "1×28×28", "0.4 -> 0.04"),
+                              ("utf-8", "1×28×28", "0.4 → 0.04")],
+)
+def test_characters_that_the_encoding_of_stdout_lacks_are_spelt_out(cli, monkeypatch, encoding, shape, rate):
+    file = io.BytesIO()
+    stream = printing_to(monkeypatch, file, encoding)
+    assert main(["train", "glyphs", "--limit", "16", "--out", "räksmörgås-\udcff"]) == 0
+    assert main(["train", "--help"]) == 0
+    out = file.getvalue().decode(encoding)
+    assert f"images of {shape}, 10 classes" in out and f"learning rate {rate} (linear)" in out
+    assert "r\\xe4ksm" in out if encoding == "ascii" else "räksmörgås-\\udcff" in out
+    assert set(os.listdir("räksmörgås-\udcff")) == RESULTS
+    config = json.loads(Path("räksmörgås-\udcff/config.json").read_text(encoding="utf-8"))
+    assert config["command"].endswith("--out 'räksmörgås-\udcff'")
+    assert stream.errors == "strict" and sys.stdout is stream, "it is as it was"
+
+
+def test_a_rank_that_is_silent_prints_any_character(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    ranks = object.__new__(_cli_ranks.Ranks)
+    ranks.rank = 1
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *a, **kw: real(*a, **{"encoding": "ascii", **kw}))
+    with ranks.quiet():
+        assert print("0.4 → 0.04", flush=True) is None
+
+
+@pytest.fixture
+def closed_pipe():
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "wb", buffering=0)
+
+
+def test_training_outlives_the_reader_of_its_pipe(cli, monkeypatch, closed_pipe, capsys):
+    stream = printing_to(monkeypatch, closed_pipe)
+    assert main(["train", "glyphs", "--limit", "80", "--epochs", "2", "--out", "r"]) == 0
+    stream.close()
+    assert set(os.listdir("r")) == RESULTS and len(rows("r/history.csv")) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_after_the_reader_has_left_saves_the_results(cli, monkeypatch, closed_pipe, capsys):
+    plug_in(monkeypatch, stop=lambda: Stop)
+    stream = printing_to(monkeypatch, closed_pipe)
+    assert main(["train", "glyphs", "--epochs", "3", "--limit", "80", "--cb", "stop", "--out", "r"]) == 130
+    stream.close()
+    assert set(os.listdir("r")) == RESULTS and len(rows("r/history.csv")) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_log_is_told_once_and_training_continues(cli, monkeypatch, capsys):
+    stream = printing_to(monkeypatch, open("/dev/full", "wb", buffering=0))
+    assert main(["train", "glyphs", "--limit", "80", "--out", "r"]) == 0
+    stream.close()
+    err = capsys.readouterr().err
+    assert err == "fastrbn: nothing more can be printed ([Errno 28] No space left on device); the command continues\n"
+    assert set(os.listdir("r")) == RESULTS
 
 
 def test_of_many_processes_the_gravest_ending_counts_and_an_error_of_the_first_is_everybodys():
