@@ -112,7 +112,7 @@ def _fit(args, learn, run, folder, config, ranks) -> int:
     resume = None if args.resume is None else resuming.start(folder)
     try:
         run.fit(args.epochs, learn, resume=resume)
-    except Exception as e:  # noqa: BLE001 - a callback's or the model's: the way there is shown, and what was learnt is kept
+    except (Exception, SystemExit) as e:  # noqa: BLE001 - a callback's or the model's: it is shown, and what was learnt is kept
         if isinstance(e, CheckpointError) and resume is not None and run.resumed_from is None:
             raise CliError(str(e)) from e  # nothing has begun: the run's results stay as they are
         if not str(e).startswith("rank "):  # else another rank has shown it

@@ -573,6 +573,46 @@ def test_a_broken_plug_in_is_named_and_stops_nobody_else(cli, monkeypatch):
     assert status == 1 and "the plug-in 'broken' (tests:broken) cannot be loaded" in err
 
 
+def leaves(*_):
+    sys.exit(0)
+
+
+class LeavesWhenMade(Callback):
+    __init__ = leaves
+
+
+class Unmakeable(Callback):
+    def __init__(self):
+        raise LookupError("no such service")
+
+
+@pytest.mark.parametrize(
+    "load, words",
+    [
+        (leaves, "the plug-in 'mine' (tests:mine) cannot be loaded: SystemExit: 0"),
+        (lambda: LeavesWhenMade, "--cb mine: mine cannot be made: SystemExit: 0"),
+        (lambda: Unmakeable, "--cb mine: mine cannot be made: LookupError: no such service"),
+    ],
+)
+def test_a_plug_in_that_leaves_or_fails_before_training_is_an_error_that_names_it(cli, monkeypatch, load, words):
+    plug_in(monkeypatch, mine=load)
+    assert cli("train", "glyphs", "--cb", "mine", "--out", "r") == (1, "", f"fastrbn train: error: {words}\n")
+    assert not Path("r").exists()
+    assert cli("callbacks")[0] == 0
+
+
+@pytest.mark.parametrize("event", ["begin_fit", "after_step", "after_fit"])
+def test_a_plug_in_that_leaves_during_training_is_an_error_that_names_it(cli, monkeypatch, event):
+    made = {}
+    exec(f"def {event}(self):\n    raise SystemExit(0)", made)  # by the name that errors are told with
+    plug_in(monkeypatch, mine=lambda: type("Leaves", (Callback,), {event: made[event]}))
+    status, _, err = cli("train", "glyphs", "--limit", 16, "--cb", "mine", "--out", "r")
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"error: SystemExit in Leaves.{event}, ")
+    assert set(os.listdir("r")) == RESULTS
+    assert json.loads(Path("r/config.json").read_text())["result"]["status"] == 1
+
+
 def test_a_plug_in_that_makes_no_callback_is_refused(cli, monkeypatch):
     plug_in(monkeypatch, listing=lambda: list)
     status, _, err = cli("train", "glyphs", "--cb", "listing")
