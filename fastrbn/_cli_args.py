@@ -14,7 +14,7 @@ DONE, ERROR, BAD_ARGUMENTS, HALTED, INTERRUPTED = 0, 1, 2, 3, 130
 DATA_SETS = ("mnist", "fashion", "cifar10", "cifar100", "glyphs")
 LAYERS = {"conv_rbn": "running", "conv_bn": "batch", "conv_gn": "group"}  # and the norm= of resnet9
 MODELS = ("cnn", "resnet9")
-MANY = 128  # batch size from which the course's net has work for several CPU threads
+MANY = 128  # batch size from which several CPU threads make the course's net faster
 SCHEDULES = ("none", "lin", "cos", "1cycle")
 
 
@@ -51,8 +51,8 @@ def one_of(*names: str):
     return check
 
 
-def whole(least: int):
-    """An argparse type: a whole number from `least`."""
+def whole(least: int, most: int = 2**31 - 1):
+    """An argparse type: a whole number from `least` to `most`."""
 
     def check(text):
         try:
@@ -61,6 +61,8 @@ def whole(least: int):
             number = least - 1
         if number < least:
             raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got '{text}'")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {most} at most; got '{text}'")
         return number
 
     return check
@@ -145,6 +147,13 @@ def _add_train(commands) -> argparse.ArgumentParser:
     norm = p.add_mutually_exclusive_group()
     norm.add_argument("--layer", type=one_of(*LAYERS), default="conv_rbn", metavar="NAME", help=_names(LAYERS))
     recipe.add_norm(norm)
+    p.add_argument(
+        "--size",
+        type=whole(1),
+        metavar="N",
+        help="for a folder of images: scale each to cover N x N pixels and cut out its centre (default: as they are, "
+        "which must then be of one size)",
+    )
     p.add_argument("--recipe", metavar="NAME", help="how conv_rbn averages its statistics (default: default)")
     p.add_argument("--model", type=one_of(*MODELS), default="cnn", metavar="NAME", help=_names(MODELS))
     p.add_argument(
@@ -169,12 +178,12 @@ def _add_train(commands) -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     p.add_argument(
         "--threads",
-        type=whole(1),
+        type=whole(1, 1024),
         metavar="N",
-        help=f"of the CPU (default: 1 for the cnn at batches below {MANY}, where more cost more than they bring; "
-        "otherwise PyTorch's choice)",
+        help=f"of the CPU (default: 1 for the cnn at batches below {MANY}, where extra threads slow it down; otherwise "
+        "PyTorch's choice)",
     )
-    p.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and batches (default: 0)")
+    p.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of weights and batches (default: 0)")
     p.add_argument(
         "--limit", type=whole(1), metavar="N", help="train on N images at most, validate on a like share (500 at least)"
     )

@@ -46,7 +46,7 @@ def add_compare(commands) -> None:
     p.add_argument(
         "--bs", type=listed(whole(1)), default=[2, 8, 32], metavar="N,…", help="batch sizes (default: 2,8,32)"
     )
-    p.add_argument("--seeds", type=listed(whole(0)), default=[0, 1, 2], metavar="N,…", help="default: 0,1,2")
+    p.add_argument("--seeds", type=listed(whole(0, 2**63 - 1)), default=[0, 1, 2], metavar="N,…", help="default: 0,1,2")
     p.add_argument(
         "--lr-factors",
         type=listed(rate),

@@ -91,8 +91,13 @@ def model_kwargs(args) -> dict:
 
 
 def data_kwargs(args, images, world=1) -> dict:
-    """Of `image_databunch`. A compiled model is spared an epoch's last, smaller batch, which would be compiled for itself
+    """Of `image_databunch`. CliError for a square as large as the images. A compiled model is spared an epoch's last, smaller batch, which would be compiled for itself
     (where there is a whole one)."""
+    side = min(images.train.x.shape[2:])
+    if args.cutout is not None and args.cutout >= side:
+        raise CliError(
+            f"--cutout must leave some of the images, whose shorter side is {side}; got {args.cutout}", BAD_ARGUMENTS
+        )
     n = min(len(images.train), args.limit or len(images.train))
     drop_last = args.compile is not None and n >= args.bs * world
     return {"cutout": args.cutout, "channels_last": args.channels_last, "drop_last": drop_last}

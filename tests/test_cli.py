@@ -45,7 +45,7 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
     real = _cli_train.load_dataset
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a: small() if name == "glyphs" else real(name, *a))
+    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a, **kw: real(name, *a, **kw) if kw or name != "glyphs" else small())
     monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
 
     def run(*args):
@@ -283,6 +283,68 @@ def test_a_folder_of_images_can_be_trained_on(cli, tmp_path):
     assert run.name.startswith("my digits-conv_rbn-")
 
 
+def photos(folder, classes="ab", n=4, sides=(9, 14)):
+    """Coloured noise of differing sizes."""
+    draw = torch.Generator().manual_seed(1)
+    for c in classes:
+        (folder / c).mkdir(parents=True)
+        for i in range(n):
+            height, width = torch.randint(*sides, (2,), generator=draw).tolist()
+            x = torch.randint(256, (height, width, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(x.numpy()).save(folder / c / f"{i}.png")
+
+
+def test_photos_of_differing_sizes_are_refused_with_the_option_that_brings_them_to_one(cli, tmp_path):
+    photos(tmp_path / "photos")
+    status, out, err = cli("train", "photos", "--out", "r")
+    assert (status, out) == (1, "") and err.endswith("Bring them to one: size=N, or `fastrbn train --size N`.\n")
+    status, out, err = cli("train", "photos", "--out", "r", "--size", 12, "--checkpoint-every", 1)
+    assert status == 0 and "images of 3×12×12, 2 classes" in out, err
+    status, out, _ = cli("train", "--resume", "r", "--epochs", 2)
+    assert status == 0 and "images of 3×12×12" in out, "the size is the run's"
+
+
+def test_a_folder_of_names_that_are_not_utf8_can_be_trained_on(cli, tmp_path):
+    photos(tmp_path / "ph\udcf6tos" / "data\udcff", classes=["k\udce4fer", "ähre"], sides=(9, 10))
+    status, out, err = cli("train", "ph\udcf6tos/data\udcff")
+    assert status == 0 and out.startswith("data\\xff: 6 training and 2 validation images"), err
+    (run,) = Path("runs").iterdir()
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    assert config["data"]["classes"] == ["k\\xe4fer", "ähre"]
+    assert config["arguments"]["data"] == str(tmp_path / "ph\udcf6tos" / "data\udcff")
+
+
+@pytest.mark.parametrize(
+    "classes, sides, args, status, words",
+    [
+        ("a", (9, 10), "", 1, "training needs images of two classes or more; set has one, a: add a folder of other"),
+        ("ab", (9, 10), "--cutout 9", 2, "--cutout must leave some of the images, whose shorter side is 9; got 9"),
+        ("ab", (3, 4), "--model resnet9 --width 8", 1, "resnet9 of conv_rbn cannot be trained on ImageData('set', "),
+        ("ab", (9, 10), "--layer conv_bn --bs 5", 1, "cnn of conv_bn cannot be trained on … Expected more than 1 value"),
+        ("ab", (9, 10), "--limit 5 --layer conv_bn --bs 1", 1, "Expected more than 1 value per channel"),
+    ],
+)
+def test_what_cannot_work_with_the_data_is_refused_before_training(cli, tmp_path, classes, sides, args, status, words):
+    photos(tmp_path / "set", classes, sides=sides)
+    got, out, err = cli("train", "set", *args.split(), "--out", "r")
+    assert (got, out) == (status, "") and err.startswith("fastrbn train: error: ")
+    assert all(part in err for part in words.split(" … ")), err
+    assert len(err.splitlines()) == 1 and not Path("r").exists()
+
+
+def test_a_channel_that_is_constant_is_refused_before_training(cli, tmp_path):
+    for i in range(8):
+        (tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / "set" / "ab"[i % 2] / f"{i}.png")
+    status, _, err = cli("train", "set", "--out", "r")
+    assert status == 1 and "error: cannot train on set: normalize needs finite means" in err and not Path("r").exists()
+
+
+def test_a_batch_larger_than_the_set_is_pointed_out(cli):
+    status, out, _ = cli("train", "glyphs", "--limit", 16, "--bs", 32, "--out", "r")
+    assert status == 0 and "batch size 32, more than there are images, learning rate" in out
+
+
 def without_network(name, *args):
     if name == "glyphs":
         return small()
@@ -293,7 +355,10 @@ def test_without_mnist_and_network_a_bare_train_says_so_in_a_line_and_takes_glyp
     monkeypatch.setattr(_cli_train, "load_dataset", without_network)
     status, out, err = cli("train", "--limit", 16)
     assert (status, err) == (0, "")
-    assert out.splitlines()[0].startswith("MNIST is neither here nor to be downloaded")
+    assert out.splitlines()[0] == (
+        "MNIST was not found and could not be downloaded (`fastrbn train mnist` says why); training on generated digits "
+        "(glyphs)"
+    )
     assert "glyphs: 16 training" in out.splitlines()[1]
 
 
@@ -332,6 +397,12 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--lr nan", "must be a finite number above 0; got 'nan'"),
         ("--lr fast", "must be a finite number above 0; got 'fast'"),
         ("--epochs -1", "--epochs: must be a whole number, 0 or more; got '-1'"),
+        ("--size 0", "--size: must be a whole number, 1 or more; got '0'"),
+        ("--size 32", "--size: size is for folders of images; glyphs has its own"),
+        ("--bs 99999999999999999999", "--bs: must be a whole number, 2147483647 at most; got '99999999999999999999'"),
+        ("--seed 9223372036854775808", "--seed: must be a whole number, 9223372036854775807 at most"),
+        ("--threads 99999999999", "--threads: must be a whole number, 1024 at most"),
+        ("--cutout 100", "--cutout must leave some of the images, whose shorter side is 28; got 100"),
         ("--limit 0", "--limit: must be a whole number, 1 or more; got '0'"),
         ("--seed -3", "--seed: must be a whole number, 0 or more"),
         ("--layer conv_rnb", "must be one of conv_rbn, conv_bn, conv_gn; got 'conv_rnb'. Did you mean 'conv_rbn'?"),

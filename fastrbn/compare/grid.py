@@ -179,6 +179,8 @@ def _resolve_data(cells, root, log):
     resolved = {}
     for name in dict.fromkeys(c.data for c in cells):
         images = load_images(name, root)
+        if images.c < 2:
+            raise ValueError(f"training needs images of two classes or more; {name} has one, {images.classes[0]}")
         real = images.name if images.name == f"{name}-jpeg" else name
         if real != name:
             log(f"{name} is not here in its own format: the JPEG images in the folder {real} are used, and called that")
