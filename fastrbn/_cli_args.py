@@ -166,7 +166,13 @@ def _add_train(commands) -> argparse.ArgumentParser:
         help="learning rate (default: 2·bs/(bs + 32), 0.4 at batch 8; "
         "bs that of all processes together; for resnet9 a quarter of it; times 1 − momentum)",
     )
-    p.add_argument("--epochs", type=whole(0), default=1, metavar="N", help="passes over the data (default: 1)")
+    p.add_argument(
+        "--epochs",
+        type=whole(0),
+        default=1,
+        metavar="N",
+        help="passes over the data (default: 1); the first is epoch 0, on screen as in history.csv and curves.png",
+    )
     p.add_argument(
         "--sched",
         type=one_of(*SCHEDULES),
