@@ -116,7 +116,7 @@ def _fit(args, learn, run, folder, config, ranks) -> int:
     resume = None if args.resume is None else resuming.start(folder)
     try:
         run.fit(args.epochs, learn, resume=resume)
-    except (Exception, SystemExit) as e:  # noqa: BLE001 - a callback's or the model's: it is shown, and what was learnt is kept
+    except (Exception, SystemExit) as e:  # noqa: BLE001 - a callback's or the model's: shown, and what was learnt is kept
         if isinstance(e, CheckpointError) and resume is not None and run.resumed_from is None:
             raise CliError(str(e)) from e  # nothing has begun: the run's results stay as they are
         if not str(e).startswith("rank "):  # else another rank has shown it
@@ -272,8 +272,8 @@ def _build(args, data, lr, model_kwargs):
 
 @torch.no_grad()
 def _try_a_batch(model, data, bs, drop_last) -> None:
-    """Raise what the model raises at the smallest of an epoch's batches: images too small for its layers, or a batch too
-    small for nn.BatchNorm."""
+    """Raise what a copy of the model raises in the forward pass of an epoch's smallest batch: for images too small for
+    its layers, or a batch too small for nn.BatchNorm."""
     x = data.train_dl.x
     left = 0 if drop_last else len(x) % bs
     copy.deepcopy(model).train()(torch.zeros(left or min(bs, len(x)), *x.shape[1:], device=x.device))

@@ -59,7 +59,7 @@ def cells_of(norms, bs, seeds=(0,), lr_factors=(1.0,), data=("mnist",), net=("cn
 
 
 def _try(norm):
-    describe(norm)  # raises for one that is none
+    describe(norm)  # raises for an unknown one
     try:
         get_norm(norm)(64)
     except (ValueError, TypeError, ZeroDivisionError) as e:

@@ -143,7 +143,8 @@ def _decode(files, size, workers):
     for file, im in zip(files, images):
         if im.shape[:2] != first:
             raise BadDataError(f"images must have one size; {files[0]} is {first[0]} by {first[1]} and {file} is "
-                               f"{im.shape[0]} by {im.shape[1]} (height by width). Bring them to one: size=N, or `fastrbn train --size N`.")
+                               f"{im.shape[0]} by {im.shape[1]} (height by width). Bring them to one: size=N, or "
+                               "`fastrbn train --size N`.")
     depth = max(im.shape[2] for im in images)
     out = np.empty((len(images), depth, *first), np.uint8)
     for i, im in enumerate(images):
