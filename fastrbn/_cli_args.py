@@ -14,7 +14,7 @@ DONE, ERROR, BAD_ARGUMENTS, HALTED, INTERRUPTED = 0, 1, 2, 3, 130
 DATA_SETS = ("mnist", "fashion", "cifar10", "cifar100", "glyphs")
 LAYERS = {"conv_rbn": "running", "conv_bn": "batch", "conv_gn": "group"}  # and the norm= of resnet9
 MODELS = ("cnn", "resnet9")
-MANY = 128  # batch size from which the course's net has work for several CPU threads
+MANY = 128  # batch size from which several CPU threads make the course's net faster
 SCHEDULES = ("none", "lin", "cos", "1cycle")
 
 
@@ -136,8 +136,8 @@ def _add_train(commands) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "train",
         help="train a net on images",
-        description="Train a net and leave in the run's folder config.json, history.csv, curves.png, params.png and "
-        "model.pt, also after an interrupt or a halt.",
+        description="Train a net and write config.json, history.csv, curves.png, params.png and model.pt to the run's "
+        "folder, also after an interrupt or a halt.",
         epilog="Without options: MNIST, the course's net with running batch norm, one epoch at batch 8, learning rate "
         "0.4 falling to 0.04.",
         allow_abbrev=False,
@@ -152,41 +152,56 @@ def _add_train(commands) -> argparse.ArgumentParser:
     norm = p.add_mutually_exclusive_group()
     norm.add_argument("--layer", type=one_of(*LAYERS), default="conv_rbn", metavar="NAME", help=_names(LAYERS))
     recipe.add_norm(norm)
+    p.add_argument(
+        "--size",
+        type=whole(1),
+        metavar="N",
+        help="for a folder of images: scale each to cover N x N pixels and cut out its centre (default: as they are, "
+        "which must then be of one size)",
+    )
     p.add_argument("--recipe", metavar="NAME", help="how conv_rbn averages its statistics (default: default)")
     p.add_argument("--model", type=one_of(*MODELS), default="cnn", metavar="NAME", help=_names(MODELS))
     p.add_argument(
-        "--bs", type=whole(1), default=8, metavar="N", help="batch size, under torchrun of each process (default: 8)"
+        "--bs", type=whole(1), default=8, metavar="N", help="batch size; of each process under torchrun (default: 8)"
     )
     p.add_argument(
         "--lr",
         type=rate,
         metavar="X",
-        help="learning rate (default: 2·bs/(bs + 32), 0.4 at batch 8; "
-        "bs that of all processes together; for resnet9 a quarter of it; times 1 − momentum)",
+        help="learning rate (default: 2·bs/(bs + 32) with bs summed over processes, 0.4 at batch 8; a quarter of that "
+        "for resnet9; times 1 − momentum)",
     )
-    p.add_argument("--epochs", type=whole(0), default=1, metavar="N", help="passes over the data (default: 1)")
+    p.add_argument(
+        "--epochs",
+        type=whole(0),
+        default=1,
+        metavar="N",
+        help="passes over the data (default: 1); the first is epoch 0, on screen as in history.csv and curves.png",
+    )
     p.add_argument(
         "--sched",
         type=one_of(*SCHEDULES),
         default="lin",
         metavar="NAME",
-        help="of the rate: none; lin and cos fall to a tenth; 1cycle rises from a tenth for 30 %% of the steps, then "
-        "falls to a hundredth (default: lin)",
+        help="learning-rate schedule: none; lin and cos fall to a tenth; 1cycle rises from a tenth for 30 %% of the "
+        "steps, then falls to a hundredth (default: lin)",
     )
     p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     p.add_argument(
         "--threads",
         type=whole(1, 1024),
         metavar="N",
-        help=f"of the CPU (default: 1 for the cnn at batches below {MANY}, where more cost more than they bring; "
-        "otherwise PyTorch's choice)",
-    )
-    p.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of weights and batches (default: 0)")
-    p.add_argument(
-        "--limit", type=whole(1), metavar="N", help="train on N images at most, validate on a like share (500 at least)"
+        help=f"CPU threads (default: 1 for the cnn at batches below {MANY}, where extra threads slow it down; otherwise "
+        "PyTorch's choice)",
     )
     p.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where data sets are (default: $FASTRBN_DATA or a cache)"
+        "--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of initial weights and batch order (default: 0)"
+    )
+    p.add_argument(
+        "--limit", type=whole(1), metavar="N", help="train on at most N images, and validate on the same share (at least 500)"
+    )
+    p.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="folder of the data sets (default: $FASTRBN_DATA or a cache)"
     )
     p.add_argument(
         "--cb",
@@ -195,22 +210,21 @@ def _add_train(commands) -> argparse.ArgumentParser:
         metavar="NAME[:ARG=VALUE,…]",
         help="add a callback, by its class name or in snake case; repeatable; `fastrbn callbacks` lists them",
     )
-    p.add_argument("--no-halt", action="store_true", help="train on after NaN or Inf")
+    p.add_argument("--no-halt", action="store_true", help="continue after NaN or Inf")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATA-LAYER-DATE-TIME)")
     p.add_argument("--force", action="store_true", help="write into --out although it is not empty")
     p.add_argument(
         "--checkpoint-every",
         type=whole(1),
         metavar="N",
-        help="save all that training depends on every N steps, after Ctrl-C and at the end, in the run's folder, for "
-        "--resume",
+        help="save a checkpoint for --resume every N steps, after Ctrl-C and at the end, in the run's folder",
     )
     p.add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in the folder RUN from its newest whole checkpoint, with the run's own arguments; "
-        "--epochs may be raised (the schedule is stretched), --checkpoint-every and --data-dir be others",
+        help="continue the run in the folder RUN from its newest intact checkpoint, with the run's own arguments; "
+        "--epochs may be larger (the schedule is stretched), --checkpoint-every and --data-dir may differ",
     )
     recipe.add_options(p)
     return p

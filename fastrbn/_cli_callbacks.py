@@ -32,7 +32,7 @@ def make_callback(spec: str) -> Callback:
     name, _, rest = spec.partition(":")
     factory = _find(name.strip(), spec)
     kwargs = _arguments(rest, spec)
-    signature = inspect.signature(factory)
+    signature = _signature(factory)
     try:
         signature.bind(**kwargs)
     except TypeError as e:
@@ -43,6 +43,8 @@ def make_callback(spec: str) -> Callback:
         made = factory(**kwargs)
     except (TypeError, ValueError, OSError) as e:
         raise CliError(f"--cb {spec}: {e}", BAD_ARGUMENTS) from e
+    except (Exception, SystemExit) as e:
+        raise CliError(f"--cb {spec}: {name} cannot be made: {_told(e)}") from e
     if not isinstance(made, Callback):
         raise CliError(f"--cb {spec}: a callback derives from fastrbn.Callback; {name} made a {type(made).__name__}")
     return made
@@ -118,13 +120,22 @@ def _load(point):
     dist = f" of {point.dist.name} {point.dist.version}" if getattr(point, "dist", None) else ""
     try:
         loaded = point.load()
-    except Exception as e:
-        raise CliError(
-            f"the plug-in '{point.name}' ({point.value}{dist}) cannot be loaded: {type(e).__name__}: {e}"
-        ) from e
+    except (Exception, SystemExit) as e:
+        raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) cannot be loaded: {_told(e)}") from e
     if not callable(loaded):
         raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) must be a callback class; it is {loaded!r}")
     return loaded
+
+
+def _told(error) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _signature(factory) -> inspect.Signature:
+    try:
+        return inspect.signature(factory)
+    except (TypeError, ValueError):  # some callables have none: they say themselves what they do not take
+        return inspect.signature(lambda **kwargs: None)
 
 
 def _arguments(text: str, spec: str) -> dict:
@@ -167,9 +178,6 @@ def _takes(signature: inspect.Signature) -> str:
 
 def _entry(name: str, factory) -> list[str]:
     """One line of name and arguments, one of documentation."""
-    try:
-        takes = ", ".join(str(p) for p in inspect.signature(factory).parameters.values())
-    except (TypeError, ValueError):  # some callables have no signature
-        takes = "…"
+    takes = ", ".join(map(str, _signature(factory).parameters.values()))
     doc = (inspect.getdoc(factory) or "").strip()
     return [f"  {name}({takes})", *([f"      {doc.splitlines()[0]}"] if doc else [])]

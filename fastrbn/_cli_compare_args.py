@@ -46,7 +46,7 @@ def add_compare(commands) -> None:
     p.add_argument(
         "--bs", type=listed(whole(1)), default=[2, 8, 32], metavar="N,…", help="batch sizes (default: 2,8,32)"
     )
-    p.add_argument("--seeds", type=listed(whole(0)), default=[0, 1, 2], metavar="N,…", help="default: 0,1,2")
+    p.add_argument("--seeds", type=listed(whole(0, 2**63 - 1)), default=[0, 1, 2], metavar="N,…", help="default: 0,1,2")
     p.add_argument(
         "--lr-factors",
         type=listed(rate),
@@ -69,7 +69,7 @@ def add_compare(commands) -> None:
         "--jobs",
         type=whole(0),
         metavar="N",
-        help="processes, each with one CPU thread; 0: none but this one (default: a core each; on CUDA 1)",
+        help="worker processes with one CPU thread each; 0: train in this process (default: one per core; 1 on CUDA)",
     )
     p.add_argument(
         "--device",
@@ -78,7 +78,7 @@ def add_compare(commands) -> None:
         help="cpu (default), cuda, or several, such as cuda:0,cuda:1, which processes take in turn",
     )
     p.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where data sets are (default: $FASTRBN_DATA or a cache)"
+        "--data-dir", type=Path, metavar="DIR", help="folder of the data sets (default: $FASTRBN_DATA or a cache)"
     )
     p.add_argument(
         "--record-norms",
@@ -86,4 +86,4 @@ def add_compare(commands) -> None:
         metavar="K",
         help="record the norms of the convolutions' weights every K steps, and draw weight_norms.png",
     )
-    p.add_argument("--table", type=Path, metavar="DIR", help="train nothing: table and pictures of DIR/cells.csv again")
+    p.add_argument("--table", type=Path, metavar="DIR", help="train nothing; redraw table and pictures of DIR/cells.csv")

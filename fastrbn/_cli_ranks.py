@@ -40,7 +40,7 @@ class Ranks:
         if self.rank == 0:
             yield
             return
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w", errors="replace") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
 
     def first(self, make):

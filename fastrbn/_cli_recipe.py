@@ -26,13 +26,13 @@ def add_norm(group) -> None:
 
 def add_options(p) -> None:
     """The other options of `NAMES`, to the parser of `train`."""
-    group = p.add_argument_group("recipe", "left out, each changes nothing")
+    group = p.add_argument_group("recipe", "none of these is on by default")
     group.add_argument("--width", type=whole(1, 4096), metavar="N", help="channels of resnet9's first layer (default: 64)")
     group.add_argument(
-        "--momentum", type=share, default=0.0, metavar="X", help="of SGD, Nesterov's (default: 0)"
+        "--momentum", type=share, default=0.0, metavar="X", help="Nesterov momentum of SGD (default: 0)"
     )
     group.add_argument(
-        "--weight-decay", type=share, default=0.0, metavar="X", help="of weights, not of norms and biases (default: 0)"
+        "--weight-decay", type=share, default=0.0, metavar="X", help="for weights, not for norms and biases (default: 0)"
     )
     group.add_argument(
         "--label-smoothing", type=share, default=0.0, metavar="X", help="share of the target spread over all classes"
@@ -49,7 +49,7 @@ def add_options(p) -> None:
         type=_mode,
         metavar="MODE",
         help=f"compile the model: {', '.join(COMPILE)} (default: not; --compile alone: {COMPILE[0]}); an epoch's last, "
-        "smaller training batch is left out",
+        "smaller training batch is dropped",
     )
 
 
@@ -91,8 +91,15 @@ def model_kwargs(args) -> dict:
 
 
 def data_kwargs(args, images, world=1) -> dict:
-    """Of `image_databunch`. A compiled model is spared an epoch's last, smaller batch, which would be compiled for itself
-    (where there is a whole one)."""
+    """Keyword arguments of `image_databunch`. CliError for a square as large as the images.
+
+    A compiled model does not get an epoch's last, smaller batch, for which it would be compiled once more (unless there
+    is no whole one)."""
+    side = min(images.train.x.shape[2:])
+    if args.cutout is not None and args.cutout >= side:
+        raise CliError(
+            f"--cutout must leave some of the images, whose shorter side is {side}; got {args.cutout}", BAD_ARGUMENTS
+        )
     n = min(len(images.train), args.limit or len(images.train))
     drop_last = args.compile is not None and n >= args.bs * world
     return {"cutout": args.cutout, "channels_last": args.channels_last, "drop_last": drop_last}

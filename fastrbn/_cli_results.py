@@ -63,7 +63,8 @@ def write_config(folder: Path, config: dict) -> None:
     """`config` as JSON, a line for each setting. CliError when it cannot be written."""
     file = folder / "config.json"
     try:
-        write_whole(file, _json(config) + "\n")
+        # a name that is not UTF-8 has surrogates, for which these escapes are also JSON's
+        write_whole(file, f"{_json(config)}\n".encode("utf-8", "backslashreplace"))
     except OSError as e:
         raise CliError(
             f"{file} could not be written: {e.strerror or e}; make room, or choose another folder with --out", ERROR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import platform
 import shlex
@@ -82,20 +83,23 @@ def _train(args, ranks, held) -> int:
     device = _device(args.device)
     added = [make_callback(spec) for spec in args.cb]
     images = ranks.first_then_others(lambda: _images(args))
+    data_kwargs = recipes.data_kwargs(args, images, ranks.world)
     torch.manual_seed(args.seed)
-    data = image_databunch(
-        images, args.bs, seed=args.seed, device=device, limit=args.limit, **recipes.data_kwargs(args, images, ranks.world)
-    )
-    lr = default_lr(args.bs * ranks.world) * recipes.default_factor(args) if args.lr is None else args.lr
-    folder = Path(ranks.first(lambda: str(_folder(args, images.name, held))))
-    cbs = _callbacks(args, lr, folder, len(data.train_dl) // ranks.world, added)
-    if ranks.world > 1 and not any(type(cb) is Distributed for cb in added):
-        cbs.append(Distributed())
     try:
-        learn, run = _build(args, data, lr, cbs, model_kwargs)
+        data = image_databunch(images, args.bs, seed=args.seed, device=device, limit=args.limit, **data_kwargs)
+    except ValueError as e:
+        raise CliError(f"cannot train on {images.name}: {e}") from e
+    lr = default_lr(args.bs * ranks.world) * recipes.default_factor(args) if args.lr is None else args.lr
+    try:
+        learn, run = _build(args, data, lr, model_kwargs)
         recipes.finish(args, learn, device)
+        _try_a_batch(learn.model, data, args.bs, data_kwargs["drop_last"] or ranks.world > 1)
     except (ValueError, RuntimeError) as e:
-        raise CliError(f"{args.model} cannot be made for {images}: {e}") from e
+        raise CliError(f"{args.model} of {args.layer} cannot be trained on {images}: {e}") from e
+    folder = Path(ranks.first(lambda: str(_folder(args, images.name, held))))
+    run.add_cbs(_callbacks(args, lr, folder, len(data.train_dl) // ranks.world, added))
+    if ranks.world > 1 and not any(type(cb) is Distributed for cb in added):
+        run.add_cbs(Distributed())
     config = _config(args, images, data, lr, device, learn, run)
     config.update(processes=ranks.world, launch=processes.launch())
     config["arguments"] = resuming.to_keep(args, images, lr, device, torch.get_num_threads())
@@ -114,7 +118,7 @@ def _fit(args, learn, run, folder, config, ranks) -> int:
     resume = None if args.resume is None else resuming.start(folder)
     try:
         run.fit(args.epochs, learn, resume=resume)
-    except Exception as e:  # noqa: BLE001 - a callback's or the model's: the way there is shown, and what was learnt is kept
+    except (Exception, SystemExit) as e:  # noqa: BLE001 - a callback's or the model's: shown, and what was learnt is kept
         if isinstance(e, CheckpointError) and resume is not None and run.resumed_from is None:
             _put_back(folder, args, ranks)
             raise CliError(str(e)) from e
@@ -171,19 +175,27 @@ def _outcome(args, run, error, report, stats, seconds) -> tuple[int, str]:
 
 def _images(args):
     """The data set; without a name MNIST, or where that cannot be had, glyphs."""
-    root = args.data_dir
+    root, size = args.data_dir, {} if args.size is None else {"size": args.size}
     if root is not None and root.exists() and not root.is_dir():
         raise CliError(f"--data-dir must be a folder; {root} is a file", BAD_ARGUMENTS)
     try:
         if args.data is not None:
-            images = load_dataset(args.data, root)
+            images = load_dataset(args.data, root, **size)
+            if images.c < 2:
+                raise CliError(
+                    f"training needs images of two classes or more; {images.name} has one, {images.classes[0]}: add a "
+                    f"folder of other images"
+                )
             if images.name == f"{args.data}-jpeg":
                 print(f"{args.data} is not here in its own format: training on the JPEG images in {images.name}")
             return images
         try:
-            return load_dataset("mnist", root)
+            return load_dataset("mnist", root, **size)
         except (DownloadError, DataNotFoundError):
-            print("MNIST is neither here nor to be downloaded (`fastrbn train mnist` says why): training on glyphs")
+            print(
+                "MNIST was not found and could not be downloaded (`fastrbn train mnist` says why); training on "
+                "generated digits (glyphs)"
+            )
             return load_dataset("glyphs")
     except DownloadError as e:
         raise CliError(f"{e} `fastrbn train glyphs` needs no download.") from e
@@ -191,6 +203,10 @@ def _images(args):
         raise CliError(str(e), BAD_ARGUMENTS) from e
     except DataError as e:
         raise CliError(str(e)) from e
+    except ValueError as e:  # a size for images that have their own
+        raise CliError(f"--size: {e}", BAD_ARGUMENTS) from e
+    except MemoryError as e:
+        raise CliError(f"{args.data} does not fit into memory; a smaller --size may") from e
 
 
 def _norm_kwargs(args) -> dict:
@@ -270,12 +286,21 @@ def _callbacks(args, lr, folder, steps, added) -> list:
     return own + added
 
 
-def _build(args, data, lr, cbs, model_kwargs):
+def _build(args, data, lr, model_kwargs):
     how = recipes.learner_kwargs(args)
     if args.model == "cnn":
-        return get_learn_run(NFS, data, lr, BUILDERS[args.layer], cbs=cbs, **how, **model_kwargs)
+        return get_learn_run(NFS, data, lr, BUILDERS[args.layer], **how, **model_kwargs)
     model = resnet9(c_in=data.c_in, c_out=data.c, norm=LAYERS[args.layer], **model_kwargs)
-    return get_runner(model, data, lr=lr, cbs=cbs, **how)
+    return get_runner(model, data, lr=lr, **how)
+
+
+@torch.no_grad()
+def _try_a_batch(model, data, bs, drop_last) -> None:
+    """Raise what a copy of the model raises in the forward pass of an epoch's smallest batch: for images too small for
+    its layers, or a batch too small for nn.BatchNorm."""
+    x = data.train_dl.x
+    left = 0 if drop_last else len(x) % bs
+    copy.deepcopy(model).train()(torch.zeros(left or min(bs, len(x)), *x.shape[1:], device=x.device))
 
 
 def _of(run, cls):
@@ -356,6 +381,7 @@ def _announce(images, data, config, folder) -> None:
     recipe = f" (recipe {config['recipe']})" if config["recipe"] else ""
     n, bs = config["processes"], f"batch size {config['bs']}"
     bs += f" on each of {n} processes ({n * config['bs']} a step)" if n > 1 else ""
+    bs += ", more than there are images" if n * config["bs"] > config["data"]["train"] else ""
     print(
         f"{config['model']} of {config['layer']}{recipe}, {config['parameters']} parameters, {bs}, "
         f"learning rate {path}, {_count(config['epochs'], 'epoch')}, on {config['device']}{recipes.words(config)}"

@@ -6,10 +6,10 @@ what happened and, once training has begun, where the results are.
 
 from __future__ import annotations
 
-import os
 import sys
 
-from ._cli_args import DONE, ERROR, INTERRUPTED, CliError, parser
+from ._cli_args import DONE, INTERRUPTED, CliError, parser
+from ._cli_output import lasting
 from ._cli_ranks import is_first
 
 __all__ = ["main"]
@@ -17,9 +17,14 @@ __all__ = ["main"]
 
 def main(argv=None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return the exit status."""
+    with lasting():
+        return _run(sys.argv[1:] if argv is None else list(argv))
+
+
+def _run(argv) -> int:
     try:
         args = parser().parse_args(argv)
-        args.argv = sys.argv[1:] if argv is None else list(argv)
+        args.argv = argv
     except SystemExit as e:  # argparse has printed help, or what is wrong
         return e.code
     try:
@@ -34,7 +39,6 @@ def main(argv=None) -> int:
         from ._cli_callbacks import listing
 
         print("\n".join(listing()))
-        sys.stdout.flush()  # so that a closed pipe shows here and not at exit
         return DONE
     except CliError as e:
         if is_first():
@@ -43,6 +47,3 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print(f"fastrbn {args.command}: interrupted (Ctrl-C)", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `fastrbn callbacks | head`: who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ERROR

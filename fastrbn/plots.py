@@ -246,11 +246,11 @@ def _draw_lr(ax, lrs):
 
 def _draw_history(ax, history, name):
     for which, color in (("train", _INK), ("valid", _ACCENT)):
-        points = [(row["epoch"] + 1, row[f"{which}_{name}"]) for row in history]
+        points = [(row["epoch"], row[f"{which}_{name}"]) for row in history]
         points = [p for p in points if p[1] is not None]
         if points:
             ax.plot(*zip(*points), color=color, lw=1.8, marker="o", ms=3, label=which)
-    ax.set_xlim(0.5, max((row["epoch"] for row in history), default=0) + 1.5)
+    ax.set_xlim(-0.5, max((row["epoch"] for row in history), default=0) + 0.5)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -44,7 +45,7 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
     real = _cli_train.load_dataset
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a: small() if name == "glyphs" else real(name, *a))
+    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a, **kw: real(name, *a, **kw) if kw or name != "glyphs" else small())
     monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
 
     def run(*args):
@@ -282,6 +283,68 @@ def test_a_folder_of_images_can_be_trained_on(cli, tmp_path):
     assert run.name.startswith("my digits-conv_rbn-")
 
 
+def photos(folder, classes="ab", n=4, sides=(9, 14)):
+    """Coloured noise of differing sizes."""
+    draw = torch.Generator().manual_seed(1)
+    for c in classes:
+        (folder / c).mkdir(parents=True)
+        for i in range(n):
+            height, width = torch.randint(*sides, (2,), generator=draw).tolist()
+            x = torch.randint(256, (height, width, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(x.numpy()).save(folder / c / f"{i}.png")
+
+
+def test_photos_of_differing_sizes_are_refused_with_the_option_that_brings_them_to_one(cli, tmp_path):
+    photos(tmp_path / "photos")
+    status, out, err = cli("train", "photos", "--out", "r")
+    assert (status, out) == (1, "") and err.endswith("Bring them to one: size=N, or `fastrbn train --size N`.\n")
+    status, out, err = cli("train", "photos", "--out", "r", "--size", 12, "--checkpoint-every", 1)
+    assert status == 0 and "images of 3×12×12, 2 classes" in out, err
+    status, out, _ = cli("train", "--resume", "r", "--epochs", 2)
+    assert status == 0 and "images of 3×12×12" in out, "the size is the run's"
+
+
+def test_a_folder_of_names_that_are_not_utf8_can_be_trained_on(cli, tmp_path):
+    photos(tmp_path / "ph\udcf6tos" / "data\udcff", classes=["k\udce4fer", "ähre"], sides=(9, 10))
+    status, out, err = cli("train", "ph\udcf6tos/data\udcff")
+    assert status == 0 and out.startswith("data\\xff: 6 training and 2 validation images"), err
+    (run,) = Path("runs").iterdir()
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    assert config["data"]["classes"] == ["k\\xe4fer", "ähre"]
+    assert config["arguments"]["data"] == str(tmp_path / "ph\udcf6tos" / "data\udcff")
+
+
+@pytest.mark.parametrize(
+    "classes, sides, args, status, words",
+    [
+        ("a", (9, 10), "", 1, "training needs images of two classes or more; set has one, a: add a folder of other"),
+        ("ab", (9, 10), "--cutout 9", 2, "--cutout must leave some of the images, whose shorter side is 9; got 9"),
+        ("ab", (3, 4), "--model resnet9 --width 8", 1, "resnet9 of conv_rbn cannot be trained on ImageData('set', "),
+        ("ab", (9, 10), "--layer conv_bn --bs 5", 1, "cnn of conv_bn cannot be trained on … Expected more than 1 value"),
+        ("ab", (9, 10), "--limit 5 --layer conv_bn --bs 1", 1, "Expected more than 1 value per channel"),
+    ],
+)
+def test_what_cannot_work_with_the_data_is_refused_before_training(cli, tmp_path, classes, sides, args, status, words):
+    photos(tmp_path / "set", classes, sides=sides)
+    got, out, err = cli("train", "set", *args.split(), "--out", "r")
+    assert (got, out) == (status, "") and err.startswith("fastrbn train: error: ")
+    assert all(part in err for part in words.split(" … ")), err
+    assert len(err.splitlines()) == 1 and not Path("r").exists()
+
+
+def test_a_channel_that_is_constant_is_refused_before_training(cli, tmp_path):
+    for i in range(8):
+        (tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / "set" / "ab"[i % 2] / f"{i}.png")
+    status, _, err = cli("train", "set", "--out", "r")
+    assert status == 1 and "error: cannot train on set: normalize needs finite means" in err and not Path("r").exists()
+
+
+def test_a_batch_larger_than_the_set_is_pointed_out(cli):
+    status, out, _ = cli("train", "glyphs", "--limit", 16, "--bs", 32, "--out", "r")
+    assert status == 0 and "batch size 32, more than there are images, learning rate" in out
+
+
 def without_network(name, *args):
     if name == "glyphs":
         return small()
@@ -292,7 +355,10 @@ def test_without_mnist_and_network_a_bare_train_says_so_in_a_line_and_takes_glyp
     monkeypatch.setattr(_cli_train, "load_dataset", without_network)
     status, out, err = cli("train", "--limit", 16)
     assert (status, err) == (0, "")
-    assert out.splitlines()[0].startswith("MNIST is neither here nor to be downloaded")
+    assert out.splitlines()[0] == (
+        "MNIST was not found and could not be downloaded (`fastrbn train mnist` says why); training on generated digits "
+        "(glyphs)"
+    )
     assert "glyphs: 16 training" in out.splitlines()[1]
 
 
@@ -331,6 +397,12 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--lr nan", "must be a finite number above 0; got 'nan'"),
         ("--lr fast", "must be a finite number above 0; got 'fast'"),
         ("--epochs -1", "--epochs: must be a whole number, 0 or more; got '-1'"),
+        ("--size 0", "--size: must be a whole number, 1 or more; got '0'"),
+        ("--size 32", "--size: size is for folders of images; glyphs has its own"),
+        ("--bs 99999999999999999999", "--bs: must be a whole number, 2147483647 at most; got '99999999999999999999'"),
+        ("--seed 9223372036854775808", "--seed: must be a whole number, 9223372036854775807 at most"),
+        ("--threads 99999999999", "--threads: must be a whole number, 1024 at most"),
+        ("--cutout 100", "--cutout must leave some of the images, whose shorter side is 28; got 100"),
         ("--limit 0", "--limit: must be a whole number, 1 or more; got '0'"),
         ("--seed -3", "--seed: must be a whole number, 0 or more"),
         ("--layer conv_rnb", "must be one of conv_rbn, conv_bn, conv_gn; got 'conv_rnb'. Did you mean 'conv_rbn'?"),
@@ -572,6 +644,46 @@ def test_a_broken_plug_in_is_named_and_stops_nobody_else(cli, monkeypatch):
     assert status == 1 and "the plug-in 'broken' (tests:broken) cannot be loaded" in err
 
 
+def leaves(*_):
+    sys.exit(0)
+
+
+class LeavesWhenMade(Callback):
+    __init__ = leaves
+
+
+class Unmakeable(Callback):
+    def __init__(self):
+        raise LookupError("no such service")
+
+
+@pytest.mark.parametrize(
+    "load, words",
+    [
+        (leaves, "the plug-in 'mine' (tests:mine) cannot be loaded: SystemExit: 0"),
+        (lambda: LeavesWhenMade, "--cb mine: mine cannot be made: SystemExit: 0"),
+        (lambda: Unmakeable, "--cb mine: mine cannot be made: LookupError: no such service"),
+    ],
+)
+def test_a_plug_in_that_leaves_or_fails_before_training_is_an_error_that_names_it(cli, monkeypatch, load, words):
+    plug_in(monkeypatch, mine=load)
+    assert cli("train", "glyphs", "--cb", "mine", "--out", "r") == (1, "", f"fastrbn train: error: {words}\n")
+    assert not Path("r").exists()
+    assert cli("callbacks")[0] == 0
+
+
+@pytest.mark.parametrize("event", ["begin_fit", "after_step", "after_fit"])
+def test_a_plug_in_that_leaves_during_training_is_an_error_that_names_it(cli, monkeypatch, event):
+    made = {}
+    exec(f"def {event}(self):\n    raise SystemExit(0)", made)  # by the name that errors are told with
+    plug_in(monkeypatch, mine=lambda: type("Leaves", (Callback,), {event: made[event]}))
+    status, _, err = cli("train", "glyphs", "--limit", 16, "--cb", "mine", "--out", "r")
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"error: SystemExit in Leaves.{event}, ")
+    assert set(os.listdir("r")) == RESULTS
+    assert json.loads(Path("r/config.json").read_text())["result"]["status"] == 1
+
+
 def test_a_plug_in_that_makes_no_callback_is_refused(cli, monkeypatch):
     plug_in(monkeypatch, listing=lambda: list)
     status, _, err = cli("train", "glyphs", "--cb", "listing")
@@ -628,7 +740,78 @@ def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
     process.stdout.close()  # as `head` does
     err = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 1 and err == ""
+    assert process.wait() == 0 and err == ""
+
+
+# what is printed, and where
+
+
+def printing_to(monkeypatch, file, encoding="utf-8"):
+    """Have stdout go to the binary `file`, as a process would have it."""
+    stream = io.TextIOWrapper(file, encoding, errors="strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream
+
+
+@pytest.mark.parametrize(
+    "encoding, shape, rate", [("ascii", "1x28x28", "0.4 -> 0.04"), ("cp1252", "1×28×28", "0.4 -> 0.04"),
+                              ("utf-8", "1×28×28", "0.4 → 0.04")],
+)
+def test_characters_that_the_encoding_of_stdout_lacks_are_spelt_out(cli, monkeypatch, encoding, shape, rate):
+    file = io.BytesIO()
+    stream = printing_to(monkeypatch, file, encoding)
+    assert main(["train", "glyphs", "--limit", "16", "--out", "räksmörgås-\udcff"]) == 0
+    assert main(["train", "--help"]) == 0
+    out = file.getvalue().decode(encoding)
+    assert f"images of {shape}, 10 classes" in out and f"learning rate {rate} (linear)" in out
+    assert "r\\xe4ksm" in out if encoding == "ascii" else "räksmörgås-\\udcff" in out
+    assert set(os.listdir("räksmörgås-\udcff")) == RESULTS
+    config = json.loads(Path("räksmörgås-\udcff/config.json").read_text(encoding="utf-8"))
+    assert config["command"].endswith("--out 'räksmörgås-\udcff'")
+    assert stream.errors == "strict" and sys.stdout is stream, "it is as it was"
+
+
+def test_a_rank_that_is_silent_prints_any_character(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    ranks = object.__new__(_cli_ranks.Ranks)
+    ranks.rank = 1
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *a, **kw: real(*a, **{"encoding": "ascii", **kw}))
+    with ranks.quiet():
+        assert print("0.4 → 0.04", flush=True) is None
+
+
+@pytest.fixture
+def closed_pipe():
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "wb", buffering=0)
+
+
+def test_training_outlives_the_reader_of_its_pipe(cli, monkeypatch, closed_pipe, capsys):
+    stream = printing_to(monkeypatch, closed_pipe)
+    assert main(["train", "glyphs", "--limit", "80", "--epochs", "2", "--out", "r"]) == 0
+    stream.close()
+    assert set(os.listdir("r")) == RESULTS and len(rows("r/history.csv")) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_after_the_reader_has_left_saves_the_results(cli, monkeypatch, closed_pipe, capsys):
+    plug_in(monkeypatch, stop=lambda: Stop)
+    stream = printing_to(monkeypatch, closed_pipe)
+    assert main(["train", "glyphs", "--epochs", "3", "--limit", "80", "--cb", "stop", "--out", "r"]) == 130
+    stream.close()
+    assert set(os.listdir("r")) == RESULTS and len(rows("r/history.csv")) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_log_is_told_once_and_training_continues(cli, monkeypatch, capsys):
+    stream = printing_to(monkeypatch, open("/dev/full", "wb", buffering=0))
+    assert main(["train", "glyphs", "--limit", "80", "--out", "r"]) == 0
+    stream.close()
+    err = capsys.readouterr().err
+    assert err == "fastrbn: nothing more can be printed ([Errno 28] No space left on device); the command continues\n"
+    assert set(os.listdir("r")) == RESULTS
 
 
 def test_of_many_processes_the_gravest_ending_counts_and_an_error_of_the_first_is_everybodys():

@@ -75,6 +75,14 @@ def test_the_options_reach_the_cells(cli):
     assert {"sweep.png", "weight_norms.png", "cells_norms"} <= set(os.listdir("there"))
 
 
+def test_a_folder_of_one_class_is_refused(cli, tmp_path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    for i in range(4):
+        Image.new("L", (9, 9), 50 * i).save(tmp_path / "set" / "a" / f"{i}.png")
+    words = "training needs images of two classes or more; set has one, a"
+    assert cli("--bs", 2, data="set") == (2, "", f"fastrbn compare: error: {words}\n")
+
+
 def test_the_table_can_be_drawn_again_without_training(cli):
     assert cli("--norms", "default", "--bs", 8, "--seeds", 0)[0] == 0
     Path("compare/table.md").unlink()

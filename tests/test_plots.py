@@ -70,6 +70,7 @@ def test_history_has_a_panel_for_each_measure():
     assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "accuracy"]
     assert line(fig.axes[0], 0) == [1, 1 / 2, 1 / 3]
     assert line(fig.axes[0], 1) == [0.5, 1.5, 2.5]
+    assert fig.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2], "epochs have the numbers that the history has"
     assert [len(ax.lines) for ax in plots.plot_history(history(valid=False)).axes] == [1, 1]
     png(plots.plot_history([]))
 

@@ -118,16 +118,27 @@ class Agreement:
     def _amend(self, error, grace) -> str | None:
         posts = self.channel.posts(grace)
         causes = {r: text for r, (text, caused) in posts.items() if not caused}
-        silent = [str(r) for r in range(self.channel.world) if r not in posts]
+        silent = [r for r in range(self.channel.world) if r not in posts and r != self.channel.rank]
         if causes:
             why = next(f"rank {r} ended the fit: {text}" for r, text in causes.items())
         elif silent:
-            why = (
-                f"rank {', '.join(silent)} is gone or stuck without a word: see what it printed, and whether it was "
-                f"killed"
-            )
+            why = self._of_silent({r: self.channel.is_alive(r) for r in silent})
         else:
             return None
         why = f"{why}; what that led to here: {error}"
         error.args = (why, *error.args[1:])
         return why
+
+    @staticmethod
+    def _of_silent(alive: dict[int, bool | None]) -> str:
+        """What is known of ranks that left no reason. One whose process is there may only be waiting for another."""
+        ended = [f"rank {r}" for r, is_alive in alive.items() if is_alive is False]
+        unknown = [f"rank {r}" for r, is_alive in alive.items() if is_alive is None]
+        look = "see what it printed, and whether it was killed"
+        if len(ended) == 1:
+            return f"{ended[0]} is gone without a word: its process has ended; {look}"
+        if ended:
+            return f"{' and '.join(ended)} are gone without a word: their processes have ended; {look}"
+        if unknown:
+            return f"{' or '.join(unknown)} is gone or stuck without a word: {look}"
+        return f"{' or '.join(f'rank {r}' for r in alive)} is stuck: it does not answer, and its process is there"

@@ -50,7 +50,7 @@ class Lockstep(Callback):
         self._in_batch = False
 
     def _meet_for_step(self):
-        """Before what takes all ranks in a step that not all of them may know of: that of an epoch's last batches."""
+        """Synchronise before an optimiser step that some ranks may not expect: that of an epoch's last batches."""
         if not self._in_batch:
             self._end_batches()  # others may have more
         self._go(STEP_LEFT)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import socket
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -105,6 +108,8 @@ class Channel:
         self._store = _default_store()
         if self._store is not None:
             self._store = dist.PrefixStore(f"fastrbn/fit/{_MADE['fits']}", self._store)
+        self._here, pid = _machine(), os.getpid()
+        self._processes = [json.loads(text) for text in self.texts(json.dumps([self._here, pid]))]
 
     def close(self) -> None:
         """Take it down, where the default group stays."""
@@ -159,9 +164,14 @@ class Channel:
             except RuntimeError:
                 self._store = None  # it was in a process that is gone
 
+    def is_alive(self, rank: int) -> bool | None:
+        """Whether the process of `rank` is there, None where that cannot be told: on another machine."""
+        machine, pid = self._processes[rank]
+        return _is_running(pid) if machine == self._here and os.name == "posix" else None
+
     def posts(self, wait: float) -> dict[int, tuple[str, bool]]:
         """Reason, and whether it was caused by another rank, of the ranks that have left, the first one first; waits
-        for one that was not, or for all, `wait` seconds at most."""
+        for one that was not, for all, or for a process that has ended without a word, `wait` seconds at most."""
         found, until = {}, time.monotonic() + wait
         while self._store is not None:
             try:
@@ -172,10 +182,33 @@ class Channel:
                 who, _, reason = text.decode().partition(" ")
                 found.setdefault(int(who), (reason[1:], reason.startswith("~")))
             known = len(found) == self.world or not all(caused for _, caused in found.values())
+            known = known or any(self.is_alive(r) is False for r in range(self.world) if r not in found)
             if known or time.monotonic() >= until:
                 break
             time.sleep(0.05)
         return found
+
+
+def _machine() -> str:
+    """Where process numbers mean the same."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")  # containers of one host have their own
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {space}"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # one that has ended stays until its parent asks for its exit status
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return True
 
 
 def _default_store():

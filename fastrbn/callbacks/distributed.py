@@ -44,7 +44,8 @@ class Distributed(Lockstep):
     and its optimiser's state (`HaltOnNaN` may have taken back steps there). Ctrl-C ends all after the same batch, a
     second one at once. Where the loaders are not equally long, epochs end with the shortest. An error on one rank ends
     the others with an error that names it: at once as a rule; where it has come up within the forward or backward pass,
-    when its process ends, or after `timeout` at the latest. For this the ranks meet before the backward pass, and where
+    when its process ends, or after `timeout` at the latest. A rank that is killed is named by the others on its machine;
+    those elsewhere name all that do not answer. For this the ranks meet before the backward pass, and where
     norms merge before the forward pass too: a small exchange between the hosts each time.
 
     During training `run.model` is a DistributedDataParallel under the plain model's names, and `run.learn.model` the

@@ -15,7 +15,7 @@ from ._ranks import rank
 
 
 class CSVLogger(Callback):
-    """Writes the history of `AvgStatsCallback` to a CSV file: a header, then a row for each epoch.
+    """Writes the history of `AvgStatsCallback` to a CSV file: a header, then a row for each epoch, the first being 0.
 
     - `path`: the file; folders that are missing are made.
     - `append`: keep the rows that are in the file (their columns must be the same); else a fit writes it anew.

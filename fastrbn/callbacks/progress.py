@@ -24,7 +24,8 @@ class ProgressCallback(Callback):
 
     In a terminal or notebook there is a bar for each pass, drawn by fastprogress. In a pipe, a file or a CI log there
     are plain lines: the table, and one on progress every 10 seconds at most. `run.logger` takes lists of strings as rows
-    of the table, and strings as lines; the runner puts the old logger back after the fit.
+    of the table, and strings as lines; the runner puts the old logger back after the fit. Epochs are counted from 0, as
+    `run.epoch` and the table count them.
 
     Source: fast.ai course, part 2 (2019), notebook 09c.
     """
@@ -102,6 +103,10 @@ def _can_draw() -> bool:
     return in_notebook() or (sys.stdout is not None and sys.stdout.isatty())
 
 
+def _pass_name(what, epoch, epochs) -> str:
+    return f"epoch {epoch} ({epoch + 1} of {epochs}) {what}"
+
+
 class _Lines:
     """Plain text, a line at a time: no carriage returns, no escape codes."""
 
@@ -117,7 +122,7 @@ class _Lines:
         print(line, flush=True)
 
     def begin_pass(self, what, epoch, total):
-        self._pass, self._total, self._start = f"epoch {epoch + 1}/{self.epochs} {what}", total, time.monotonic()
+        self._pass, self._total, self._start = _pass_name(what, epoch, self.epochs), total, time.monotonic()
 
     def draw(self, done, loss):
         share = f" of {self._total} ({100 * done // self._total} %)" if self._total else ""
@@ -178,7 +183,7 @@ class _Bars:
             self._master.update(epoch)
         if total != 0:
             self._bar = self._make(range(0), total="noinfer" if total is None else total, parent=self._master)
-            self._bar.prefix = f"Epoch {epoch + 1}/{self.epochs} {what}:"
+            self._bar.prefix = f"{_pass_name(what, epoch, self.epochs)}:"
             self._bar.update(0)
 
     def draw(self, done, loss):

@@ -59,7 +59,7 @@ def cells_of(norms, bs, seeds=(0,), lr_factors=(1.0,), data=("mnist",), net=("cn
 
 
 def _try(norm):
-    describe(norm)  # raises for one that is none
+    describe(norm)  # raises for an unknown one
     try:
         get_norm(norm)(64)
     except (ValueError, TypeError, ZeroDivisionError) as e:
@@ -179,6 +179,8 @@ def _resolve_data(cells, root, log):
     resolved = {}
     for name in dict.fromkeys(c.data for c in cells):
         images = load_images(name, root)
+        if images.c < 2:
+            raise ValueError(f"training needs images of two classes or more; {name} has one, {images.classes[0]}")
         real = images.name if images.name == f"{name}-jpeg" else name
         if real != name:
             log(f"{name} is not here in its own format: the JPEG images in the folder {real} are used, and called that")

@@ -85,7 +85,7 @@ def get_norm(text: str, steps: int = 1) -> Make:
       `Recipe`, and mom, eps or backend, for a recipe. `rate` and `backward_rate` take the name of a rule.
     - `steps`: the length of the run, which scales batch renormalisation's warm-up.
 
-    ValueError for a name or setting that is none, with the nearest.
+    Raises ValueError for an unknown norm or setting, and suggests the closest.
     """
     name, settings = _parse(text)
     if name in PEERS:

@@ -1,6 +1,7 @@
 """A folder of images, one folder a class, decoded once into bytes in memory."""
 
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def load_folder(path, size=None, valid="auto", seed=0, workers=None, cache=None)
     grey, else of 3.
 
     path: holds `train` and one of `valid`, `val`, `test` (the first of these that is there), each with the same class
-        folders; or the class folders themselves, which are then split. Images are what torchvision's ImageFolder finds.
+        folders; or the class folders themselves, which are then split. Images are what torchvision's ImageFolder finds:
+        files at any depth, by their names' ending, also through links.
     size: a side or (height, width): each image is scaled to cover it and cut at its centre. None keeps the images as
         they are, which must then have one size.
     valid: "auto"; "test", the folder of that name; or the share held out of each class (0.2 under "auto").
@@ -37,20 +39,21 @@ def load_folder(path, size=None, valid="auto", seed=0, workers=None, cache=None)
         the same; None (default) keeps nothing: it would be N·C·H·W bytes somewhere that nobody has named.
 
     DataNotFoundError for an absent folder; BadDataError for no class folders, an empty class, classes that differ, an
-    unreadable image, or sizes that differ. Nothing is skipped.
+    unreadable image or folder, links by which a folder is found twice, or sizes that differ. Nothing is skipped.
     """
     path, size = Path(path), _check_size(size)
     check_valid(valid)
     if not path.is_dir():
         raise DataNotFoundError(f"an image folder must be a folder; there is none at {path}.")
     held = _validation_folder(path, valid)
-    files, y, classes = _listing(path if held is None else path / "train")
+    seen = {}
+    files, y, classes = _listing(path if held is None else path / "train", seen)
     if held is None:
         train, rest = split(y, 0.2 if isinstance(valid, str) else valid, seed, classes)
         x = _images(files, size, workers, cache)
         sets = Dataset(x[train], y[train]), Dataset(x[rest], y[rest])
     else:
-        valid_files, valid_y, valid_classes = _listing(held)
+        valid_files, valid_y, valid_classes = _listing(held, seen)
         if valid_classes != classes:
             odd = sorted(set(classes) ^ set(valid_classes))
             raise BadDataError(f"{path / 'train'} and {held} must have the same class folders; {', '.join(odd[:5])} "
@@ -58,7 +61,12 @@ def load_folder(path, size=None, valid="auto", seed=0, workers=None, cache=None)
         x = _images(files + valid_files, size, workers, cache)
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
         sets = Dataset(x[order], y[order]), Dataset(x[len(y):], valid_y)
-    return ImageData(path.resolve().name, *sets, classes)
+    return ImageData(_shown(path.resolve().name), *sets, tuple(map(_shown, classes)))
+
+
+def _shown(name):
+    """`name` as text: bytes in it that are not UTF-8 are written \\x…."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _validation_folder(path, valid):
@@ -79,21 +87,39 @@ def _validation_folder(path, valid):
     return found[0]
 
 
-def _listing(folder):
-    """(files, labels, class names) under `folder`."""
-    from torchvision.datasets import ImageFolder
-
-    if not any(p.is_dir() for p in folder.iterdir()):
+def _listing(folder, seen):
+    """(files, labels, class names) under `folder`; `seen`: see `_found`."""
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if not classes:
         raise BadDataError(f"{folder} must hold a folder of images for each class; it has no folders. "
                            "Move the images into folders named after their classes.")
-    found = ImageFolder(str(folder), allow_empty=True)
-    y = torch.tensor(found.targets, dtype=torch.int64)
-    counts = torch.bincount(y, minlength=len(found.classes)).tolist()
-    empty = [str(folder / c) for c, n in zip(found.classes, counts) if not n]
+    found = [_found(folder / c, seen) for c in classes]
+    empty = [str(folder / c) for c, files in zip(classes, found) if not files]
     if empty:
         raise BadDataError(f"every class folder must hold images; there are none in {', '.join(empty[:5])}"
                            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}. Remove it, or add images.")
-    return [f for f, _ in found.samples], y, tuple(found.classes)
+    y = torch.repeat_interleave(torch.tensor([len(files) for files in found]))
+    return [file for files in found for file in files], y, tuple(classes)
+
+
+def _found(folder, seen):
+    """Image files under `folder`, in order. `seen`: real path → path of the folders listed so far. A link may lead to
+    one of them again, which would multiply its images and put them into both sets."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files = []
+    for inner, _, names in os.walk(folder, followlinks=True, onerror=_unreadable):
+        first = seen.setdefault(os.path.realpath(inner), inner)
+        if first is not inner:
+            raise BadDataError(f"each folder of images must be found once; through a link {inner} is {first} again. "
+                               "Remove the link.")
+        files.append((inner, sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))))
+    return [os.path.join(inner, name) for inner, names in sorted(files) for name in names]
+
+
+def _unreadable(error):
+    raise BadDataError(f"every folder must be readable; {error.filename} is not: {error.strerror}. Change its "
+                       "permissions, or remove it.") from error
 
 
 def _images(files, size, workers, cache):
@@ -117,7 +143,8 @@ def _decode(files, size, workers):
     for file, im in zip(files, images):
         if im.shape[:2] != first:
             raise BadDataError(f"images must have one size; {files[0]} is {first[0]} by {first[1]} and {file} is "
-                               f"{im.shape[0]} by {im.shape[1]} (height by width). Pass size= to bring them to one.")
+                               f"{im.shape[0]} by {im.shape[1]} (height by width). Bring them to one: size=N, or "
+                               "`fastrbn train --size N`.")
     depth = max(im.shape[2] for im in images)
     out = np.empty((len(images), depth, *first), np.uint8)
     for i, im in enumerate(images):
@@ -137,6 +164,8 @@ def _read_all(files, size):
 
 
 def _read(file, size):
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("neither a file nor a link to one")  # opening a named pipe would wait for a writer
     with Image.open(file) as im:
         if im.mode not in BYTE_MODES:
             raise ValueError(f"mode {im.mode}, not 8 bits a channel")

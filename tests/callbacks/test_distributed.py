@@ -20,6 +20,7 @@ from processes import run_ranks
 import fastrbn
 from fastrbn.callbacks import AvgStats, Distributed
 from fastrbn.callbacks._agree import ERROR, Agreement
+from fastrbn.callbacks._ranks import _is_running
 from fastrbn.callbacks._shards import Dealt, Part
 from fastrbn.learn import Runner
 
@@ -55,7 +56,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken_ranks(tmp_path_factory):
-    return results_of(tmp_path_factory.mktemp("broken"), "BROKEN")
+    return results_of(tmp_path_factory.mktemp("broken"), "BROKEN", world=4)  # some have no link to the one that fails
 
 
 def check_found(ranks, name):
@@ -71,10 +72,9 @@ def test_ranks(ranks, name):
 
 @pytest.mark.parametrize("name", [f.__name__ for f in BROKEN])
 def test_ranks_that_fail(broken_ranks, name):
-    results, errors = broken_ranks
+    results, errors = map(list, broken_ranks)
     if "killed" in name:
-        results = [results[0]]  # the other one is gone
-        errors = errors[:1]
+        del results[1], errors[1]
     check_found((results, errors), name)
 
 
@@ -267,7 +267,7 @@ def test_merged_averages_are_those_of_all_samples():
 
 def test_ranks_that_meet_over_their_errors_name_the_one_that_began():
     class Channel:
-        world, timeout = 2, timedelta(seconds=3)
+        rank, world, timeout = 0, 2, timedelta(seconds=3)
 
         def post(self, reason, caused):
             assert caused
@@ -284,3 +284,36 @@ def test_ranks_that_meet_over_their_errors_name_the_one_that_began():
     error = RuntimeError("gloo: Timed out waiting 3000ms")
     why = Agreement(Channel()).farewell(ERROR, "timed out", error)
     assert why.startswith("rank 1 ended the fit: ValueError: broken") and str(error) == why
+
+
+@pytest.mark.parametrize(
+    "alive, words",
+    [
+        ({1: True, 2: False, 3: None}, "rank 2 is gone without a word: its process has ended; see what"),
+        ({1: False, 2: True, 3: False}, "rank 1 and rank 3 are gone without a word: their processes have ended; see"),
+        ({1: True, 2: None, 3: None}, "rank 2 or rank 3 is gone or stuck without a word: see what it printed"),
+        ({1: True, 2: True, 3: True}, "rank 1 or rank 2 or rank 3 is stuck: it does not answer, and its process is"),
+    ],
+)
+def test_of_ranks_that_left_no_reason_those_are_blamed_that_are_not_known_to_live(alive, words):
+    class Channel:
+        rank, world, timeout = 0, 4, timedelta(seconds=3)
+        is_alive = alive.get
+
+        def posts(self, wait):
+            return {}  # the store was in a process that is gone, and so was this rank's own word
+
+    error = RuntimeError("gloo: Connection closed by peer")
+    assert Agreement(Channel())._amend(error, 3).startswith(words)
+    assert str(error).endswith("; what that led to here: gloo: Connection closed by peer")
+
+
+def test_a_process_that_has_ended_is_told_from_one_that_runs_even_before_its_parent_asks():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert _is_running(process.pid) and _is_running(os.getpid())
+    process.stdin.close()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is still in the table
+    assert not _is_running(process.pid)
+    process.wait()
+    assert not _is_running(process.pid)

@@ -87,9 +87,20 @@ def test_in_a_pipe_a_long_pass_speaks_at_most_every_ten_seconds(make_learn, caps
     Runner([ProgressCallback, Takes]).fit(1, make_learn(n_train=10, n_valid=0))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(", loss ")[0] for line in lines] == [
-        "epoch 1/1 train: 4 of 10 (40 %) batches in 12 s",
-        "epoch 1/1 train: 8 of 10 (80 %) batches in 24 s",
+        "epoch 0 (1 of 1) train: 4 of 10 (40 %) batches in 12 s",
+        "epoch 0 (1 of 1) train: 8 of 10 (80 %) batches in 24 s",
     ]
+
+
+def test_an_epoch_has_one_number_in_lines_table_and_history(make_learn, capsys, monkeypatch):
+    always_draws(monkeypatch)
+    run = with_stats(ProgressCallback)
+    run.fit(2, make_learn(n_train=1, n_valid=0))
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] if "batches" in line else int(line.split()[0]) for line in lines] == [
+        "epoch 0 (1 of 2) train", 0, "epoch 1 (2 of 2) train", 1,
+    ]
+    assert [row["epoch"] for row in run.avg_stats.history] == [0, 1]
 
 
 def test_lines_tell_the_mean_loss(make_learn, capsys, monkeypatch):
@@ -107,7 +118,7 @@ def test_a_loader_without_length_has_no_share(make_learn, capsys, monkeypatch):
     pairs = learn.data.train_dl
     learn.data.train_dl = type("NoLength", (), {"__iter__": lambda self: iter(pairs)})()
     Runner([ProgressCallback]).fit(1, learn)
-    assert capsys.readouterr().out.startswith("epoch 1/1 train: 1 batches in 0 s")
+    assert capsys.readouterr().out.startswith("epoch 0 (1 of 1) train: 1 batches in 0 s")
 
 
 def test_the_loss_is_not_read_at_each_step(make_learn, monkeypatch):
@@ -125,7 +136,8 @@ def test_in_a_terminal_there_are_bars_and_the_same_table(make_learn, terminal, m
     always_draws(monkeypatch)
     fit_into(terminal, with_stats(ProgressCallback), 2, make_learn())
     out = terminal.getvalue()
-    for piece in ("Epoch 1/2 train: |", "Epoch 1/2 valid: |", "Epoch 2/2 train: |", "[3/4 ", "loss 0.", "valid_accuracy"):
+    bars = ("epoch 0 (1 of 2) train: |", "epoch 0 (1 of 2) valid: |", "epoch 1 (2 of 2) train: |")
+    for piece in (*bars, "[3/4 ", "loss 0.", "valid_accuracy"):
         assert piece in out, piece
     rows = [line.split("\r")[-1].split() for line in out.split("\n")]
     assert [r[0] for r in rows if r] == ["epoch", "0", "1"]
@@ -149,12 +161,12 @@ def test_a_loader_without_length_has_a_bar_without_end(make_learn, terminal, mon
 def test_many_short_epochs_are_numbered_right(make_learn, terminal):
     fit_into(terminal, Runner([ProgressCallback]), 30, make_learn(n_train=1, n_valid=0))
     out = terminal.getvalue()
-    assert all(f"Epoch {i + 1}/30 train:" in out for i in range(30))
+    assert all(f"epoch {i} ({i + 1} of 30) train:" in out for i in range(30))
 
 
 def test_in_a_terminal_a_plot_is_no_trouble(make_learn, terminal):
     fit_into(terminal, with_stats(ProgressCallback(plot=True)), 2, make_learn())
-    assert "Epoch 2/2 valid:" in terminal.getvalue()
+    assert "epoch 1 (2 of 2) valid:" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("event", ["begin_batch", "after_epoch", "begin_validate"])

@@ -122,7 +122,7 @@ def test_resizing_cuts_at_the_centre(tmp_path):
 def test_differing_sizes_name_two_files(tmp_path):
     write(tmp_path / "a", 2)
     write(tmp_path / "a", 1, start=7, size=(9, 5))
-    with pytest.raises(BadDataError, match=r"a/000.png is 4 by 6 .*a/007.png is 5 by 9 .*Pass size="):
+    with pytest.raises(BadDataError, match=r"a/000.png is 4 by 6 .*a/007.png is 5 by 9 .*size=N, or `fastrbn train --size N`"):
         load_folder(tmp_path)
 
 
@@ -164,6 +164,62 @@ def test_an_unreadable_image_is_named(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(BadDataError, match=r"1 of 21 are not: .*dog/bad.jpg.*Replace or delete it"):
         load_folder(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    make(tmp_path)
+    os.mkfifo(tmp_path / "train" / "dog" / "pipe.png")
+    with pytest.raises(BadDataError, match=r"1 of 21 are not: .*dog/pipe.png \(neither a file nor a link to one\)"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("link, target, again", [
+    ("train/cat/up", "train", "train/cat/up/cat is .*train/cat again"),
+    ("train/cat/self", "train/cat", "train/cat/self is .*train/cat again"),
+    ("train/emu", "train/cat", "train/emu is .*train/cat again"),
+    ("valid/dog/more", "train/dog", "valid/dog/more is .*train/dog again"),
+])
+def test_a_link_by_which_a_folder_is_found_twice_is_refused(link, target, again, tmp_path):
+    make(tmp_path)
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(BadDataError, match=f"each folder of images must be found once; through a link .*{again}"):
+        load_folder(tmp_path)
+
+
+def test_links_to_folders_elsewhere_and_folders_within_a_class_are_followed(tmp_path):
+    make(tmp_path / "store", ("a",), n=3)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "store" / "a" / "cat")
+    write(tmp_path / "data" / "dog" / "young" / "small", 2, 3)
+    write(tmp_path / "data" / "dog", 2, 5)
+    data = load_folder(tmp_path / "data", valid=0.5)
+    x, y = torch.cat([data.train.x, data.valid.x]), torch.cat([data.train.y, data.valid.y])
+    order = numbers(x).sort()
+    assert order.values.tolist() == list(range(7)) and y[order.indices].tolist() == [0] * 3 + [1] * 4
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    make(tmp_path)
+    write(tmp_path / "train" / "dog" / "closed", 1)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BadDataError, match="every folder must be readable; .*dog/closed is not: Permission denied"):
+        load_folder(tmp_path)
+
+
+def test_names_that_are_not_utf8_are_shown_by_their_bytes(tmp_path):
+    root = tmp_path / "b\udcffb"
+    make(root, classes=("k\udce4fer", "ähre"))
+    data = load_folder(root)
+    assert (data.name, data.classes) == ("b\\xffb", ("k\\xe4fer", "ähre"))
+    assert data.train.y.bincount().tolist() == [5, 5]
 
 
 def test_images_of_more_than_8_bits_are_refused_not_clipped(tmp_path):
