@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import fused, native, reference
 from .memory import may_run_again
@@ -44,6 +45,8 @@ def choose(
         why_not = "a tensor without values has only the plain formulas"
     elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         why_not = "torch.func and forward-mode derivatives look into the plain formulas"
+    elif get_proxy_mode() is not None:
+        why_not = "make_fx records the plain formulas"
     elif process_group is not None:
         why_not = "statistics are merged over a process group"
     elif x.dtype is not (wide := state.running_mean.dtype) and (wide is torch.float64 or x.dtype is torch.float64):

@@ -228,7 +228,8 @@ def statistics(block, slot, x, state, work, shape, rows, tiles, slots, step, bs,
     tl.store(to, tl.zeros_like(mean) + count, mask=inside)
     tl.store(to + slots * keys, mean + (shift - origin), mask=inside)
     tl.store(to + 2 * slots * keys, m2, mask=inside)
-    bad = tl.where(inside & ~(tl.abs(m2) < float("inf")), 1.0, 0.0)
+    gap = mean + shift - tl.load(state.running_mean + c, mask=inside, other=0.0)
+    bad = tl.where(inside & ~(m2 + gap * gap < float("inf")), 1.0, 0.0)  # reference.advance's rule, part by part
     tl.store(flag + slot * blocks + block, tl.sum(bad, 0))
     if slot == 0:
         once, to, channels = inside & (key % shape.inner == 0), old + 6 + c, shape.channels
