@@ -55,7 +55,7 @@ if hasattr(os, "register_at_fork"):  # another thread may hold one at that momen
 
 def is_batched(t: Tensor) -> bool:
     """Whether t stands for many tensors at once, as an upstream gradient does under `is_grads_batched` and vmap."""
-    return is_legacy_batchedtensor(t) or is_batchedtensor(t)
+    return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(t) or is_batchedtensor(t))
 
 
 def may_run_again() -> bool:
