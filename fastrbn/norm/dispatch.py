@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn import Module
 
 from . import fused, native, reference
 from .memory import may_run_again
@@ -44,6 +47,8 @@ def choose(
         why_not = "a tensor without values has only the plain formulas"
     elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         why_not = "torch.func and forward-mode derivatives look into the plain formulas"
+    elif get_proxy_mode() is not None:
+        why_not = "make_fx records the plain formulas"
     elif process_group is not None:
         why_not = "statistics are merged over a process group"
     elif x.dtype is not (wide := state.running_mean.dtype) and (wide is torch.float64 or x.dtype is torch.float64):
@@ -58,7 +63,9 @@ def choose(
         return backend, "asked for by name"
     if why_not:
         return "reference", why_not
-    if x.is_cpu and not torch.jit.is_tracing() and (why_not := native.why_not(x, weight, bias, state)) is None:
+    if torch._C._len_torch_dispatch_stack():
+        why_not = "a TorchDispatchMode sees no call of C"
+    elif x.is_cpu and not torch.jit.is_tracing() and (why_not := native.why_not(x, weight, bias, state)) is None:
         return "native", "C kernels, one call forward and one backward"
     why = "PyTorch's fused operators and a backward in closed form"
     if why_not:
@@ -126,7 +133,10 @@ def running_batch_norm(
     check_input(x, nf)
     _check_parameters(nf, weight, bias)
     recipe = get_recipe(recipe)
-    implementation = _implementation(choose(x, state, process_group, backend, weight, bias)[0])
+    # torch.jit.trace would take what fused reads on the host for constants
+    recorded = training and torch.jit.is_tracing()
+    name = "reference" if recorded else choose(x, state, process_group, backend, weight, bias)[0]
+    implementation = _implementation(name)
     if not training or (x.numel() == 0 and process_group is None):
         return implementation.evaluate(x, weight, bias, state, eps)
     twice = recent is not None and may_run_again()
@@ -148,6 +158,17 @@ def check_input(x: Tensor, num_features: int, ranks: tuple[int, ...] = (), name:
         )
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name} needs floating-point input; got {x.dtype}: convert it, as with x.float()")
+
+
+def as_leaf(layer: Module, x: Proxy) -> Proxy:
+    """A call of the layer in the graph that torch.fx is recording: a leaf, as the layers of torch.nn are."""
+    path = x.tracer.path_of_module(layer)
+    if not path:
+        raise ValueError(
+            f"torch.fx records a {type(layer).__name__} as one call of a module that holds it; got the layer alone: "
+            "trace nn.Sequential(layer)"
+        )
+    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 def _check_parameters(nf: int, weight: Tensor | None, bias: Tensor | None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .memory import Moment, recall, running_again
+from .memory import Moment, is_batched, moving, recall, running_again
 from .recipes import Plan
 from .reference import NormState, all_but_channel, average_gradients, elements_per_sample, per_channel, read
 
@@ -43,7 +43,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, plan):
         step = _advance_on_host if x.device.type == "cpu" else _advance_on_device
-        moment = step(x, state, plan)
+        with moving(state):
+            moment = step(x, state, plan)
         mean, var = (moment.m, moment.v) if plan.recipe.statistics == "batch" else (moment.mean, moment.var)
         free = None
         if moment.young is not None and moment.young is not False:
@@ -56,7 +57,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for second derivatives: PyTorch's operators take the statistics as constants
+        # for second derivatives, PyTorch's operators take the statistics as constants; a batched dy cannot be written to
+        if torch.is_grad_enabled() or is_batched(dy):
             return *_differentiable_backward(ctx, x, weight, bias, dy), None, None
         w = _as(weight, ctx.mean)
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
@@ -104,15 +106,16 @@ def _minus(reductions: Tensor, p: Tensor, x: Tensor, mean: Tensor, var: Tensor, 
 def _averaged(state: NormState, sums: Tensor, n: int, bs: int, share, plan: Plan) -> Tensor:
     """Move the averages of the gradient's reductions by this batch's sums; return κ(1−a)·(A, B)."""
     rate, kappa = plan.recipe.backward_rate(plan.mom, bs, n), plan.recipe.kappa
-    if sums.device.type != "cpu":
-        average, w = average_gradients(state, sums / n, rate)
-        return average.mul_(kappa * (1 - share) / w)
-    w = state.running_grad_weight.item()
-    if math.isfinite(sums.sum().item()):
-        w += rate * (1 - w)
-        state.running_grad.mul_(1 - rate).add_(sums, alpha=rate / n)
-        state.running_grad_weight.fill_(w)
-    return state.running_grad * (kappa * (1 - share) / max(w, 1e-30))
+    with moving(state):
+        if sums.device.type != "cpu" or is_batched(sums):
+            average, w = average_gradients(state, sums / n, rate)
+            return average * (kappa * (1 - share) / w)
+        w = state.running_grad_weight.item()
+        if math.isfinite(sums.sum().item()):
+            w += rate * (1 - w)
+            state.running_grad.mul_(1 - rate).add_(sums, alpha=rate / n)
+            state.running_grad_weight.fill_(w)
+        return state.running_grad * (kappa * (1 - share) / max(w, 1e-30))
 
 
 def _advance_on_device(x: Tensor, state: NormState, plan: Plan) -> Moment:
@@ -140,10 +143,11 @@ def _advance_on_host(x: Tensor, state: NormState, plan: Plan) -> Moment:
         return _remember(plan, reference.advance(state, m, v, n, bs, plan))
     mean, var, samples = state.running_mean, state.running_var, state.num_samples_tracked.item()
     a, leaning = 0.0, None
-    moves = math.isfinite(v.sum().item())
+    shift = m - mean
+    moves = math.isfinite(torch.addcmul(v, shift, shift).amax().item())
     if moves:
         samples += bs
-        shift, rate, count = m - mean, recipe.rate(plan.mom, bs, n), state.running_count.item()
+        rate, count = recipe.rate(plan.mom, bs, n), state.running_count.item()
         # nothing drifts from nowhere, and with enough elements the rate is the smaller one at any drift
         if recipe.steady is not None and count != 0 and n < rate * recipe.steady.most:
             drift = n * (shift.square() / (var + plan.eps)).mean().item()
@@ -180,7 +184,7 @@ def _statistics(x: Tensor, state: NormState, recipe) -> tuple[Tensor, Tensor, in
         return *_statistics_of_rows(rows.flatten(0, -2), dtype), n
     if x.device.type == "cpu" and x.numel() > _SCALAR_LOOPS_PAY and x.is_contiguous():
         # sums of x − s and of its square, s near the mean of each channel, so that a large mean cancels nothing
-        s = x[0].flatten(1)[:, :64].to(dtype).mean(1)
+        s = x[: 1 + 8 // elements_per_sample(x)].movedim(1, 0).flatten(1)[:, :64].to(dtype).mean(1)
         d = x - per_channel(s, x)
         zero, one = torch.zeros_like(s), torch.ones_like(s)
         _, square, total = torch.ops.aten.native_batch_norm_backward(
@@ -223,11 +227,12 @@ def _floored(var: Tensor, moment: Moment, plan: Plan) -> tuple[Tensor, Tensor]:
 def _differentiable_backward(ctx, x, weight, bias, dy):
     """The gradients as a graph of x, weight, bias and dy: the reference's, and the running part as a constant."""
     plan, moment = ctx.plan, _as_tensors(ctx.moment)
-    wide = x.to(ctx.mean.dtype)
-    m, v, _ = reference.batch_statistics(wide, plan.recipe)
-    y = reference.apply(wide, weight, bias, m, v, moment, plan)[0].to(x.dtype)
+    with torch.enable_grad():
+        wide = x.to(ctx.mean.dtype)
+        m, v, _ = reference.batch_statistics(wide, plan.recipe)
+        y = reference.apply(wide, weight, bias, m, v, moment, plan)[0].to(x.dtype)
     inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=torch.is_grad_enabled()))
     dx, *others = (next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias))
     if plan.recipe.backward == "averaged" and dx is not None:
         with torch.no_grad():

@@ -7,8 +7,9 @@ from collections import deque
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .dispatch import BACKENDS, check_input, choose, running_batch_norm
+from .dispatch import BACKENDS, as_leaf, check_input, choose, running_batch_norm
 from .memory import REMEMBERED
 from .recipes import Recipe, get_recipe, one_of
 from .reference import NormState
@@ -86,6 +87,8 @@ class RunningBatchNorm(nn.Module):
         return NormState(*(buffers[name] for name in NormState._fields))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_leaf(self, x)
         check_input(x, self.num_features, self._ranks, type(self).__name__)
         return running_batch_norm(
             x,
@@ -134,6 +137,12 @@ class RunningBatchNorm(nn.Module):
         return (
             f"{self.num_features}, mom={self.mom}, eps={self.eps}, affine={self.affine}, "
             f"recipe={self.recipe.name}{frozen}"
+        )
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}; got {self}: script to_batchnorm(model.eval()), which "
+            "evaluates alike, or use torch.jit.trace or torch.export"
         )
 
     def __getstate__(self):

@@ -7,12 +7,20 @@ its last forwards, and a forward that runs inside a backward pass takes back the
 
 from __future__ import annotations
 
+import os
 from collections import deque
+from contextlib import nullcontext
+from itertools import islice
+from threading import RLock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
 
+_LOCKS: tuple[RLock, ...] = ()
 REMEMBERED = 32  # forwards of one layer between a forward and its second run: micro-batches in flight, shared layers
 
 
@@ -27,6 +35,27 @@ class Moment(NamedTuple):
     share: Tensor | float
     moves: Tensor | bool
     young: Tensor | bool | None
+
+
+def moving(state):
+    """The lock that a step holds while it reads and moves this state, so that threads may share a layer."""
+    return nullcontext() if torch.compiler.is_compiling() else _LOCKS[id(state.running_count) // 64 % len(_LOCKS)]
+
+
+def _new_locks() -> None:
+    """Locks for states in turn: few states share one, and no layer has to keep, copy or pickle its own."""
+    global _LOCKS
+    _LOCKS = tuple(RLock() for _ in range(64))
+
+
+_new_locks()
+if hasattr(os, "register_at_fork"):  # another thread may hold one at that moment
+    os.register_at_fork(after_in_child=_new_locks)
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether t stands for many tensors at once, as an upstream gradient does under `is_grads_batched` and vmap."""
+    return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(t) or is_batchedtensor(t))
 
 
 def may_run_again() -> bool:
@@ -59,35 +88,43 @@ def recall(recent: deque | None, m: Tensor, v: Tensor) -> Moment | None:
 
 
 @torch.library.custom_op("fastrbn::snapshot", mutates_args=())
-def _snapshot(tensors: list[Tensor]) -> list[Tensor]:
+def _snapshot(t: Tensor) -> Tensor:
     if running_again():
         raise RuntimeError(
             "a compiled running batch norm takes no second run, since its statistics would move once more; it ran "
             "inside a backward pass, as by torch.utils.checkpoint around a compiled module: compile the function "
             "that calls checkpoint instead"
         )
-    return [t.clone() for t in tensors]
+    return t.clone()
 
 
-@_snapshot.register_fake
-def _(tensors):
-    return [torch.empty_like(t) for t in tensors]
+_snapshot.register_fake(torch.empty_like)
+
+_library = torch.library.Library("fastrbn", "FRAGMENT")
+_library.define("saved_snapshot(Tensor t) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-if hasattr(_snapshot, "register_effect"):  # not in torch 2.9
-    from torch._library.effects import EffectType
-
-    # what has an effect is not run again in the backward pass, not even in a checkpointed segment
-    _snapshot.register_effect(EffectType.ORDERED)
+# composite: the compiler runs this function while it records the forward and backward graph
+@torch.library.impl(_library, "saved_snapshot", "CompositeImplicitAutograd")
+def _saved_snapshot(t):
+    mode = get_proxy_mode()
+    if mode is None:
+        return _snapshot(t)
+    nodes = mode.tracer.graph.nodes
+    before = len(nodes)
+    copy = _snapshot(t)
+    for node in islice(reversed(nodes), len(nodes) - before):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return copy
 
 
 def snapshot(*tensors: Tensor) -> list[Tensor]:
     """Copies of the state as it is before a step moves it.
 
-    Under torch.compile an operator of its own, because the partitioner takes buffers for constants: it computes what
-    the backward pass needs anew from a buffer that the forward pass has changed since (seen with torch 2.15: wrong
-    gradients, no message). It does not look into an operator that it does not know.
+    Under torch.compile, the backward graph must not recompute them: the partitioner treats buffers as constants and
+    would read values that the forward graph has changed since. So a copy is made by an operator that the compiler does
+    not look into, and its node is marked to be saved, inside a checkpointed segment too.
     """
     if torch.compiler.is_compiling():
-        return _snapshot(list(tensors))
+        return [torch.ops.fastrbn.saved_snapshot(t) for t in tensors]
     return [t.clone() for t in tensors]

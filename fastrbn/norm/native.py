@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from fastrbn import native_build
 
 from . import fused
-from .memory import Moment, running_again
+from .memory import Moment, is_batched, moving, running_again
 from .recipes import Plan, Recipe
 from .reference import NormState, elements_per_sample
 
@@ -97,7 +97,8 @@ class _Normalize(torch.autograd.Function):
             state[0].data_ptr(), state[1].data_ptr(), state[2].data_ptr(), state[3].data_ptr(), state[4].data_ptr(),
             saved.data_ptr(),
         )  # fmt: skip
-        _call("rbn_forward", x, arguments)
+        with moving(state):
+            _call("rbn_forward", x, arguments)
         increment_version(state[:5])  # autograd sees no write of C's: what a graph has saved of the state is stale now
         if plan.twice:
             plan.recent.append(_moment(saved, c, recipe))
@@ -108,7 +109,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(dy):
             return *fused._differentiable_backward(_as_fused(ctx), x, weight, bias, dy), None, None
         recipe, mom, state, c = ctx.plan.recipe, ctx.plan.mom, ctx.state, x.shape[1]
         if dy.stride() != x.stride() or _is_lazy(dy):
@@ -125,7 +126,8 @@ class _Normalize(torch.autograd.Function):
             dy.data_ptr(), x.data_ptr(), _pointer(dx), _pointer(weight), ctx.saved.data_ptr(),
             d_weight.data_ptr(), d_bias.data_ptr(), state[5].data_ptr(), state[6].data_ptr(),
         )  # fmt: skip
-        _call("rbn_backward", x, arguments)
+        with moving(state):
+            _call("rbn_backward", x, arguments)
         if averaged and dx is not None:
             increment_version(state[5:])
         return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None

@@ -386,6 +386,16 @@ static double move(const Forward *f, int64_t c, double n) {
   return a;
 }
 
+/* Whether a move to the batch's m and v in saved overflows nowhere: reference.advance's rule. */
+static int usable(const Forward *f, int64_t c, double n) {
+  const double unbiased = f->batch && n > 1 ? n / (n - 1) : 1;
+  for (int64_t j = 0; j < c; j++) {
+    const double shift = (double)f->saved[M * c + j] - f->mean[j];
+    if (!isfinite((REAL)(unbiased * f->saved[V * c + j] + shift * shift))) return 0;
+  }
+  return 1;
+}
+
 /* 0, or 1 when there is no memory left. */
 int rbn_forward(const Forward *f) {
   const Layout *l = &f->layout;
@@ -402,7 +412,7 @@ int rbn_forward(const Forward *f) {
     memcpy(saved + M * c, f->mean, (size_t)c * sizeof(REAL));
     memcpy(saved + V * c, f->var, (size_t)c * sizeof(REAL));
   } else
-    moves = statistics(l, f->x, sums, scale, room, saved, threads) && !skips;
+    moves = statistics(l, f->x, sums, scale, room, saved, threads) && usable(f, c, (double)elements_read(l)) && !skips;
   const double share = moves ? move(f, c, (double)elements_read(l)) : f->batch ? 1 : 0;
   if (skips || moves) *f->samples = seen, *f->batches = iteration;
 

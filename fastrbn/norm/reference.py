@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .groups import merge_over_ranks, sum_over_ranks
-from .memory import Moment, recall, snapshot
+from .memory import Moment, is_batched, moving, recall, snapshot
 from .recipes import Plan, at_least_one, smaller
 
 
@@ -76,15 +76,15 @@ def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormS
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
     """One training step: move `state` by this batch, normalise with it. x (N, C, *), result like x.
 
-    A batch with NaN or Inf in what the statistics read leaves the whole state as it was, without asking the device;
-    the result shows it.
+    A batch with NaN or Inf in what the statistics read, or so large that its variance or the square of its distance
+    from the running mean overflows, leaves the whole state as it was, without asking the device; the result shows it.
     """
     recipe, bs = plan.recipe, x.shape[0]
     xw = x.to(torch.promote_types(x.dtype, state.running_mean.dtype))
     m, v, n = batch_statistics(xw, recipe)
     if plan.process_group is not None:
         m, v, n, bs = merge_over_ranks(m, v, n, bs, plan.process_group)
-    with torch.no_grad():
+    with torch.no_grad(), moving(state):
         moment = recall(plan.recent, m, v)
         if moment is None:
             moment = advance(state, m.detach(), v.detach(), n, bs, plan)
@@ -146,11 +146,15 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
     old_mean, old_var, count, samples = snapshot(
         state.running_mean, state.running_var, state.running_count, state.num_samples_tracked
     )
-    seen = v.sum().isfinite() & (n > 0)  # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
+    shift, spread = m - old_mean, v
+    if recipe.statistics == "batch":
+        spread = v * (n / at_least_one(n - 1))
+    # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
+    seen = (spread + shift.square()).amax().isfinite() & (n > 0)
     moves = seen
     samples = samples.to(count.dtype)
     if recipe.steady is not None:
-        drift = n * ((m - old_mean).square() / (old_var + plan.eps)).mean()
+        drift = n * (shift.square() / (old_var + plan.eps)).mean()
         calm = recipe.steady.rate(rate, n, drift, samples)
         rate = torch.where(count == 0, rate, calm)  # nothing drifts from nowhere
     kept = rate if recipe.memory is None else smaller(rate, recipe.memory.rate(plan.mom, bs, samples))
@@ -166,8 +170,7 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
 
     if recipe.statistics == "batch":  # nn.BatchNorm's: from mean 0, variance 1, the variance unbiased where it can be
         a, moved = torch.ones_like(count), torch.zeros_like(count) + n
-        unbiased = v * (n / at_least_one(n - 1))
-        mean, var = if_it_moves(old_mean + rate * (m - old_mean), old_var + rate * (unbiased - old_var))
+        mean, var = if_it_moves(old_mean + rate * shift, old_var + rate * (spread - old_var))
     else:
         a, moved = share_of(kept, n, count, moves)
         mean, var = if_it_moves(*towards(old_mean, old_var, m, v, a))
@@ -225,7 +228,8 @@ class _RunningProjection(torch.autograd.Function):
             sums = torch.stack([dy.sum(dims), (dy * x_hat).sum(dims)])
             if ctx.plan.process_group is not None:
                 sums, n = sum_over_ranks(sums, n, ctx.plan.process_group)
-            average, w = average_gradients(ctx.state, sums / n, ctx.rate)
+            with moving(ctx.state):
+                average, w = average_gradients(ctx.state, sums / n, ctx.rate)
             past = ctx.plan.recipe.kappa * (1 - share) * scale / w * average
             extra = per_channel(-past[0], dy) - x_hat * per_channel(past[1], dy)
         return dy, extra, None, None, None, None, None, None
@@ -233,11 +237,16 @@ class _RunningProjection(torch.autograd.Function):
 
 def average_gradients(state: NormState, new: Tensor, rate) -> tuple[Tensor, Tensor]:
     """Move the averages of the gradient's reductions (2, C) by a batch's, unless those are not finite; return them
-    times their weight, and the weight."""
-    finite = new.sum().isfinite()
+    times their weight, and the weight.
+
+    Many upstream gradients at once (`is_grads_batched`) are each averaged from the state as it is, and leave it there.
+    """
+    finite, moved = new.sum().isfinite(), []
     for running, value in ((state.running_grad, new), (state.running_grad_weight, 1.0)):
-        running.copy_(torch.where(finite, running + rate * (value - running), running))
-    average, w = (running.to(new.dtype, copy=True) for running in (state.running_grad, state.running_grad_weight))
+        moved.append(torch.where(finite, running + rate * (value - running), running))
+        if not is_batched(new):
+            running.copy_(moved[-1])
+    average, w = (t.to(new.dtype) for t in moved)
     return average, w.clamp_min(torch.finfo(w.dtype).tiny)
 
 

@@ -224,11 +224,11 @@ def statistics(block, slot, x, state, work, shape, rows, tiles, slots, step, bs,
     # parts are told from the channel's first element: means of 1e4 rounded to float32 would be too coarse to merge
     c, to, inside = key // shape.inner, work + slot * keys + key, key < keys
     first = c.to(tl.int64) * (shape.units * cut.VEC if cut.PLANES else shape.inner)
-    origin = load_values(x + first, inside, RELU)
+    origin, gap = load_values(x + first, inside, RELU), mean + shift - tl.load(state.running_mean + c, mask=inside)
     tl.store(to, tl.zeros_like(mean) + count, mask=inside)
     tl.store(to + slots * keys, mean + (shift - origin), mask=inside)
     tl.store(to + 2 * slots * keys, m2, mask=inside)
-    bad = tl.where(inside & ~(tl.abs(m2) < float("inf")), 1.0, 0.0)
+    bad = tl.where(inside & ~(m2 + gap * gap < float("inf")), 1.0, 0.0)  # reference.advance's rule, part by part
     tl.store(flag + slot * blocks + block, tl.sum(bad, 0))
     if slot == 0:
         once, to, channels = inside & (key % shape.inner == 0), old + 6 + c, shape.channels

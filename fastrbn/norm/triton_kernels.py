@@ -30,7 +30,7 @@ from . import fused
 from . import triton_backward as backward
 from . import triton_cuts as cuts
 from . import triton_forward as forward
-from .memory import Moment, recall, running_again
+from .memory import Moment, is_batched, recall, running_again
 from .recipes import Plan, Recipe, one_of
 from .reference import NormState, elements_per_sample
 from .triton_forward import Affine, Rule
@@ -93,7 +93,8 @@ class _Evaluate(torch.autograd.Function):
 
 
 def _backward(ctx, dy):
-    make = _differentiable if torch.is_grad_enabled() else _gradients  # the kernels have no graph
+    # the kernels have no graph, and take one dy
+    make = _differentiable if torch.is_grad_enabled() or is_batched(dy) else _gradients
     return make(ctx, *ctx.saved_tensors, dy)
 
 
@@ -239,19 +240,20 @@ def _gradients(ctx, x, weight, bias, dy):
 def _differentiable(ctx, x, weight, bias, dy):
     """The gradients as a graph of x, weight, bias and dy; the reference's, in float32."""
     plan, eps, relu, state = ctx.plan, ctx.eps, ctx.relu, ctx.state
-    given, dy = x.float(), dy.float()
+    with torch.enable_grad():
+        given, dy = x.float(), dy.float()
+        given = given.relu() if relu == "before" else given
     if relu == "after":
         with torch.no_grad():
             y, _ = _map(*_laid_out(x), weight, bias, state, ctx.moment, eps, ctx.rule, "none")
         dy = dy.masked_fill(y <= 0, 0.0)
-    if relu == "before":
-        given = given.relu()
     if plan is None:
-        y = torch.nn.functional.batch_norm(
-            given, state.running_mean, state.running_var, _float(weight), _float(bias), False, 0.0, eps
-        )
+        with torch.enable_grad():
+            y = torch.nn.functional.batch_norm(
+                given, state.running_mean, state.running_var, _float(weight), _float(bias), False, 0.0, eps
+            )
         wanted = [t for t in (given, weight, bias) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
         dx, *others = (next(found) if t is not None and t.requires_grad else None for t in (given, weight, bias))
     else:
         moment = _unpacked(ctx.moment, x.shape[1], plan.recipe)

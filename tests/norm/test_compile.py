@@ -12,9 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx import symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastrbn.norm import RECIPES, convert_batchnorm
+from fastrbn.norm import RECIPES, convert_batchnorm, to_batchnorm
 from fastrbn.norm.recipes import Skip
 
 # torch 2.9's own tracer instantiates the functions that it traces
@@ -293,6 +296,111 @@ def test_tensors_without_values_pass_through():
         layer, x = layer_of(), torch.empty(4, 3, 5, requires_grad=True)
         layer(x).backward(torch.empty(4, 3, 5))
         assert x.grad.shape == layer.eval()(x).shape == x.shape
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pre_dispatch", [True, False])
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.parametrize("recipe", ["default", "batch"])
+def test_make_fx_records_the_computation_and_the_moves_of_the_state(recipe, mode, pre_dispatch, training):
+    layer, twin = (layer_of(recipe=recipe).train(training) for _ in range(2))
+    settings = {"tracing_mode": mode, "pre_dispatch": pre_dispatch, "_allow_non_fake_inputs": mode != "real"}
+    graph = make_fx(layer, **settings)(data(1)[0])
+    layer.load_state_dict(twin.state_dict())  # in "real" mode, the recorded step was taken
+    for x in data(3, (6, 3, 4, 4) if mode == "symbolic" else (4, 3, 5, 6), seed=1):
+        assert_same({"y": graph(x), **buffers(layer)}, {"y": twin(x), **buffers(twin)}, 1e-5)
+
+
+@newer_than_2_9
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_in_training_keeps_the_moves_of_the_state(strict):
+    layer, twin = layer_of(), layer_of()
+    exported = torch.export.export(layer, (data(1)[0],), strict=strict).module()
+    for x in data(3, seed=1):
+        assert relative_error(exported(x), twin(x)) < 1e-6
+        moved = {k: b for k, b in buffers(twin).items() if "grad" not in k}  # those move in the backward pass
+        assert_same({k: exported.state_dict()[k] for k in moved}, moved, 1e-5)
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_computation():
+    layer, twin, (x, dy) = layer_of(), layer_of(), data(2)
+    with Recorded() as seen:
+        assert "not the C kernels: a TorchDispatchMode sees no call of C" in layer.explain(x)
+        got = step(layer, layer, x, dy)
+    assert {"native_batch_norm.default", "native_batch_norm_backward.default"} <= seen.names
+    assert_same(got, step(twin, twin, x, dy), 1e-5)
+
+
+def fx_nets():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)))
+    net = convert_batchnorm(net)
+    return net, symbolic_trace(copy.deepcopy(net))
+
+
+def test_symbolic_trace_takes_a_layer_for_a_leaf_that_trains_and_evaluates():
+    net, traced = fx_nets()
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2.0", "2.1"]
+    for mode in (True, True, False):
+        net.train(mode), traced.train(mode)
+        x, dy = data(1, (4, 3, 8, 8))[0], data(1, (4, 4, 6, 6), seed=1)[0]
+        assert_same(step(traced, traced, x, dy), step(net, net, x, dy), 1e-6)
+
+
+def test_symbolic_trace_of_a_layer_alone_says_what_to_trace():
+    with pytest.raises(ValueError, match="one call of a module that holds it.*nn.Sequential"):
+        symbolic_trace(layer_of())
+
+
+def test_torchvisions_feature_extractor_finds_the_layers():
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    from torchvision.models import resnet18
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    net, x, seen = convert_batchnorm(resnet18()), torch.randn(2, 3, 32, 32), []
+    net(x)
+    extract = create_feature_extractor(net, {"layer1.0.bn2": "norm", "layer2": "features"}).eval()
+    net.eval().layer1[0].bn2.register_forward_hook(lambda module, args, y: seen.append(y.clone()))
+    net.layer2.register_forward_hook(lambda module, args, y: seen.append(y.clone()))
+    got = extract(x)
+    seen.clear()
+    net(x)
+    assert torch.equal(got["norm"], seen[0]) and torch.equal(got["features"], seen[1])
+
+
+TORCHSCRIPT = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"
+)
+
+
+@TORCHSCRIPT
+def test_jit_script_is_refused_with_the_way_out_and_leaves_the_model():
+    net = small_net()
+    with pytest.raises(RuntimeError, match=r"cannot compile RunningBatchNorm2d.*to_batchnorm\(model.eval\(\)\)"):
+        torch.jit.script(net)
+    x = torch.randn(4, 3, 8, 8)
+    want = net(x)
+    assert torch.equal(torch.jit.script(to_batchnorm(net))(x), want)
+
+
+@TORCHSCRIPT
+@pytest.mark.parametrize("recipe", ["default", "course", "batch"])
+def test_jit_trace_in_training_moves_the_state_and_takes_any_size(recipe):
+    layer, twin = layer_of(recipe=recipe), layer_of(recipe=recipe)
+    traced = torch.jit.trace(layer, data(1)[0].requires_grad_(), check_trace=False)
+    traced.load_state_dict(twin.state_dict())
+    for shape in [(4, 3, 5, 6), (2, 3, 7, 4), (9, 3, 2, 2)]:
+        x, dy = data(1, shape, seed=1)[0], data(1, shape, seed=2)[0]
+        assert_same(step(traced, traced, x, dy), step(twin, twin, x, dy), 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")

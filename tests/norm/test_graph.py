@@ -212,6 +212,36 @@ def test_second_derivatives_of_every_recipe_agree_between_the_backends(recipe, e
             assert_same(got, found[0], 1e-9)
 
 
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("recipe", ["default", "course", "batch", "detached"])
+def test_each_of_many_gradients_at_once_is_that_of_a_backward_of_its_own(recipe, backend):
+    """Every one averages its own gradient into A and B as they were, and all leave them there."""
+    layer, x, dys = trained(recipe, backend), data(4, 3, 3, 2)[0], torch.stack(data(4, 3, 3, 2, seed=1))
+    twins = [copy.deepcopy(layer) for _ in dys]
+    z = x.requires_grad_()
+    y, before = layer(z), buffers(layer)
+    got = torch.autograd.grad(y, (z, layer.weight, layer.bias), dys, is_grads_batched=True, retain_graph=True)
+    assert_unmoved(layer, before)
+    for i, (twin, dy) in enumerate(zip(twins, dys, strict=True)):
+        z = x.detach().clone().requires_grad_()
+        want = torch.autograd.grad(twin(z), (z, twin.weight, twin.bias), dy)
+        assert all(relative_error(a[i], b) < 1e-10 for a, b in zip(got, want, strict=True))
+    # and once more, with second derivatives
+    [dx] = torch.autograd.grad(y, x, dys, is_grads_batched=True, create_graph=True)
+    assert relative_error(dx, got[0]) < 1e-10 and dx.requires_grad
+
+
+# torch's own rules of forward mode are scripted
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("strategy, backend", [*(("reverse-mode", b) for b in ALL), ("forward-mode", "auto")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_vectorized_jacobian_is_the_one_row_by_row(training, strategy, backend):
+    layer, x = trained(EXACT, backend).train(training), data(2, 3, 2)[0]
+    want = torch.autograd.functional.jacobian(copy.deepcopy(layer), x)
+    got = torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy=strategy)
+    assert relative_error(got, want) < 1e-10
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_second_derivatives_in_half_precision_do_not_overflow(dtype):
     x, dy = (t[0].to(dtype) for t in (data(6, 3, 4), data(6, 3, 4, seed=1)))

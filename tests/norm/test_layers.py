@@ -45,6 +45,31 @@ def test_every_rank_and_odd_shape_is_the_closed_form(shape, backend):
         assert_same({k: got[k] for k in want}, want, tol)
 
 
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 2048), (64, 4096), (3, 8192, 1), (9, 2048, 2)], ids=str)
+def test_more_channels_than_samples_are_the_closed_form_in_every_dtype(shape, dtype, tol):
+    x, dy = pair(shape, dtype)
+    x[0] *= 5  # nothing may hang on the first sample
+    want = as_oracle(layer_of(shape[1]), x, dy, steps=1)
+    for backend in serving(dtype):
+        got = step(layer_of(shape[1], backend=backend), x, dy)
+        assert_same({k: got[k] for k in want}, want, tol, backend)
+
+
+def test_a_wide_linear_layer_trains_under_autocast_to_bfloat16():
+    net = nn.Sequential(nn.Linear(64, 8192), layer_of(8192, kind=RunningBatchNorm1d))
+    x = torch.randn(16, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+        h = net[0](x).detach()
+    dy = torch.randn(16, 8192).to(y.dtype)
+    y.backward(dy)
+    want = as_oracle(net[1], h, dy, steps=1)
+    assert y.dtype == h.dtype == torch.bfloat16
+    assert relative_error(y, want["y"]) < 1e-2 and relative_error(net[1].running_var, want["running_var"]) < 1e-5
+    assert relative_error(net[0].weight.grad, want["dx"].mT @ x.double()) < 2e-2
+
+
 @BACKENDS
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5), (0, 3, 4, 4), (0, 3, 2, 2, 2), (4, 3, 0), (4, 3, 0, 7)], ids=str)
 @pytest.mark.parametrize("recipe", ["default", "batch", "skip-tenth"])

@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,6 +274,49 @@ def test_nan_in_the_upstream_gradient_leaves_the_averages_and_shows_in_the_input
         assert torch.equal(got[name], before[name])
     assert got["dx"][:, 1].isnan().any()
     assert got["running_mean"].isfinite().all() and layer.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("recipe", ["default", "batch"])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("shape", [(5, 3, 4, 2), (9, 3, 70, 71), (40, 3)], ids=["small", "large", "flat"])
+@pytest.mark.parametrize("huge", ["constant", "spread"])
+def test_a_finite_batch_whose_squares_overflow_leaves_the_state_bit_identical(huge, shape, steps, recipe, backend):
+    layer = trained(steps, recipe=recipe, backend=backend)
+    before, (x, dy) = buffers(layer), data(2, shape)
+    if huge == "constant":
+        x[:, 1] = 3e19  # variance 0; its square is above float32's 3.4e38
+    else:
+        x[:, 1] *= 1e20
+    got = step(layer, x, dy)
+    for name in before:
+        assert torch.equal(got[name], before[name]) or name.startswith("running_grad"), name
+    for x, dy in zip(data(2), data(2, seed=1), strict=True):
+        step(layer, x, dy)
+    assert all(b.isfinite().all() for b in layer.buffers()) and layer.num_batches_tracked == steps + 2
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_threads_that_share_a_layer_lose_no_step(backend):
+    layer, x = layer_of(16, backend=backend), torch.randn(8, 16)
+
+    def train(layer, steps):
+        for _ in range(steps):
+            z = layer(x.clone().requires_grad_())
+            z.square().sum().backward()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for done in [pool.submit(train, layer, 60) for _ in range(3)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert layer.num_batches_tracked == 180 and layer.num_samples_tracked == 180 * 8
+    alone = layer_of(16, backend=backend)
+    train(alone, 180)
+    assert_same(buffers(layer), buffers(alone), 1e-4)
 
 
 def test_one_nan_batch_poisons_batchnorm_and_the_threads_layer_for_good():

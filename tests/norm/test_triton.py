@@ -240,6 +240,38 @@ def test_a_batch_that_is_not_finite_leaves_the_whole_state_and_shows_in_its_chan
     assert got[:, ::2].isfinite().all()
 
 
+@pytest.mark.parametrize("regime", REGIMES, indirect=True)
+@pytest.mark.parametrize("recipe", [DEFAULT, RECIPES["batch"]], ids=["default", "batch"])
+def test_a_finite_batch_whose_squares_overflow_leaves_the_whole_state(recipe, regime):
+    [layer] = layers(recipe)[1:]
+    x, dy = next(batches(SHAPES))
+    for steps in range(2):
+        before, huge = buffers(layer), x.clone()
+        huge[:, 1] = 3e19
+        layer(huge)
+        assert_unmoved(layer, before)
+        step(layer, x, dy)
+        assert layer.num_batches_tracked == steps + 1 and layer.running_var.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", [DEFAULT, RECIPES["batch"], None], ids=["default", "batch", "evaluation"])
+@pytest.mark.parametrize("relu", ["none", "before", "after"])
+def test_many_gradients_at_once_are_those_of_a_backward_each(relu, recipe):
+    x, w, b = (t.requires_grad_() for t in on_device(torch.randn(3, 2, 5), torch.randn(2), torch.randn(2)))
+    [dys] = on_device(torch.randn(4, 3, 2, 5))
+
+    def forward():
+        state = NormState.new(2, DEVICE)
+        if recipe is None:
+            return kernels.evaluate(x, w, b, state, 1e-5, relu)
+        return kernels.normalize(x, w, b, state, plan_of(recipe), relu)
+
+    got = torch.autograd.grad(forward(), (x, w, b), dys, is_grads_batched=True)
+    for i, dy in enumerate(dys):
+        for many, one in zip(got, torch.autograd.grad(forward(), (x, w, b), dy), strict=True):
+            assert torch.allclose(many[i], one, rtol=1e-5, atol=1e-5)
+
+
 @regimes
 def test_a_gradient_that_is_not_finite_leaves_the_averages_and_shows(regime):
     layer = layers(DEFAULT)[1]
