@@ -12,7 +12,7 @@ import torch
 from fastrbn.snapshot import RandomState
 
 from ._nonfinite_outputs import CONTAINERS, reachable
-from ._nonfinite_report import BUFFER
+from ._nonfinite_report import BUFFER, SPOILT
 from ._nonfinite_tensors import dense, float_tensors, is_finite
 
 
@@ -153,15 +153,20 @@ def _note_grad(trace, name, p):
         trace.bad.add(("param", name))
 
 
-def first_now(run, kept, batch, phase, evidence, fresh) -> tuple[str, str, str]:
+def first_now(run, kept, batch, phase, evidence, fresh, bad=()) -> tuple[str, str, str]:
     """(phase, where, note) of the first value to go in the batch that is under way, whose `evidence` is the names that
-    are known. `fresh`: what is kept is what the batch began with. Buffers and gradients are the caller's to put back."""
+    are known, and `bad` those of tensors of the state that held it, if they have been put back. `fresh`: what is kept is
+    what the batch began with. Buffers and gradients are the caller's to put back."""
     if not all(map(is_finite, float_tensors(batch.xb))):
         return "forward", "input", ""
+    spoilt = None
     if batch.in_train and fresh:
+        spoilt = next(filter(kept.is_buffer, bad or kept.not_finite()), None)
         kept.restore(kinds=("buffer",))
     run.opt.zero_grad()
     trace = replay(run, batch, backward=phase == "backward")
+    if spoilt is not None and not trace.bad and not trace.note:  # something else than the model's passes wrote it
+        return phase, spoilt, SPOILT
     if (name := trace.first("module", evidence)) is not None:
         return "forward", name, trace.note
     if phase == "forward":

@@ -16,6 +16,7 @@ from fastrbn.files import write_whole
 FILES = ("nan_report.txt", "nan_report.json", "nan_batch.pt")
 _PHASES = {"forward": "the forward pass", "backward": "the backward pass", "step": "the optimiser's step"}
 BUFFER = "a buffer, which no output has shown yet"
+SPOILT = "a buffer that was finite before: with those values going through the batch again did not show it"
 _KEPT = 50  # losses, rates and norms in a report
 _SHOWN = 10  # losses and rates in the text; the report itself has more
 
@@ -56,9 +57,8 @@ class NonFiniteReport:
     def _described(self):
         if self.where in ("input", "loss"):
             return f"the {self.where}"
-        if self.phase != "forward":
-            return f"parameter '{self.where}'"
-        return f"{'buffer' if self.note == BUFFER else 'module'} '{self.where}'"
+        kind = "module" if self.phase == "forward" else "parameter"
+        return f"{'buffer' if self.note in (BUFFER, SPOILT) else kind} '{self.where}'"
 
     def __str__(self):
         largest = sorted(self.magnitudes.items(), key=lambda kv: -kv[1])[:3]

@@ -219,7 +219,7 @@ class HaltOnNaN(Callback):
         elif bad := self._kept.advance():
             if batch.stepped and (grads := not_finite(self._grads())):
                 self._kept.restore()  # the step has been taken on them
-                self._found(batch, "backward", grads)
+                self._found(batch, "backward", grads, bad)
             self._halt(batch, *self._state_phase(bad))
         else:
             self._history.add_norm(batch.step, self._kept.norm)
@@ -249,10 +249,11 @@ class HaltOnNaN(Callback):
 
     # Halting
 
-    def _found(self, batch, phase, evidence):
-        """Find out where it began in the batch that is under way, and halt there. `evidence`: names that are known."""
+    def _found(self, batch, phase, evidence, bad=()):
+        """Find out where it began in the batch that is under way, and halt there. `evidence`: names that are known;
+        `bad`: those of the state, where it has been put back already."""
         self._halting = True
-        self._halt(batch, *first_now(self.run, self._kept, batch, phase, evidence, fresh=self.every == 1))
+        self._halt(batch, *first_now(self.run, self._kept, batch, phase, evidence, self.every == 1, bad))
 
     def _halt(self, batch, phase, where, note=""):
         """Put the state back, report, and end the fit."""
