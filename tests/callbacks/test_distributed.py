@@ -284,3 +284,12 @@ def test_ranks_that_meet_over_their_errors_name_the_one_that_began():
     error = RuntimeError("gloo: Timed out waiting 3000ms")
     why = Agreement(Channel()).farewell(ERROR, "timed out", error)
     assert why.startswith("rank 1 ended the fit: ValueError: broken") and str(error) == why
+
+
+def test_a_running_norm_with_a_process_group_of_its_own_keeps_it_and_is_not_warned_of():
+    model, group = fastrbn.RunningBatchNorm(3), object()
+    model.process_group = group
+    distributed = Distributed()
+    distributed.rank, distributed._norms = 0, []
+    distributed._merge_norms(model)
+    assert model.process_group is group and distributed._norms == []
