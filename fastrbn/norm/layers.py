@@ -40,8 +40,8 @@ class RunningBatchNorm(_BatchNorm):
     - `process_group`: merge statistics over its ranks.
     - `backend` ("auto"): "native" (C, compiled on first use), "fused", "reference" or "triton" to force one;
       `explain(x)` says which is used.
-    - `momentum`: another name of `mom`; None, nn.BatchNorm's cumulative average, is taken for 0.1, since training with
-      statistics that reach back to the first batch is none. `track_running_stats`: True is all there is.
+    - `momentum`: another name of `mom`. None, nn.BatchNorm's cumulative average, means the default here: statistics
+      that reach back to the first batch are too old to train with. `track_running_stats` must be True.
 
     Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
     the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
@@ -52,13 +52,13 @@ class RunningBatchNorm(_BatchNorm):
     the averages of the gradient, and the gradients add up as if the micro-batches had been stepped one after the other
     with the weights held.
 
-    To other people's code the layer is a batch norm: `isinstance(layer, nn.modules.batchnorm._BatchNorm)` holds, so what
-    freezes batch norms, spares them weight decay or keeps them in float32 (FSDP) finds it. Set later, `momentum = None`
-    makes statistics the exact ones of all batches since `reset_running_stats()`, which are then also what normalises,
-    taken as constants by the gradient: so `torch.optim.swa_utils.update_bn` works (`recompute_statistics` is more exact);
-    and `momentum = 0` takes training steps that leave the statistics as they are. Two things to know: functions that
-    replace batch norms, like `nn.SyncBatchNorm.convert_sync_batchnorm`, replace this layer too (give it a
-    `process_group` instead), and its statistics cannot be taken away (`torch.func.replace_all_batch_norm_modules_`).
+    The layer is an `nn.modules.batchnorm._BatchNorm`, so code that freezes batch norms, spares them weight decay or keeps
+    them in float32 (FSDP) finds it. After `layer.momentum = None` the statistics are the exact ones of all batches since
+    `reset_running_stats()`; these also normalise, and the gradient treats them as constants. That is how
+    `torch.optim.swa_utils.update_bn` works here (see also `recompute_statistics`). With `layer.momentum = 0` training
+    steps leave the statistics as they are. Functions that replace batch norms, like
+    `nn.SyncBatchNorm.convert_sync_batchnorm`, replace this layer too: set `process_group` instead. Setting its
+    statistics to None, as `torch.func.replace_all_batch_norm_modules_` does, raises ValueError.
 
     Source: fast.ai course, part 2 (2019), notebook 07, and the forum thread "Running batch norm tweaks"; the averaged
     backward after Moving Average Batch Normalization (ICLR 2020). Equations in `norm/reference.py`.
