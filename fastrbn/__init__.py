@@ -30,6 +30,7 @@ __all__ = [  # noqa: RUF022 - in groups
     "RunningBatchNorm3d",
     "convert_batchnorm",
     "fuse_conv_rbn",
+    "recompute_statistics",
     "running_batch_norm",
     "to_batchnorm",
     # models
@@ -246,6 +247,7 @@ if TYPE_CHECKING:
         RunningBatchNorm3d,
         convert_batchnorm,
         fuse_conv_rbn,
+        recompute_statistics,
         running_batch_norm,
         to_batchnorm,
     )

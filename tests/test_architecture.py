@@ -19,7 +19,7 @@ LONGEST = 450  # lines of a file
 
 # What each part may import of the package, itself apart. Parts that are not here (build, cli, …) put the others together.
 MAY_IMPORT = {
-    "norm": ["native_build"],
+    "norm": ["native_build", "snapshot"],
     "learn": ["checkpoints", "snapshot", "summary"],
     "data": ["files"],
     "callbacks": ["learn.callback", "learn.events", "checkpoints", "files", "snapshot", "graph", "native_build"],

@@ -159,9 +159,10 @@ class Distributed(Lockstep):
         for name, m in model.named_modules():
             if isinstance(m, nn.SyncBatchNorm):
                 continue  # merges over all ranks of itself
-            if hasattr(m, "process_group") and m.process_group is None:
-                self._norms.append(m)
-                m.process_group = group
+            if hasattr(m, "process_group"):
+                if m.process_group is None:
+                    self._norms.append(m)
+                    m.process_group = group
             elif isinstance(m, nn.modules.batchnorm._BatchNorm):
                 plain.append(name)
         if plain and self.rank == 0:

@@ -4,6 +4,7 @@ from .convert import convert_batchnorm, fuse_conv_rbn, to_batchnorm
 from .dispatch import running_batch_norm
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 from .recipes import RECIPES, Clamp, Memory, Recipe, Skip, Steady, get_recipe
+from .recompute import recompute_statistics
 from .reference import NormState
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "convert_batchnorm",
     "fuse_conv_rbn",
     "get_recipe",
+    "recompute_statistics",
     "running_batch_norm",
     "to_batchnorm",
 ]

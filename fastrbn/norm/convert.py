@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 from .recipes import Recipe, get_recipe
+from .reference import NormState
 
 _RUNNING = {
     nn.BatchNorm1d: RunningBatchNorm1d,
@@ -28,15 +31,17 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.Module:
     """Replace every nn.BatchNorm1d/2d/3d and SyncBatchNorm in `model` by running batch norm, in place.
 
-    Parameters stay the same objects (an optimiser made before goes on), statistics, eps, mode and device are kept, so
-    evaluation gives what it gave. `momentum` becomes `mom` (None, the cumulative average, becomes 0.1). A layer used in
-    several places is converted once. A SyncBatchNorm keeps its process group. Returns the model, or the new layer when
-    `model` is itself a BatchNorm. A subclass with a forward pass of its own stays as it is. Warns when there was
-    nothing to convert, when a layer kept no statistics, and of such a subclass.
+    Parameters stay the same objects (an optimiser made before goes on), statistics, eps, mode, device and hooks are
+    kept, so evaluation gives what it gave. `momentum` becomes `mom` (None, the cumulative average, becomes 0.1). A layer
+    used in several places is converted once. A SyncBatchNorm keeps its process group. A batch norm with dropout and
+    activation inside, like timm's `BatchNormAct2d`, keeps both. Returns the model, or the new layer when `model` is
+    itself a BatchNorm. Any other subclass with a forward pass of its own stays as it is, with all that is in it. Warns
+    when there was nothing to convert, when layers kept no statistics, and of such subclasses.
 
-    Raises ValueError, with `model` unchanged, for lazy layers that have seen no batch and for momentum 0.
+    Raises ValueError, with `model` unchanged, for lazy layers that have seen no batch, for momentum 0, and for layers
+    with parameters or buffers that a batch norm does not have: pruned or parametrised ones.
     """
-    recipe, found = get_recipe(recipe), []
+    recipe, found, left, without = get_recipe(recipe), [], {}, []
 
     def running(old, name):
         if isinstance(old, _LAZY):
@@ -45,21 +50,20 @@ def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.
                 f"which has seen no batch: send one through the model first"
             )
         base = next((base for base in _RUNNING if isinstance(old, base)), None)
-        if base is None:
+        if base is None or any(not outer or name.startswith(f"{outer}.") for outer in left):
             return None
-        if type(old).forward is not base.forward:
-            warnings.warn(
-                f"convert_batchnorm leaves '{name}' as it is: {type(old).__name__} has a forward pass of its own, "
-                f"which running batch norm would not do",
-                stacklevel=4,
-            )
-            return None
+        kind = _RUNNING[base]
+        if type(old).forward is not base.forward and not is_parametrized(old):
+            if not _acts(old, base):
+                left[name] = type(old).__name__
+                return None
+            kind = RunningBatchNormAct2d
+        _refuse_additions(old, name, "convert_batchnorm")
         if old.momentum == 0:
             raise ValueError(
                 f"momentum is the weight of the new batch and must be above 0; got 0 in {type(old).__name__} at "
                 f"'{name}': set another, and freeze() the converted layer if its statistics are to stay"
             )
-        kind = _RUNNING[base]
         found.append(old)
         mom = 0.1 if old.momentum is None else old.momentum
         like = old.weight if old.affine else old.running_mean
@@ -67,22 +71,31 @@ def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.
         group = getattr(old, "process_group", None)
         if isinstance(old, nn.SyncBatchNorm) and group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
-        new = kind(
-            old.num_features, eps=old.eps, mom=mom, affine=old.affine, recipe=recipe, process_group=group, **where
-        )
+        bias = not old.affine or old.bias is not None
+        settings = {"mom": mom, "affine": old.affine, "bias": bias, "recipe": recipe, "process_group": group}
+        new = kind(old.num_features, eps=old.eps, **settings, **where)
         if old.running_mean is not None:
-            new.load_state_dict(old.state_dict())
+            tensors = {**old._parameters, **old._buffers}
+            new.load_state_dict({name: t for name, t in tensors.items() if t is not None})
         else:
-            warnings.warn(
-                f"{type(old).__name__}({old.num_features}) kept no running statistics (track_running_stats=False): its "
-                f"replacement starts without any and must be trained before evaluation",
-                stacklevel=4,
-            )
-        new.weight, new.bias = old.weight, old.bias
-        return new.train(old.training)
+            without.append(name)
+        return _finished(new, old)
 
     model = _replace(model, running)
-    if not found:
+    if without:
+        warnings.warn(
+            f"{_some(without)} kept no running statistics (track_running_stats=False): the replacements start without "
+            f"any and must be trained before evaluation",
+            stacklevel=2,
+        )
+    if left:
+        kinds = ", ".join(sorted(set(left.values())))
+        warnings.warn(
+            f"convert_batchnorm leaves {_some(list(left))} as they are: {kinds} has a forward pass of its own, which "
+            f"running batch norm would not do",
+            stacklevel=2,
+        )
+    elif not found:
         _warn_nothing("convert_batchnorm", "nn.BatchNorm or SyncBatchNorm", model)
     return model
 
@@ -92,7 +105,9 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
 
     RunningBatchNorm1d/2d/3d become nn.BatchNorm1d/2d/3d; RunningBatchNorm, which takes any rank, becomes the one for
     `dims` (1, 2 or 3; default 2, images). Training then normalises with each batch's own statistics and forgets the
-    recipe. Returns the model, or the new layer when `model` is itself one. Warns when there was nothing to replace.
+    recipe. Parameters stay the same objects; hooks are kept. Returns the model, or the new layer when `model` is itself
+    one. Warns when there was nothing to replace. Raises ValueError, with `model` unchanged, for layers with parameters
+    or buffers that a batch norm does not have: pruned or parametrised ones.
     """
     if dims not in _ANY_RANK:
         raise ValueError(f"dims is the number of spatial dimensions, 1, 2 or 3; got {dims!r}")
@@ -101,15 +116,16 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
     def batch(old, name):
         if not isinstance(old, RunningBatchNorm):
             return None
+        _refuse_additions(old, name, "to_batchnorm")
         found.append(old)
         kind = next((new for base, new in _BATCH.items() if isinstance(old, base)), _ANY_RANK[dims])
         like = old.weight if old.affine else old.running_mean
-        new = kind(
-            old.num_features, eps=old.eps, momentum=old.mom, affine=old.affine, device=like.device, dtype=like.dtype
-        )
-        new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()})
-        new.weight, new.bias = old.weight, old.bias
-        return new.train(old.training)
+        where = {"device": like.device, "dtype": like.dtype}
+        new = kind(old.num_features, eps=old.eps, momentum=old.mom, affine=old.affine, **where)
+        with torch.no_grad():
+            for name, buffer in new._buffers.items():
+                buffer.copy_(old._buffers[name])
+        return _finished(new, old)
 
     model = _replace(model, batch)
     if not found:
@@ -117,11 +133,65 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
     return model
 
 
+class RunningBatchNormAct2d(RunningBatchNorm2d):
+    """RunningBatchNorm2d, then dropout and activation: what timm's BatchNormAct2d is converted to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d, then dropout and activation: what RunningBatchNormAct2d goes back to."""
+
+    def forward(self, x: Tensor) -> Tensor:  # not super().forward, which torch.jit.script cannot call
+        rate = 0.0 if self.momentum is None else self.momentum
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                rate = 1.0 / float(self.num_batches_tracked)
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, rate, self.eps
+        )
+        return self.act(self.drop(x))
+
+
+_BATCH = {RunningBatchNormAct2d: BatchNormAct2d, **_BATCH}
+
+
+def _acts(old: nn.Module, base: type) -> bool:
+    """Whether a subclass is known by what it holds: dropout and activation to follow the norm, and nothing else."""
+    return base in (nn.BatchNorm2d, nn.SyncBatchNorm) and set(old._modules) == {"drop", "act"}
+
+
+def _finished(new: nn.Module, old: nn.Module) -> nn.Module:
+    new.weight, new.bias = old.weight, old.bias
+    new._modules.update(old._modules)  # drop and act
+    new.training = old.training
+    return new
+
+
+def _refuse_additions(old: nn.Module, name: str, function: str) -> None:
+    more = [n for n in (*old._parameters, *old._buffers) if n not in NormState._fields and n not in ("weight", "bias")]
+    if more or is_parametrized(old):
+        what = ", ".join(more) or f"a parametrised {next(iter(old.parametrizations))}"
+        raise ValueError(
+            f"{function} takes batch norms with their own parameters and buffers only; got {type(old).__name__} with "
+            f"{what} at '{name}': make it permanent first, with torch.nn.utils.prune.remove or "
+            f"torch.nn.utils.parametrize.remove_parametrizations"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """'a', 'b' and 7 more layers."""
+    shown = ", ".join(f"'{name}'" for name in names[:2])
+    return f"{shown} and {len(names) - 2} more layers" if len(names) > 2 else shown
+
+
 def fuse_conv_rbn(model: nn.Module) -> nn.Module:
     """A copy of `model` whose evaluation-mode running batch norms are folded into the convolution or linear before.
 
     A layer is folded when it alone reads the output of a convolution (also transposed) or linear; `nn.Identity` takes
-    its place. One that comes after anything else, such as the ReLU of `conv_rbn`, stays. Which layer follows which is
+    its place, or the activation that it has inside. One that comes after anything else, such as the ReLU of `conv_rbn`, stays. Which layer follows which is
     found by `torch.fx`; where a model cannot be traced, within each `nn.Sequential`. Outputs agree to rounding.
 
     Raises ValueError for layers in training mode, whose statistics still move. Warns when nothing could be folded.
@@ -138,7 +208,9 @@ def fuse_conv_rbn(model: nn.Module) -> nn.Module:
     for before, after in pairs:
         _fold(modules[before], modules[after])
         parent, _, name = after.rpartition(".")
-        setattr(modules[parent], name, nn.Identity())
+        norm = modules[after]
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, RunningBatchNormAct2d) else nn.Identity()
+        setattr(modules[parent], name, rest)
     if not pairs:
         _warn_nothing("fuse_conv_rbn", "running batch norm directly after a convolution or linear", model)
     return model
@@ -210,6 +282,8 @@ def _foldable(before: nn.Module, after: nn.Module) -> bool:
     base = next((base for base in (*_CONVS, nn.Linear) if isinstance(before, base)), None)
     if base is None or not isinstance(after, RunningBatchNorm) or is_parametrized(before):
         return False
+    if type(after).forward not in (RunningBatchNorm.forward, RunningBatchNormAct2d.forward):
+        return False
     if any(getattr(type(before), f, None) is not getattr(base, f, None) for f in ("forward", "_conv_forward")):
         return False
     if any(m._forward_hooks or m._forward_pre_hooks for m in (before, after)):
@@ -223,6 +297,9 @@ def _replace(model: nn.Module, make) -> nn.Module:
     made = {}
     for name, module in model.named_modules():
         made[module] = make(module, name)
+    for old, new in made.items():
+        if new is not None:
+            _move_hooks(old, new)
     if made[model] is not None:
         return made[model]
     for module in list(model.modules()):
@@ -230,6 +307,16 @@ def _replace(model: nn.Module, make) -> nn.Module:
             if child is not None and made[child] is not None:
                 module._modules[name] = made[child]
     return model
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Have `new` call what was registered on `old`; handles that were given out remove it from `new`."""
+    for name, value in vars(old).items():
+        if "_hook" in name and name in vars(new):
+            vars(new)[name] = value
+    for hook in old._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):  # called with the module it was registered on
+            hook.module = weakref.ref(new)
 
 
 def _warn_nothing(function: str, what: str, model: nn.Module) -> None:

@@ -8,8 +8,10 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .dispatch import BACKENDS, as_leaf, check_input, choose, running_batch_norm
+from .groups import merge_over_ranks
 from .memory import REMEMBERED
 from .recipes import Recipe, get_recipe, one_of
 from .reference import NormState
@@ -17,10 +19,11 @@ from .reference import NormState
 ADDITIONS = tuple(
     name for name in NormState._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
 )
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _OLD_ENOUGH = 20  # samples a layer with a past is taken to have seen at least: no early clamp
 
 
-class RunningBatchNorm(nn.Module):
+class RunningBatchNorm(_BatchNorm):
     """Batch norm that normalises with running statistics while it trains: right at every batch size, one included.
 
     Input and output: (N, C, *), any rank from 2, any floating dtype and memory format; N = 0 passes through.
@@ -32,12 +35,14 @@ class RunningBatchNorm(nn.Module):
       0.07 after 20,000 samples, or less (see `Recipe.memory`, `Recipe.steady`); `batch` takes mom itself, like
       nn.BatchNorm.
     - `eps` (1e-5): added to the variance.
-    - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,).
+    - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,); with `bias=False` the scale alone.
     - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.
     - `device`, `dtype`: of the parameters. Statistics are float32 under any half precision, float64 in a float64 layer.
     - `process_group`: merge statistics over its ranks.
     - `backend` ("auto"): "native" (C, compiled on first use), "fused", "reference" or "triton" to force one;
       `explain(x)` says which is used.
+    - `momentum`: another name of `mom`. None, nn.BatchNorm's cumulative average, means the default here: statistics
+      that reach back to the first batch are too old to train with. `track_running_stats` must be True.
 
     Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
     the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
@@ -48,11 +53,20 @@ class RunningBatchNorm(nn.Module):
     the averages of the gradient, and the gradients add up as if the micro-batches had been stepped one after the other
     with the weights held.
 
+    The layer is an `nn.modules.batchnorm._BatchNorm`, so code that freezes batch norms, spares them weight decay or keeps
+    them in float32 (FSDP) finds it. After `layer.momentum = None` the statistics are the exact ones of all batches since
+    `reset_running_stats()`; these also normalise, and the gradient treats them as constants. That is how
+    `torch.optim.swa_utils.update_bn` works here (see also `recompute_statistics`). With `layer.momentum = 0` training
+    steps leave the statistics as they are. Functions that replace batch norms, like
+    `nn.SyncBatchNorm.convert_sync_batchnorm`, replace this layer too: set `process_group` instead. Setting its
+    statistics to None, as `torch.func.replace_all_batch_norm_modules_` does, raises ValueError.
+
     Source: fast.ai course, part 2 (2019), notebook 07, and the forum thread "Running batch norm tweaks"; the averaged
     backward after Moving Average Batch Normalization (ICLR 2020). Equations in `norm/reference.py`.
     """
 
     _ranks: tuple[int, ...] = ()
+    _momentum: tuple = ()  # (None,) or (0,) when momentum was set to that; `mom` stays what it was
 
     def __init__(
         self,
@@ -65,15 +79,21 @@ class RunningBatchNorm(nn.Module):
         dtype=None,
         process_group=None,
         backend: str = "auto",
+        *,
+        momentum: float | None = None,
+        track_running_stats: bool = True,
+        bias: bool = True,
     ):
-        super().__init__()
-        _check_settings(type(self).__name__, nf, mom, eps, affine, dtype)
+        nn.Module.__init__(self)  # not _BatchNorm's, whose statistics have the parameters' dtype
+        mom = mom if momentum is None else momentum
+        _check_settings(type(self).__name__, nf, mom, eps, affine, bias, dtype)
         one_of("backend", backend, BACKENDS)
         self.num_features, self.mom, self.eps, self.affine = nf, mom, eps, affine
+        self.track_running_stats = track_running_stats
         self.recipe, self.process_group, self.backend = get_recipe(recipe), process_group, backend
         self.frozen, self._recent = False, deque(maxlen=REMEMBERED)
-        for name in ("weight", "bias"):
-            param = nn.Parameter(torch.empty(nf, device=device, dtype=dtype)) if affine else None
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            param = nn.Parameter(torch.empty(nf, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(name, param)
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         for name, value in NormState.new(nf, device=device, dtype=wide)._asdict().items():
@@ -86,23 +106,71 @@ class RunningBatchNorm(nn.Module):
         buffers = self._buffers
         return NormState(*(buffers[name] for name in NormState._fields))
 
+    @property
+    def momentum(self) -> float | None:
+        """`mom`, or what was set in its place: None, the cumulative average; 0, statistics that stay."""
+        return self._momentum[0] if self._momentum else self.mom
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        if value is None or (value == 0 and not isinstance(value, bool)):
+            self._momentum = (value,)
+            return
+        _check_mom(value)
+        self.mom, self._momentum = value, ()
+
+    def __setattr__(self, name, value):
+        if name == "track_running_stats" and value is not True or value is None and name in _STATISTICS:
+            raise ValueError(
+                f"{type(self).__name__} normalises with its running statistics, in training too, and cannot be without; "
+                f"got {name}={value!r}: use nn.BatchNorm or, for samples that must not meet, nn.GroupNorm"
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return as_leaf(self, x)
         check_input(x, self.num_features, self._ranks, type(self).__name__)
+        state, training = self.state, self.training and not self.frozen
+        if training and self._momentum:
+            if self.momentum == 0:
+                state = NormState(*(buffer.clone() for buffer in state))
+            else:
+                self._collect(x)
+                training = False
         return running_batch_norm(
             x,
-            self.state,
+            state,
             self.weight,
             self.bias,
-            training=self.training and not self.frozen,
+            training=training,
             mom=self.mom,
             eps=self.eps,
             recipe=self.recipe,
             process_group=self.process_group,
             backend=self.backend,
-            recent=None if torch.compiler.is_compiling() else self._recent,
+            recent=None if torch.compiler.is_compiling() or self._momentum else self._recent,
         )
+
+    @torch.no_grad()
+    def _collect(self, x: Tensor) -> None:
+        """Merge all of x into the statistics, by counts. `running_count` is the mean count of the batches so far: at
+        `num_batches_tracked` 0 nothing was, whatever else the buffers hold."""
+        state, bs, n = self.state, x.shape[0], x.numel() // self.num_features
+        m, v = batch_moments(x, state.running_mean.dtype)
+        if self.process_group is not None:
+            m, v, n, bs = merge_over_ranks(m, v, n, bs, self.process_group)
+        moves = v.sum().isfinite() & (n > 0)
+        mean_n = torch.where(state.running_count < 0, n, state.running_count)
+        before = mean_n * state.num_batches_tracked
+        share = torch.where(moves, n / (before + n), 0.0)
+        off = torch.where(moves, m - state.running_mean, 0.0)
+        state.running_var.add_(share * torch.where(moves, v - state.running_var, 0.0) + share * (1 - share) * off.square())
+        state.running_mean.add_(share * off)
+        state.num_samples_tracked.add_((moves * bs).to(torch.int64))
+        state.num_batches_tracked.add_(moves)
+        moved = (before + n) / state.num_batches_tracked.clamp_min(1)
+        state.running_count.copy_(torch.where(moves, moved, state.running_count))
 
     def freeze(self) -> RunningBatchNorm:
         """Fix the statistics: from now on the layer normalises as in evaluation and learns none, whatever `train()`
@@ -121,7 +189,9 @@ class RunningBatchNorm(nn.Module):
         return f"{name}: {why}"
 
     def reset_running_stats(self) -> None:
-        """Forget all statistics: mean 0, variance 1, nothing counted."""
+        """Forget all statistics: mean 0, variance 1, nothing counted. Those of a frozen layer stay."""
+        if self.frozen:
+            return
         for name, buffer in self.state._asdict().items():
             buffer.fill_(1 if name == "running_var" else 0)
 
@@ -130,13 +200,16 @@ class RunningBatchNorm(nn.Module):
         self.reset_running_stats()
         if self.affine:
             nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
+        bias = ", bias=False" if self.affine and self.bias is None else ""
+        momentum = f", momentum={self.momentum}" if self._momentum else ""
         frozen = ", frozen" if self.frozen else ""
         return (
-            f"{self.num_features}, mom={self.mom}, eps={self.eps}, affine={self.affine}, "
-            f"recipe={self.recipe.name}{frozen}"
+            f"{self.num_features}, mom={self.mom}, eps={self.eps}, affine={self.affine}{bias}, "
+            f"recipe={self.recipe.name}{momentum}{frozen}"
         )
 
     def __prepare_scriptable__(self):
@@ -201,16 +274,9 @@ class _Ranked(RunningBatchNorm):
         affine: bool = True,
         *,
         mom: float = 0.1,
-        momentum: float | None = None,
-        recipe: str | Recipe = "default",
-        device=None,
-        dtype=None,
-        process_group=None,
-        backend: str = "auto",
+        **settings,
     ):
-        if momentum is not None:
-            mom = momentum
-        super().__init__(num_features, mom, eps, affine, recipe, device, dtype, process_group, backend)
+        super().__init__(num_features, mom, eps, affine, **settings)
 
 
 _RANKED_DOC = """Running batch norm over {shapes} input: a drop-in for nn.BatchNorm{d}d.
@@ -235,11 +301,24 @@ class RunningBatchNorm3d(_Ranked):
     _ranks = (5,)
 
 
-def _check_settings(layer: str, nf, mom, eps, affine, dtype) -> None:
+def batch_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance a channel over all of x (N, C, *), in `dtype`; 0 of no elements."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    if x.numel() == 0:
+        return (zero := torch.zeros(x.shape[1], dtype=dtype, device=x.device)), zero.clone()
+    v, m = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0)
+    return m.to(dtype), v.to(dtype)
+
+
+def _check_mom(mom) -> None:
+    if isinstance(mom, bool) or not isinstance(mom, (int, float)) or not 0 < mom <= 1:
+        raise ValueError(f"mom is the weight of the new batch, above 0 and at most 1; got {mom!r}")
+
+
+def _check_settings(layer: str, nf, mom, eps, affine, bias, dtype) -> None:
     if isinstance(nf, bool) or not isinstance(nf, int) or nf < 1:
         raise ValueError(f"{layer} needs a number of channels, 1 or more; got {nf!r}")
-    if not isinstance(mom, (int, float)) or not 0 < mom <= 1:
-        raise ValueError(f"mom is the weight of the new batch, above 0 and at most 1; got {mom!r}")
+    _check_mom(mom)
     if not eps > 0:
         raise ValueError(f"eps is added to the variance and must be above 0; got {eps!r}: the usual value is 1e-5")
     if not isinstance(affine, bool):
@@ -247,5 +326,7 @@ def _check_settings(layer: str, nf, mom, eps, affine, dtype) -> None:
             f"affine must be True or False; got {affine!r}: nn.BatchNorm's third argument, momentum, is given by name "
             f"here, as momentum={affine!r}"
         )
+    if not isinstance(bias, bool):
+        raise ValueError(f"bias is True or False; got {bias!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"{layer} needs a floating-point dtype; got {dtype}")

@@ -317,3 +317,12 @@ def test_a_process_that_has_ended_is_told_from_one_that_runs_even_before_its_par
     assert not _is_running(process.pid)
     process.wait()
     assert not _is_running(process.pid)
+
+
+def test_a_running_norm_with_a_process_group_of_its_own_keeps_it_and_is_not_warned_of():
+    model, group = fastrbn.RunningBatchNorm(3), object()
+    model.process_group = group
+    distributed = Distributed()
+    distributed.rank, distributed._norms = 0, []
+    distributed._merge_norms(model)
+    assert model.process_group is group and distributed._norms == []

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastrbn.callbacks import EMA, AvgStatsCallback, Checkpoint, HaltOnNaN, SaveBest
 from fastrbn.learn import Callback, CancelEpochException, CancelTrainException, Learner, Runner
+from fastrbn.norm import convert_batchnorm
 
 
 def small_model():
@@ -31,19 +32,25 @@ def quiet(*cbs):
 
 
 def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
+    """Parameters and statistics."""
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
 
 
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def with_running_norm():
+    return convert_batchnorm(small_model())
+
+
+@pytest.mark.parametrize("model", [small_model, with_running_norm])
 @pytest.mark.parametrize("decay", [0.9, 0.999, 0.0])
-def test_it_is_pytorchs_averaged_model_bit_for_bit(decay):
-    learn, hand = make_learn(), make_learn()
+def test_it_is_pytorchs_averaged_model_bit_for_bit_with_the_statistics(decay, model):
+    learn, hand = make_learn(model=model), make_learn(model=model)
     run = quiet(EMA(decay, warmup=False))
     run.fit(2, learn)
-    averaged = AveragedModel(hand.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    averaged = AveragedModel(hand.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     for _ in range(2):
         for xb, yb in hand.data.train_dl:
             F.cross_entropy(hand.model(xb), yb).backward()
@@ -53,6 +60,8 @@ def test_it_is_pytorchs_averaged_model_bit_for_bit(decay):
     assert equal(weights(learn.model), weights(hand.model)), "the averages are not to change the training"
     assert run.ema.updates == int(averaged.n_averaged) == 10
     for name, value in averaged.module.state_dict().items():
+        if name.startswith("1.") and name[2:] not in ("weight", "bias", "running_mean", "running_var"):
+            value = hand.model.state_dict()[name]
         assert torch.equal(run.ema.weights[name], value), name
 
 
@@ -66,7 +75,7 @@ def test_the_warm_up_forgets_the_first_weights():
         hand.opt.step()
         hand.opt.zero_grad()
         keep = min(0.9, (1 + t) / (10 + t))
-        now = weights(hand.model)
+        now = [p.detach().clone() for p in hand.model.parameters()]
         average = now if average is None else [torch.lerp(a, p, 1 - keep) for a, p in zip(average, now)]
     assert equal([run.ema.weights[n] for n, _ in learn.model.named_parameters()], average)
 
@@ -106,6 +115,25 @@ def test_the_validation_loss_is_that_of_the_averages():
     with torch.no_grad():
         losses = [F.cross_entropy(learn.model(xb), yb).item() for xb, yb in learn.data.valid_dl]
     assert run.avg_stats.history[0]["valid_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_averages_from_a_file_without_statistics_gain_them_in_the_next_step():
+    learn = make_learn(n_valid=0)
+
+    class Loads(Callback):
+        _order = 60
+
+        def begin_fit(self):
+            averages = {n: p.detach() + 1 for n, p in self.run.learn.model.named_parameters()}
+            self.run.ema.load_state_dict({"averages": averages, "updates": 1})
+
+        def after_fit(self):
+            self.mean = self.run.learn.model[1].running_mean.clone()
+
+    learn.data.train_dl = learn.data.train_dl[:1]
+    run = quiet(EMA(0.9), Loads())
+    run.fit(1, learn)
+    assert torch.equal(run.ema.weights["1.running_mean"], run.loads.mean) and run.loads.mean.any()
 
 
 class Ends(Callback):

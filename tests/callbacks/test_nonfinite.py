@@ -12,6 +12,7 @@ from torch import nn
 from fastrbn import RunningBatchNorm
 from fastrbn.callbacks import HaltOnNaN, NonFiniteError, NonFiniteReport, ParamScheduler
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
+from fastrbn.norm import convert_batchnorm
 
 pytestmark = pytest.mark.usefixtures("kernels")
 BADS = [math.nan, math.inf, -math.inf]
@@ -202,6 +203,30 @@ def test_a_bad_buffer_is_its_module(make_learn):
     model[1][1].running_mean[0] = math.nan
     Runner([halt]).fit(1, learn)
     assert (halt.report.phase, halt.report.where, halt.report.in_train) == ("forward", "1.1", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "event", "phase"),
+    [
+        ("running_mean", "begin_batch", "forward"),
+        ("running_var", "begin_batch", "forward"),
+        ("running_mean", "after_pred", "forward"),
+        ("running_grad", "begin_batch", "backward"),
+        ("running_grad", "after_pred", "backward"),
+        ("running_grad", "after_step", "forward"),
+    ],
+)
+def test_a_buffer_that_something_else_spoils_is_named(make_learn, name, event, phase):
+    class SpoilsBuffer(Callback):
+        def spoil(self):
+            if self.run.in_train and self.run.n_iter == 2:
+                self.run.model.get_buffer(f"1.1.{name}").view(-1)[0] = math.nan
+
+    setattr(SpoilsBuffer, event, SpoilsBuffer.spoil)
+    report, _, learn = halted(make_learn, convert_batchnorm(net()), SpoilsBuffer())
+    assert (report.step, report.phase, report.where) == (2, phase, f"1.1.{name}")
+    assert f"first in buffer '1.1.{name}'" in report.sentence
+    assert all(b.isfinite().all() for b in learn.model.buffers())
 
 
 @pytest.mark.parametrize("bad", BADS)

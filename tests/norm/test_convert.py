@@ -1,6 +1,8 @@
 """Model surgery on torchvision's nets: to running batch norm and back, and folded into what comes before."""
 
 import copy
+import gc
+import inspect
 import warnings
 
 import pytest
@@ -9,6 +11,7 @@ import torchvision
 from checks import relative_error
 from norm.steps import layer_of, step
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from fastrbn.norm import (
     RunningBatchNorm,
@@ -155,11 +158,12 @@ def test_syncbatchnorm_without_processes_becomes_a_layer_for_any_rank():
     assert new(torch.randn(2, 3, 4)).shape == (2, 3, 4) and new(torch.randn(1, 3, 4, 4)).isfinite().all()
 
 
-def test_a_layer_without_statistics_is_converted_and_it_is_said():
-    with pytest.warns(UserWarning, match="kept no running statistics.*must be trained before evaluation") as seen:
-        new = convert_batchnorm(nn.BatchNorm2d(3, track_running_stats=False))
-    assert seen[0].filename == __file__
-    assert new.running_count == 0 and new.num_samples_tracked == 0
+def test_layers_without_statistics_are_converted_and_it_is_said_once():
+    model = nn.Sequential(*(nn.BatchNorm2d(3, track_running_stats=False) for _ in range(3)))
+    with pytest.warns(UserWarning, match="'0', '1' and 1 more layers kept no running stat.*must be trained") as seen:
+        new = convert_batchnorm(model)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    assert all(m.running_count == 0 and m.num_samples_tracked == 0 for m in new)
 
 
 def test_lazy_layers_and_momentum_0_are_refused_and_the_model_stays_whole():
@@ -185,9 +189,156 @@ class Renamed(nn.BatchNorm2d):
 
 
 def test_a_subclass_that_does_more_stays_and_one_that_does_not_is_converted():
-    with pytest.warns(UserWarning, match="leaves '1' as it is: NormAndReLU has a forward pass of its own"):
+    with pytest.warns(UserWarning, match="leaves '1' as they are: NormAndReLU has a forward pass of its own") as seen:
         model = convert_batchnorm(nn.Sequential(Renamed(3), NormAndReLU(3)))
     assert type(model[0]) is RunningBatchNorm2d and type(model[1]) is NormAndReLU
+    assert seen[0].filename == __file__
+
+
+class Split(nn.BatchNorm2d):
+    """timm's SplitBatchNorm2d: each part of a batch has its own norm."""
+
+    def __init__(self, nf):
+        super().__init__(nf)
+        self.aux_bn = nn.ModuleList([nn.BatchNorm2d(nf)])
+
+    def forward(self, x):
+        return torch.cat([super().forward(x[:1]), self.aux_bn[0](x[1:])])
+
+
+def test_what_is_left_is_left_whole_and_many_layers_are_one_warning():
+    for model in (nn.Sequential(*(Split(3) for _ in range(30))), Split(3)):
+        with pytest.warns(UserWarning, match="Split has a forward pass of its own") as seen:
+            convert_batchnorm(model)
+        assert len(seen) == 1 and not norms(model)
+        assert "'0', '1' and 28 more layers" in str(seen[0].message) or type(model) is Split
+
+
+class NormAct(nn.BatchNorm2d):
+    """timm's BatchNormAct2d: dropout and activation are inside, and the forward pass does not call BatchNorm2d's."""
+
+    def __init__(self, nf, act=nn.ReLU, drop=nn.Identity):
+        super().__init__(nf)
+        self.drop, self.act = drop(), act()
+
+    def forward(self, x):
+        training, mean, var = self.training, self.running_mean, self.running_var
+        return self.act(self.drop(nn.functional.batch_norm(x, mean, var, self.weight, self.bias, training)))
+
+
+def test_a_norm_with_dropout_and_activation_inside_keeps_both_there_and_back():
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4, nn.SiLU, nn.Dropout), nn.Conv2d(4, 4, 1), NormAct(4)))
+    x, keys, act = torch.randn(2, 3, 6, 6), list(model.state_dict()), model[1].act
+    want = model(x)
+    ours = convert_batchnorm(model)
+    assert len(norms(ours)) == 2 and ours[1].act is act and torch.equal(ours(x), want)
+    assert set(keys) <= set(ours.state_dict())
+    fused = fuse_conv_rbn(ours)
+    assert not norms(fused) and relative_error(fused(x), want) < 1e-6
+    y = ours.train()[1](torch.randn(50, 4, 9, 9))
+    assert (y == 0).float().mean() == pytest.approx(0.5, abs=0.05)  # dropped
+    copy.deepcopy(ours)
+    before = ours.eval()(x)
+    back = to_batchnorm(ours)
+    assert not norms(back) and list(back.state_dict()) == keys and torch.equal(back(x), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still what older PyTorch deploys with
+        assert torch.equal(torch.jit.script(back)(x), before)
+    plain = nn.BatchNorm2d(4)
+    plain.load_state_dict(back[3].state_dict())
+    for momentum in (0.1, None):
+        plain.momentum = back[3].momentum = momentum
+        batch = torch.randn(5, 4, 3, 3)
+        assert torch.equal(back[3].train()(batch), plain(batch).relu())
+        assert torch.equal(back[3].running_var, plain.running_var)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_100", "regnetx_002", "densenet121"])
+def test_timms_nets_are_converted_throughout(name):
+    timm = pytest.importorskip("timm")
+    model, x = randomize(timm.create_model(name)), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        want = model(x)
+        ours = convert_batchnorm(model)
+        assert not norms(ours, BATCHNORMS) and norms(ours)
+        assert torch.equal(ours(x), want) and torch.equal(to_batchnorm(ours)(x), want)
+
+
+@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="this torch has no bias=")
+def test_a_norm_without_bias_has_none_there_and_back():
+    model = nn.Sequential(nn.BatchNorm2d(4, bias=False), nn.BatchNorm2d(4))
+    nn.init.normal_(model[0].running_mean)
+    x, want = torch.randn(2, 4, 3, 3), copy.deepcopy(model).eval()
+    ours = convert_batchnorm(model)
+    assert ours[0].bias is None and ours[1].bias is not None
+    assert torch.equal(copy.deepcopy(ours).eval()(x), want(x))
+    folded = nn.Sequential(nn.Conv2d(4, 4, 1), ours[0]).eval()
+    assert relative_error(fuse_conv_rbn(folded)(x), folded(x)) < 1e-6
+    ours.train()
+    back = to_batchnorm(ours)
+    assert back[0].bias is None and list(back.state_dict()) == list(want.state_dict())
+    assert torch.equal(back.eval()(x), want(x))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, RunningBatchNorm1d, NormAct])
+@pytest.mark.parametrize("how", ["pruned", "parametrised"])
+def test_pruned_and_parametrised_norms_are_refused_and_the_model_stays_whole(kind, how):
+    model = nn.Sequential(nn.BatchNorm1d(3), RunningBatchNorm1d(3), kind(3))
+    if how == "pruned":
+        prune.l1_unstructured(model[2], "weight", amount=1)
+    else:
+        parametrize.register_parametrization(model[2], "weight", nn.Softplus())
+    function = to_batchnorm if kind is RunningBatchNorm1d else convert_batchnorm
+    more = "weight_orig, weight_mask" if how == "pruned" else "a parametrised weight"
+    with pytest.raises(ValueError, match=rf"{function.__name__} takes batch norms.*with {more} at '2': make it perm"):
+        function(model)
+    assert [type(m) for m in model][:2] == [nn.BatchNorm1d, RunningBatchNorm1d]
+    if how == "pruned":
+        prune.remove(model[2], "weight")
+    else:
+        parametrize.remove_parametrizations(model[2], "weight")
+    assert isinstance(function(model)[2], RunningBatchNorm) == (function is convert_batchnorm)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to ours", "back"])
+def test_hooks_are_kept_and_their_handles_remove_them(there):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4) if there else RunningBatchNorm1d(4))
+    norm, calls = model[1], []
+
+    def say(what, value=None):
+        return lambda m, *args: (calls.append((what, m)), value)[1]
+
+    handles = [
+        norm.register_forward_pre_hook(lambda m, args: (calls.append(("pre", m)), (args[0] * 2,))[1]),
+        norm.register_forward_hook(lambda m, args, kwargs, y: (calls.append(("forward", m)), y + 1)[1], with_kwargs=True),
+        norm.register_full_backward_pre_hook(say("backward pre")),
+        norm.register_full_backward_hook(say("backward")),
+        norm.register_state_dict_pre_hook(say("state_dict pre")),
+        norm.register_state_dict_post_hook(say("state_dict")),
+        norm.register_load_state_dict_pre_hook(say("load pre")),
+        norm.register_load_state_dict_post_hook(say("load")),
+    ]
+    x = torch.randn(5, 3)
+    want = copy.deepcopy(model).eval()(x)
+    calls.clear()
+    (convert_batchnorm if there else to_batchnorm)(model)
+    new = model[1]
+    assert type(new) is not type(norm) and calls == []
+    del norm
+    gc.collect()
+    assert relative_error(model.eval()(x), want) < 1e-6  # with what the hooks make of it
+    model(x).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert {what for what, _ in calls} == {
+        "pre", "forward", "backward pre", "backward", "state_dict pre", "state_dict", "load pre", "load"
+    }  # fmt: skip
+    assert all(m is new for _, m in calls)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(x).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert calls == []
 
 
 def trained(nf, dtype=torch.float64, **settings):

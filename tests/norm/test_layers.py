@@ -321,3 +321,32 @@ def test_batchnorms_momentum_in_third_place_is_told_where_it_belongs():
     with pytest.raises(ValueError, match="affine must be True or False; got 0.1.*momentum=0.1"):
         RunningBatchNorm2d(3, 1e-5, 0.1)
     assert RunningBatchNorm2d(3, 1e-3, momentum=0.2).mom == 0.2
+
+
+@pytest.mark.parametrize("kind", [RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d])
+def test_batchnorms_keyword_arguments_are_taken_by_every_kind_or_refused_with_the_reason(kind):
+    layer = kind(3, eps=1e-3, momentum=0.2, affine=True, track_running_stats=True, bias=False)
+    assert layer.mom == layer.momentum == 0.2 and layer.eps == 1e-3 and layer.track_running_stats is True
+    assert layer.weight.shape == (3,) and layer.bias is None and "bias=False" in repr(layer)
+    assert kind(3, affine=False).bias is None and "bias" not in repr(kind(3, affine=False))
+    assert kind(3, momentum=None).momentum == 0.1  # as convert_batchnorm takes it
+    with pytest.raises(ValueError, match=f"{kind.__name__} normalises with its running.*track_running_stats=False"):
+        kind(3, track_running_stats=False)
+    with pytest.raises(ValueError, match="bias is True or False; got None"):
+        kind(3, bias=None)
+    with pytest.raises(ValueError, match="above 0 and at most 1; got 0"):
+        kind(3, momentum=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("recipe", ["default", "batch"])
+def test_without_bias_it_is_the_layer_with_a_bias_of_zero(recipe, backend):
+    layer, plain = (layer_of(recipe=recipe, backend=backend, bias=bias) for bias in (False, True))
+    nn.init.zeros_(plain.bias)
+    for seed in range(3):
+        got, want = step(layer, *pair((4, 3, 5), seed=seed)), step(plain, *pair((4, 3, 5), seed=seed))
+        want.pop("dbias")
+        assert_same(got, want, 1e-6)
+    assert torch.equal(layer.eval()(torch.ones(2, 3)), plain.eval()(torch.ones(2, 3)))
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, torch.ones(3)) and layer.bias is None

@@ -1,0 +1,176 @@
+"""Exact statistics of a model's weights as they are: for weights that were averaged, loaded or changed after training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from fastrbn.snapshot import RandomState
+
+from .groups import merge_over_ranks
+from .layers import RunningBatchNorm, batch_moments
+
+
+def recompute_statistics(model: nn.Module, loader: Iterable, device=None, batches: int | None = None) -> nn.Module:
+    """Replace the statistics of every batch norm in `model`, running or PyTorch's, by those of the data in `loader`.
+
+    For averaged weights (SWA, EMA), whose statistics no training step has seen. One pass in evaluation mode, without
+    dropout: every layer sees what it will see in evaluation. Statistics are those of all samples together, however they
+    are batched. A layer after another normalises with what that one has gathered up to this batch: in an MLP of four
+    norms after SWA, accuracy was within 0.1 % of the exact fixed point from 500 samples on, at batch sizes 2 to 256.
+
+    Kept: training modes, `momentum`, random states, and the statistics of frozen layers (`layer.freeze()`) and of layers
+    that evaluation does not reach. Running variances are biased here and unbiased in nn.BatchNorm, as in training.
+    Statistics of a layer with a process group, or of nn.SyncBatchNorm, are merged over its ranks, all of which must call.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model; wrapped ones (`AveragedModel`, `torch.compile`) too.
+    loader : iterable
+        Yields tensors, or tuples and lists whose first item is the input; an input that is itself a tuple or list is
+        given to the model as several arguments.
+    device : optional
+        Where inputs go first; by default where the model is.
+    batches : int, optional
+        How many batches to take; by default all.
+
+    Returns
+    -------
+    nn.Module
+        `model` itself.
+
+    Raises
+    ------
+    ValueError
+        If the loader gives no batch, or a layer's input holds NaN or Inf. After any error the model has its old
+        statistics.
+
+    Examples
+    --------
+    >>> averaged = torch.optim.swa_utils.AveragedModel(model)
+    >>> ...  # train, with averaged.update_parameters(model) now and then
+    >>> recompute_statistics(averaged, train_loader)
+    """
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+        raise ValueError(f"batches is how many batches to take, 1 or more, or None for all; got {batches!r}")
+    gathered = [_Gathered(name, m) for name, m in model.named_modules() if _has_statistics(name, m)]
+    if not gathered:
+        warnings.warn(
+            f"recompute_statistics found no batch norm with running statistics, frozen ones apart, in "
+            f"{type(model).__name__}; nothing was changed",
+            stacklevel=2,
+        )
+        return model
+    device = gathered[0].layer.running_mean.device if device is None else device
+    modes = [(m, m.training) for m in model.modules()]
+    before, seen, random = [g.copy() for g in gathered], 0, RandomState([loader])
+    hooks = [g.layer.register_forward_pre_hook(g.look, with_kwargs=True) for g in gathered]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for batch in islice(loader, batches):
+                model(*_inputs(batch, device))
+                seen += 1
+            if not seen:
+                raise ValueError(
+                    "recompute_statistics needs at least one batch; the loader gave none: an iterator that was used up "
+                    "must be made again"
+                )
+            for g in gathered:
+                g.finish()
+    except BaseException:
+        for g, old in zip(gathered, before, strict=True):
+            g.put_back(old)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+        random.restore()
+    return model
+
+
+def _has_statistics(name: str, module: nn.Module) -> bool:
+    if not isinstance(module, _BatchNorm) or module.running_mean is None or getattr(module, "frozen", False):
+        return False
+    if is_lazy(module.running_mean):
+        raise ValueError(
+            f"recompute_statistics needs layers that know their number of channels; got {type(module).__name__} at "
+            f"'{name}', which has seen no batch: send one through the model first"
+        )
+    return True
+
+
+def _inputs(batch, device) -> list:
+    """The model's arguments: of (x, y, ...) it is x, of ((x, z), y) they are x and z."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ValueError("a batch is a tensor, or a tuple or list whose first item is the input; got an empty one")
+        batch = batch[0]
+    several = batch if isinstance(batch, (tuple, list)) else [batch]
+    return [x.to(device) if isinstance(x, Tensor) else x for x in several]
+
+
+class _Gathered:
+    """Mean and variance of everything that has gone into one layer, which the layer normalises with."""
+
+    def __init__(self, name: str, layer: nn.Module):
+        self.name, self.layer, self.n, self.samples, self.batches = name, layer, 0, 0, 0
+        mean = layer.running_mean
+        self.mean = torch.zeros_like(mean, dtype=torch.float32 if mean.device.type == "mps" else torch.float64)
+        self.var = torch.zeros_like(self.mean)
+
+    def look(self, layer, args, kwargs):
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x.numel() == 0:
+            return
+        m, v = batch_moments(x, self.mean.dtype)
+        n = x.numel() // x.shape[1]
+        self.n, self.samples, self.batches = self.n + n, self.samples + x.shape[0], self.batches + 1
+        share, off = n / self.n, m - self.mean
+        self.var += share * (v - self.var) + share * (1 - share) * off.square()
+        self.mean += share * off
+        layer.running_mean.copy_(self.mean)
+        layer.running_var.copy_(self.var)
+
+    def finish(self) -> None:
+        layer, group = self.layer, getattr(self.layer, "process_group", None)
+        if isinstance(layer, nn.SyncBatchNorm) and group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if group is not None:
+            one = self.mean.new_zeros(1)
+            batches = merge_over_ranks(one, one, self.batches, 0, group)[2]
+            self.batches = int(batches) // dist.get_world_size(group)
+            self.mean, self.var, n, samples = merge_over_ranks(self.mean, self.var, self.n, self.samples, group)
+            self.n, self.samples = int(n), int(samples)
+        if self.n == 0:
+            return
+        if not (self.mean.isfinite().all() and self.var.isfinite().all()):
+            raise ValueError(
+                f"statistics need finite values; the input of '{self.name}' held NaN or Inf: look for it in the loader "
+                f"and in the weights before that layer"
+            )
+        ours = isinstance(layer, RunningBatchNorm)
+        layer.running_mean.copy_(self.mean)
+        layer.running_var.copy_(self.var if ours else self.var * (self.n / max(self.n - 1, 1)))
+        layer.num_batches_tracked.fill_(self.batches)
+        if ours:
+            layer.running_count.fill_(self.n / max(self.batches, 1))
+            layer.num_samples_tracked.clamp_(min=self.samples)
+
+    def copy(self) -> dict[str, Tensor]:
+        return {name: b.clone() for name, b in self.layer.named_buffers(recurse=False)}
+
+    def put_back(self, old: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in old.items():
+                getattr(self.layer, name).copy_(value)
