@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -470,7 +469,18 @@ def test_an_interrupt_before_training_ends_with_130_too(cli, monkeypatch):
 
 
 def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path):
-    command = [sys.executable, "-m", "fastrbn", "train", "glyphs", "--epochs", "1000", "--bs", "2", "--out", "r"]
+    code = """if True:
+        import sys
+        from fastrbn import _cli_train, cli
+
+        class Tells(_cli_train.Recorder):
+            def after_batch(self):
+                if self.run.n_iter == 3:
+                    print("three steps", flush=True)
+
+        _cli_train.Recorder = Tells
+        sys.exit(cli.main(sys.argv[1:]))"""
+    command = [sys.executable, "-c", code, "train", "glyphs", "--epochs", "1000", "--bs", "2", "--out", "r"]
     # where the tests run in the background the signal may be ignored, and children inherit that
     with subprocess.Popen(
         command,
@@ -481,10 +491,8 @@ def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path)
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     ) as process:
-        for line in process.stdout:
-            if "train_loss" in line:  # the table's header: the fit has begun
-                break
-        time.sleep(0.5)
+        while process.stdout.readline() not in ("three steps\n", ""):
+            pass
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
