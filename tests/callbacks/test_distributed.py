@@ -42,10 +42,8 @@ def free_port() -> int:
 
 def results_of(folder, checks, world=2):
     """What `ranks.py` says of its `checks`, by rank."""
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-W", "error", "-m", "callbacks.ranks", str(folder), checks]
-    environments = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
-    return run_ranks(folder, [command] * world, environments, TIMEOUT)
+    env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return run_ranks(folder, world, "callbacks.ranks", checks, env=env, timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
