@@ -586,7 +586,7 @@ def test_a_plug_in_that_makes_no_callback_is_refused(cli, monkeypatch):
     assert status == 1 and "a callback derives from fastrbn.Callback; listing made a list" in err
 
 
-def test_a_plug_in_that_is_truly_installed_is_found(tmp_path):
+def test_a_plug_in_that_is_truly_installed_is_found(cli, tmp_path, monkeypatch):
     site = tmp_path / "site"
     info = site / "speaks-1.2.dist-info"
     info.mkdir(parents=True)
@@ -608,19 +608,14 @@ def test_a_plug_in_that_is_truly_installed_is_found(tmp_path):
                     print(f"speaks: {self.word}")
         ''')
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
-
-    def fastrbn_(*args):
-        command = [sys.executable, "-m", "fastrbn", *args]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-
-    listed = fastrbn_("callbacks")
-    assert listed.returncode == 0, listed.stderr
-    assert "  speaks(word='hello')\n      Says `word` when a fit begins." in listed.stdout
-    assert "the plug-in 'mute' (speaks:Mute of speaks 1.2) cannot be loaded: AttributeError" in listed.stdout
-    trained = fastrbn_("train", "glyphs", "--limit", "16", "--cb", "speaks:word=moo", "--out", "r")
-    assert trained.returncode == 0, trained.stderr
-    assert "speaks: moo\n" in trained.stdout
+    monkeypatch.syspath_prepend(site)
+    status, out, err = cli("callbacks")
+    assert status == 0, err
+    assert "  speaks(word='hello')\n      Says `word` when a fit begins." in out
+    assert "the plug-in 'mute' (speaks:Mute of speaks 1.2) cannot be loaded: AttributeError" in out
+    status, out, err = cli("train", "glyphs", "--limit", 16, "--cb", "speaks:word=moo", "--out", "r")
+    assert status == 0, err
+    assert "speaks: moo\n" in out
 
 
 def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
