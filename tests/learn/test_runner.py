@@ -552,7 +552,9 @@ def test_a_callback_that_was_in_another_run_belongs_to_the_one_that_fits():
     assert (one.trace, two.trace) == (["begin_fit", "after_fit"], [])
 
 
-@pytest.mark.parametrize("wrong", [3, "Recorder", lambda: 3, dict, object()], ids=["number", "name", "function", "class", "object"])
+@pytest.mark.parametrize(
+    "wrong", [3, "Recorder", lambda: 3, dict, object()], ids=["number", "name", "function", "class", "object"]
+)
 def test_what_is_no_callback_is_an_error(wrong):
     with pytest.raises(TypeError, match=r"callbacks derive from fastrbn\.Callback; got"):
         Runner([wrong])
