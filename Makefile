@@ -1,9 +1,10 @@
 # Two commands on a fresh machine with python3, venv and make:
 #   make train    set up .venv when needed, install the package, train   (ARGS="fashion --epochs 3": passed on)
-#   make test     the same with what the tests need, run the tests       (ARGS="-k cli": passed on)
+#   make test     the same with what the tests need, run the tests       (ARGS="-k cli": passed on; WORKERS=8: at once)
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -14,7 +15,7 @@ train: $(VENV)/.installed
 	$(BIN)/fastrbn train $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --line-length 120 --select E,F,I,W,UP --ignore E501,E731 fastrbn tests benchmarks

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -542,7 +541,18 @@ def test_an_interrupt_before_training_ends_with_130_too(cli, monkeypatch):
 
 
 def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path):
-    command = [sys.executable, "-m", "fastrbn", "train", "glyphs", "--epochs", "1000", "--bs", "2", "--out", "r"]
+    code = """if True:
+        import sys
+        from fastrbn import _cli_train, cli
+
+        class Tells(_cli_train.Recorder):
+            def after_batch(self):
+                if self.run.n_iter == 3:
+                    print("three steps", flush=True)
+
+        _cli_train.Recorder = Tells
+        sys.exit(cli.main(sys.argv[1:]))"""
+    command = [sys.executable, "-c", code, "train", "glyphs", "--epochs", "1000", "--bs", "2", "--out", "r"]
     # where the tests run in the background the signal may be ignored, and children inherit that
     with subprocess.Popen(
         command,
@@ -553,10 +563,8 @@ def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path)
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     ) as process:
-        for line in process.stdout:
-            if "train_loss" in line:  # the table's header: the fit has begun
-                break
-        time.sleep(0.5)
+        while process.stdout.readline() not in ("three steps\n", ""):
+            pass
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -690,7 +698,7 @@ def test_a_plug_in_that_makes_no_callback_is_refused(cli, monkeypatch):
     assert status == 1 and "a callback derives from fastrbn.Callback; listing made a list" in err
 
 
-def test_a_plug_in_that_is_truly_installed_is_found(tmp_path):
+def test_a_plug_in_that_is_truly_installed_is_found(cli, tmp_path, monkeypatch):
     site = tmp_path / "site"
     info = site / "speaks-1.2.dist-info"
     info.mkdir(parents=True)
@@ -712,19 +720,14 @@ def test_a_plug_in_that_is_truly_installed_is_found(tmp_path):
                     print(f"speaks: {self.word}")
         ''')
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
-
-    def fastrbn_(*args):
-        command = [sys.executable, "-m", "fastrbn", *args]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-
-    listed = fastrbn_("callbacks")
-    assert listed.returncode == 0, listed.stderr
-    assert "  speaks(word='hello')\n      Says `word` when a fit begins." in listed.stdout
-    assert "the plug-in 'mute' (speaks:Mute of speaks 1.2) cannot be loaded: AttributeError" in listed.stdout
-    trained = fastrbn_("train", "glyphs", "--limit", "16", "--cb", "speaks:word=moo", "--out", "r")
-    assert trained.returncode == 0, trained.stderr
-    assert "speaks: moo\n" in trained.stdout
+    monkeypatch.syspath_prepend(site)
+    status, out, err = cli("callbacks")
+    assert status == 0, err
+    assert "  speaks(word='hello')\n      Says `word` when a fit begins." in out
+    assert "the plug-in 'mute' (speaks:Mute of speaks 1.2) cannot be loaded: AttributeError" in out
+    status, out, err = cli("train", "glyphs", "--limit", 16, "--cb", "speaks:word=moo", "--out", "r")
+    assert status == 0, err
+    assert "speaks: moo\n" in out
 
 
 def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):

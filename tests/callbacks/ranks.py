@@ -1,8 +1,8 @@
 """What two gloo processes check together; `test_distributed.py` starts them and reports each check as a test.
 
 Each rank runs every function of CHECKS in the same order; the fits of one process, which they compare with, are made in
-each by itself. Run as `python -m callbacks.ranks FOLDER` with torchrun's environment and tests/ on the path; writes
-FOLDER/RANK.json.
+each by itself. Run as `python -m callbacks.ranks FOLDER WORLD CHECKS` with MASTER_ADDR and MASTER_PORT in the environment
+and tests/ on the path; writes FOLDER/RANK.json.
 """
 
 import json
@@ -17,7 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch._dynamo  # the optimisers import it
 import torch.distributed as dist
+from processes import fork_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -826,10 +828,9 @@ def a_rank_that_is_killed_ends_the_others_and_they_name_no_other():
         assert str(error).startswith("rank 1 is gone without a word: its process has ended"), str(error)
 
 
-def main(folder, checks="CHECKS"):
+def main(rank, world, folder, checks):
     global RANK, WORLD, FOLDER
-    RANK, WORLD, FOLDER = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(folder)
-    torch.set_num_threads(1)
+    RANK, WORLD, FOLDER = rank, world, folder
     everyone.store = dist.FileStore(str(FOLDER / "store"), WORLD)
     results = {}
     for f in globals()[checks]:
@@ -846,4 +847,6 @@ def main(folder, checks="CHECKS"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    folder, world, checks = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    fork_ranks(folder, world, lambda rank: main(rank, world, folder, checks))

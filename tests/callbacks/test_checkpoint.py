@@ -289,7 +289,8 @@ def test_rows_that_csv_append_found_are_not_doubled(tmp_path):
 
 
 KILLED = """
-    import os, random, signal, sys, time
+    import os, random, signal, sys
+    from itertools import count
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     import torch, torch._dynamo  # the optimisers import it
@@ -298,32 +299,32 @@ KILLED = """
 
     folder = Path(sys.argv[2])
 
-    def child(where):
+    def fit(where, last=None):
+        'In a child, which kills itself at the event `last` of the interpreter: whether it came to the end.'
         pid = os.fork()
         if pid == 0:
+            events = count()
+            sys.setprofile(lambda *_: next(events) == last and os.kill(os.getpid(), signal.SIGKILL))
             run, learn = t.make_run(where, every=2, keep=3), t.make_learn(t.data_loader)
             run.fit(5, learn, resume=where / "c" if t.newest(where / "c") else None)
-            torch.save(t.everything(learn, run, where), where / "end.part")
-            (where / "end.part").rename(where / "end.pt")  # a kill may come here as well
+            sys.setprofile(None)
+            torch.save({"events": next(events), **t.everything(learn, run, where)}, where / "end.pt")
             os._exit(0)
-        return pid
+        status = os.waitpid(pid, 0)[1]
+        assert status in (0, signal.SIGKILL)
+        return status == 0
 
-    os.waitpid(child(folder / "whole"), 0)
+    assert fit(folder / "whole")
+    expected = torch.load(folder / "whole" / "end.pt", weights_only=False)
+    events = expected.pop("events")
     random.seed(0)
     where, kills = folder / "killed", []
-    while not (where / "end.pt").exists():
-        before, pid = t.newest(where / "c"), child(where)
-        ended = 0
-        while len(kills) < 6 and not ended:
-            time.sleep(0.002)
-            if t.newest(where / "c") > before:  # every time it gets a little further
-                time.sleep(random.uniform(0, 0.03))
-                os.kill(pid, signal.SIGKILL)
-                kills.append(t.newest(where / "c"))
-                break
-            ended = os.waitpid(pid, os.WNOHANG)[0]
-        assert ended or os.waitpid(pid, 0)[1] in (0, signal.SIGKILL)
-    t.check_same(*(torch.load(folder / w / "end.pt", weights_only=False) for w in ("whole", "killed")))
+    while len(kills) < 6 and not fit(where, random.randrange(events // 8, events // 2)):
+        kills.append(t.newest(where / "c"))
+    assert fit(where)
+    got = torch.load(where / "end.pt", weights_only=False)
+    got.pop("events")
+    t.check_same(expected, got)
     print("same after kills at", kills)
 """
 

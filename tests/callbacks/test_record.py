@@ -274,7 +274,7 @@ def test_a_metric_that_fails_is_named(make_learn, metric, error, message):
         Runner([AvgStatsCallback(metric)]).fit(1, make_learn())
 
 
-@pytest.mark.parametrize("wrong", [3, "accuracy", [accuracy, 3]], ids=repr)
+@pytest.mark.parametrize("wrong", [3, "accuracy", [accuracy, 3]], ids=["number", "name", "list"])
 def test_what_is_no_metric_is_an_error_at_once(wrong):
     with pytest.raises(TypeError, match="a metric is a function of"):
         AvgStatsCallback(wrong)

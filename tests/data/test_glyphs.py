@@ -84,22 +84,18 @@ def test_missing_fonts_are_named(monkeypatch, tmp_path):
         glyphs(10, 10)
 
 
-def test_a_fresh_process_has_them_in_three_seconds_and_loads_no_pyplot():
-    # after torch's own import, which is not ours to hasten; the limit leaves room for a busy machine
+def test_a_fresh_process_draws_them_without_pyplot_and_torchvision_in_as_many_threads_as_it_had():
     code = """if True:
-        import sys, time, torch
-        threads, start = torch.get_num_threads(), time.perf_counter()
+        import sys, torch
+        threads = torch.get_num_threads()
         from fastrbn.data import glyphs
-        glyphs()
-        took = time.perf_counter() - start
+        glyphs(10, 10)
         assert not {"matplotlib.pyplot", "matplotlib.font_manager", "torchvision"} & set(sys.modules)
-        assert torch.get_num_threads() == threads
-        print(took)"""
+        assert torch.get_num_threads() == threads"""
     env = {**os.environ, "PYTHONPATH": str(Path(fastrbn.__file__).parents[1])}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 3
 
 
 def course_net():

@@ -1,7 +1,7 @@
 """What two or three gloo processes check together; `test_groups.py` starts them and reports each check as a test.
 
 Every rank runs every function of CHECKS in the same order; they compare with one process that has the whole batch.
-Run as `python -m norm.ranks RANK WORLD FOLDER` with tests/ on the path; writes FOLDER/RANK.json.
+Run as `python -m norm.ranks FOLDER WORLD` with tests/ on the path; writes FOLDER/RANK.json.
 """
 
 import copy
@@ -14,8 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # DistributedDataParallel imports it
 import torch.distributed as dist
 from norm.steps import assert_same, assert_unmoved, buffers, grads, layer_of, step
+from processes import fork_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -257,9 +259,8 @@ def a_converted_syncbatchnorm_keeps_its_group_and_copies_share_it():
 
 def main(rank, world, folder):
     global RANK, WORLD
-    RANK, WORLD = int(rank), int(world)
-    torch.set_num_threads(1)
-    store = f"file://{Path(folder).absolute()}/store"
+    RANK, WORLD = rank, world
+    store = f"file://{folder.absolute()}/store"
     dist.init_process_group("gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=timedelta(seconds=30))
     results = {}
     for f in CHECKS:
@@ -268,7 +269,7 @@ def main(rank, world, folder):
             results[f.__name__] = ""
         except Exception:
             results[f.__name__] = traceback.format_exc()
-        Path(folder, f"{rank}.json").write_text(json.dumps(results))
+        (folder / f"{rank}.json").write_text(json.dumps(results))
         # a rank that failed has left its collectives: all stop, instead of waiting for it
         failed = torch.tensor(float(results[f.__name__] != ""))
         dist.all_reduce(failed)
@@ -278,4 +279,6 @@ def main(rank, world, folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    folder, world = Path(sys.argv[1]), int(sys.argv[2])
+    fork_ranks(folder, world, lambda rank: main(rank, world, folder))

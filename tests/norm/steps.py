@@ -12,6 +12,12 @@ ALL = ("reference", *FAST)
 HALF = (torch.bfloat16, torch.float16)
 
 
+def every(recipes):
+    """Each recipe on one backend and the first on each: a law of its own for neither needs all pairs."""
+    first, *others = recipes
+    return [*((first, backend) for backend in ALL), *((recipe, FAST[i % 2]) for i, recipe in enumerate(others))]
+
+
 def serving(dtype):
     """The backends that take input of this dtype on the CPU."""
     return [b for b in ALL if b != "native" or dtype not in HALF]

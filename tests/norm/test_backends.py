@@ -34,8 +34,9 @@ def assert_backends_agree(shapes, dtype=torch.float32, memory_format=torch.conti
     return layers
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize(
+    ("affine", "memory_format"), [(True, torch.contiguous_format), (False, torch.channels_last)], ids=["nchw", "nhwc"]
+)
 @pytest.mark.parametrize("elements", [None, 20, 4096])
 @pytest.mark.parametrize("name", RECIPES)
 def test_fast_equals_reference_over_eight_odd_batches(name, elements, affine, memory_format):

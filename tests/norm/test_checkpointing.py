@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from norm.steps import ALL, ThreadLayer, assert_holds_no_graph, assert_same, assert_unmoved, buffers, grads, layer_of
+from norm.steps import (
+    ALL,
+    ThreadLayer,
+    assert_holds_no_graph,
+    assert_same,
+    assert_unmoved,
+    buffers,
+    every,
+    grads,
+    layer_of,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -51,8 +61,7 @@ def compare(net, plain, checked, steps=6, tol=1e-12):
 
 
 @MODES
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", RECIPES_HERE)
+@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
 def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
     compare(
         net_of(recipe, backend),
@@ -62,8 +71,7 @@ def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
 
 
 @MODES
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", RECIPES_HERE)
+@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
 def test_a_layer_used_twice_in_a_segment_takes_back_the_right_moment_for_each_use(recipe, backend, reentrant):
     def twice(net):
         return lambda x: net[1](net[3](net[1](net[0](x)).tanh()))
@@ -76,8 +84,7 @@ def test_a_layer_used_twice_in_a_segment_takes_back_the_right_moment_for_each_us
 
 
 @MODES
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", RECIPES_HERE)
+@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
 def test_a_layer_shared_by_two_segments_takes_back_the_right_moment_in_each(recipe, backend, reentrant):
     def run(net, x, dy, through):
         head = through(lambda x: net[:3](x), x)
@@ -91,8 +98,7 @@ def test_a_layer_shared_by_two_segments_takes_back_the_right_moment_in_each(reci
 
 
 @MODES
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", RECIPES_HERE)
+@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
 @pytest.mark.parametrize("order", [1, -1], ids=["first-first", "last-first"])
 def test_micro_batches_in_flight_take_back_their_own_moments(order, recipe, backend, reentrant):
     def run(net, x, dy, through):

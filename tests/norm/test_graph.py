@@ -12,6 +12,7 @@ from norm.steps import (
     assert_same,
     assert_unmoved,
     buffers,
+    every,
     grads,
     layer_of,
     serving,
@@ -193,8 +194,7 @@ def test_a_gradient_penalty_equals_that_of_the_float64_sums(backend):
     assert_holds_no_graph(ours)
 
 
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("elements", [None, 5])
+@pytest.mark.parametrize(("elements", "affine"), [(None, True), (5, False)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_second_derivatives_of_every_recipe_agree_between_the_backends(recipe, elements, affine):
     recipe = RECIPES[recipe].but(elements=elements)
@@ -255,8 +255,7 @@ def test_second_derivatives_in_half_precision_do_not_overflow(dtype):
     assert_same(*found, 2e-2)
 
 
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES))
 def test_training_forwards_without_a_graph_move_the_same_statistics(recipe, backend):
     layer = trained(recipe, backend)
     other = copy.deepcopy(layer)

@@ -1,7 +1,6 @@
 """Many processes: what `ranks.py` checks in two and in three gloo processes, one test a check."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,7 @@ TIMEOUT = 90
 def results_of(world, folder):
     """What `ranks.py` says of its checks, by rank."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-m", "norm.ranks", str(rank), str(world), str(folder)] for rank in range(world)]
-    return run_ranks(folder, commands, [env] * world, TIMEOUT)
+    return run_ranks(folder, world, "norm.ranks", env=env, timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["two ranks", "three ranks"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import ClosedForm, relative_error
-from norm.steps import ALL, HALF, ThreadLayer, assert_same, assert_unmoved, buffers, layer_of, serving, step
+from norm.steps import ALL, HALF, ThreadLayer, assert_same, assert_unmoved, buffers, every, layer_of, serving, step
 from torch import nn
 
 from fastrbn.norm import RECIPES, RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
@@ -130,9 +130,8 @@ def test_expanded_inputs_and_upstream_gradients_work(recipe, backend):
 
 
 @DEVICES
-@BACKENDS
 @pytest.mark.parametrize("elements", [None, 8])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES))
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d], ids=["2d", "3d"])
 def test_channels_last_is_kept_in_the_output_and_in_the_input_gradient(
     memory_format, recipe, elements, backend, device
@@ -234,8 +233,7 @@ def test_a_large_mean_cancels_the_threads_variance_and_batchnorms_in_channels_la
     assert (norm.running_mean - x.double().mean((0, 2, 3))).abs().min() > 1  # ten deviations and more
 
 
-@BACKENDS
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES))
 def test_without_affine_the_output_is_x_hat_and_there_are_no_parameters(recipe, backend):
     layer = RunningBatchNorm2d(3, affine=False, recipe=recipe, backend=backend)
     plain = RunningBatchNorm2d(3, recipe=recipe, backend=backend)

@@ -28,6 +28,18 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")  # NumPy's, on NaN
 
+if INTERPRETED:  # it looks through the language's modules at each call of a function, which took half of the time
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    def patch_once(module, *args, patch=interpreter._patch_builtin, known={}):
+        if module not in known:
+            known[module] = next((name for name in dir(module) if is_builtin(getattr(module, name))), None)
+        if known[module] is None or is_builtin(getattr(module, known[module])):  # not patched at present
+            patch(module, *args)
+
+    interpreter._patch_builtin = patch_once
+
 # how programs share the work: all by one; two launches a pass, the second merging; a launch between for that
 REGIMES = {
     "one": cuts.Tuning(),
@@ -113,20 +125,22 @@ def on_device(*tensors):
 # --- equal to the reference
 
 
-@regimes
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "regime"),
     [
-        DEFAULT,
-        PARTIAL.but(order="strided"),
-        RECIPES["course"].but(skip=Skip(2, 6)),
-        RECIPES["batch"].but(clamp=Clamp(11, variance=8.0)),
-        RECIPES["leaning"].but(elements=None, memory=Memory(least=0.1, most=3, share=0.5)),
+        (DEFAULT, "one"),
+        (DEFAULT, "inside"),
+        (DEFAULT, "between"),
+        (PARTIAL.but(order="strided"), "between"),
+        (RECIPES["course"].but(skip=Skip(2, 6)), "inside"),
+        (RECIPES["batch"].but(clamp=Clamp(11, variance=8.0)), "between"),
+        (RECIPES["leaning"].but(elements=None, memory=Memory(least=0.1, most=3, share=0.5)), "inside"),
     ],
-    ids=["default", "partial", "skip", "batch", "leaning"],
+    ids=["one", "inside", "between", "partial", "skip", "batch", "leaning"],
+    indirect=["regime"],
 )
 def test_every_regime_equals_the_reference_in_outputs_gradients_and_buffers(recipe, regime):
-    assert_agree(recipe, SHAPES if recipe is DEFAULT else SHAPES[:5])
+    assert_agree(recipe, SHAPES if recipe is DEFAULT else SHAPES[:4])
 
 
 @pytest.mark.parametrize(
@@ -161,18 +175,18 @@ def test_every_regime_equals_the_reference_in_outputs_gradients_and_buffers(reci
     ],
 )
 def test_every_recipe_equals_the_reference(recipe):
-    assert_agree(recipe)
+    assert_agree(recipe, [SHAPES[i] for i in (0, 3, 2, 4)])
 
 
 @pytest.mark.parametrize("regime", ["one", "inside"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_differs_from_the_reference_by_its_own_rounding_at_most(dtype, regime):
-    assert_agree(DEFAULT, SHAPES[1:5], ROUNDING[dtype], dtype)
+    assert_agree(DEFAULT, SHAPES[1:3], ROUNDING[dtype], dtype)
 
 
 @pytest.mark.parametrize("regime", ["inside", "between"], indirect=True)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 19), (2, 3, 3, 2, 5)], ids=["2d", "3d", "5d"])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7), (2, 3, 3, 2, 5)], ids=["2d", "3d", "5d"])
 def test_every_rank_and_layout_without_affine(shape, last, regime):
     assert_agree(PARTIAL, [shape, (1, *shape[1:])], last=last, affine=False)
 
@@ -183,8 +197,7 @@ def test_the_defaults_take_one_channel_and_thirteen(nf, monkeypatch):
     assert_agree(DEFAULT, [(2, nf, 3, 11), (2, nf, 3, 11), (17, nf, 2, 2)])
 
 
-@pytest.mark.parametrize("regime", ["one", "between"], indirect=True)
-@pytest.mark.parametrize("name", ["default", "batch"])
+@pytest.mark.parametrize(("name", "regime"), [("default", "between"), ("batch", "one")], indirect=["regime"])
 def test_loaded_statistics_count_as_old(name, regime):
     theirs = torch.nn.BatchNorm2d(3)
     theirs.running_mean.copy_(torch.tensor([1.0, -2.0, 0.1]))
@@ -223,7 +236,7 @@ def test_statistics_keep_their_digits_at_a_large_mean_and_beside_an_outlier(regi
 
 
 @pytest.mark.parametrize(
-    ("bad", "regime"), [("nan", "one"), ("nan", "inside"), ("inf", "inside"), ("inf", "between")], indirect=["regime"]
+    ("bad", "regime"), [("nan", "one"), ("nan", "inside"), ("inf", "between")], indirect=["regime"]
 )
 def test_a_batch_that_is_not_finite_leaves_the_whole_state_and_shows_in_its_channel_alone(bad, regime):
     both = layers(DEFAULT)
@@ -329,7 +342,7 @@ def test_two_runs_agree_to_the_bit(regime):
     runs = []
     for _ in range(2):
         layer = layers(DEFAULT)[1]
-        runs.append([step(layer, x, dy) for x, dy in batches(SHAPES[1:3])])
+        runs.append([step(layer, x, dy) for x, dy in batches(SHAPES[1:2])])
     for one, other in zip(*runs, strict=True):
         assert_same(one, other, 0)
 
@@ -365,8 +378,11 @@ def test_an_empty_batch_passes_through():
     assert_unmoved(layer, before)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("recipe", [DEFAULT, RECIPES["course"].but(skip=Skip(2, 0))], ids=["default", "skip"])
+@pytest.mark.parametrize(
+    ("recipe", "reentrant"),
+    [(DEFAULT, False), (RECIPES["course"].but(skip=Skip(2, 0)), True)],
+    ids=["default", "skip"],
+)
 def test_checkpointing_moves_the_state_once_and_gives_the_same_gradients(recipe, reentrant):
     plain, again = (layers(recipe)[1] for _ in range(2))
     for shapes in (SHAPES[:2], SHAPES[2:4]):
@@ -421,7 +437,7 @@ def test_second_derivatives_are_the_references(recipe, relu):
 @regimes
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_relu_before_or_after_is_autograds(where, regime):
-    for i, (x, dy) in enumerate(batches(SHAPES[1:3])):
+    for i, (x, dy) in enumerate(batches([(2, 3, 3, 7), (5, 3, 2, 2)])):
         x[0, 0, 0, 0] = 0.0  # where relu has two slopes, PyTorch's is 0
         found = []
         for fused in (False, True):
