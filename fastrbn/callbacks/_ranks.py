@@ -206,7 +206,7 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     try:  # one that has ended stays until its parent asks for its exit status
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return True
 
