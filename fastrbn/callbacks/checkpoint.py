@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastrbn import checkpoints
 from fastrbn.checkpoints import CheckpointError
@@ -75,7 +76,7 @@ class Checkpoint(Callback):
 
     def _clear(self):
         self._failed, self._pending, self._asked, self._handler, self._watched = False, None, False, None, []
-        self._due = False
+        self._due = self._told = False
 
     @property
     def best_path(self) -> Path | None:
@@ -212,7 +213,17 @@ class Checkpoint(Callback):
                     file.unlink(missing_ok=True)
 
     def _tell_of_stateless(self):
-        """Warn, once a fit, of callbacks whose public attributes change and that no checkpoint holds."""
+        """Warn, once a fit, of what changes in the fit and no checkpoint holds: public attributes of callbacks, and torch
+        schedulers that no callback has as an attribute."""
+        if not self._told and any("initial_lr" in g for g in self.run.opt.param_groups):
+            held = any(isinstance(v, LRScheduler) for cb in self.run.cbs for v in vars(cb).values())
+            self._told = True
+            if not held:
+                warnings.warn(
+                    "a torch scheduler sets the rates of this optimiser, and the checkpoint does not hold its state: make "
+                    "it an attribute of a callback (self.sched = …), then it is saved and goes on in a resumed fit",
+                    stacklevel=2,
+                )
         found = [(cb, names) for cb, before in self._watched if (names := changed(before, looks(cb)))]
         if found:
             self._watched = []

@@ -7,6 +7,8 @@ import inspect
 import itertools
 import math
 
+from torch import nn
+
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelEpochException, CancelTrainException
 from fastrbn.snapshot import Snapshot
@@ -221,7 +223,8 @@ class LR_Find(Callback):
     def begin_fit(self):
         run = self.run
         self.lrs, self.losses, self._smooth, self._best = [], [], 0.0, math.inf
-        self._snapshot = Snapshot(run.model, run.opt, (run.data.train_dl, run.data.valid_dl))
+        modules = [m for m in (run.model, run.learn.loss_func) if isinstance(m, nn.Module)]
+        self._snapshot = Snapshot(modules, run.opt, (run.data.train_dl, run.data.valid_dl))
 
     def begin_batch(self):
         if self.run.in_train:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
+
+from torch.optim.lr_scheduler import LRScheduler
 
 from .events import EVENTS, nearest_event
 
@@ -96,13 +99,24 @@ class Callback:
 
     def state_dict(self) -> dict:
         """What the rest of the fit, or what is shown of it, depends on: tensors, numbers, strings, and lists, tuples
-        and dictionaries of these. Asked for between steps. Default: nothing; a resumed fit begins with a fresh
-        callback. Containers that go on changing are copied."""
-        return {}
+        and dictionaries of these. Asked for between steps. Default: the states of torch schedulers that are attributes
+        of the callback (`self.sched = CosineAnnealingLR(…)`); all else begins anew in a resumed fit. Containers that
+        go on changing are copied."""
+        return {name: _plain_counters(s.state_dict()) for name, s in vars(self).items() if isinstance(s, LRScheduler)}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` gave. Called in a resumed fit after `begin_fit`, and in the middle of an epoch
         again after `begin_epoch`; the run's `epoch` and `n_iter` follow."""
+        if type(self).state_dict is not Callback.state_dict:
+            return
+        for name, saved in state.items():
+            scheduler = vars(self).get(name)
+            if not isinstance(scheduler, LRScheduler):
+                raise ValueError(
+                    f"the checkpoint holds the state of the scheduler {type(self).__name__}.{name}, and there is none "
+                    f"here to take it over: make it in __init__ or begin_fit"
+                )
+            scheduler.load_state_dict(copy.deepcopy(saved))
 
     @property
     def name(self) -> str:
@@ -150,6 +164,13 @@ class Callback:
 
     def __repr__(self):
         return f"{type(self).__name__}()"
+
+
+def _plain_counters(value):
+    """MultiStepLR keeps its milestones in a Counter, which a checkpoint takes as a dictionary; it reads either."""
+    if isinstance(value, dict):
+        return {k: _plain_counters(v) for k, v in value.items()}
+    return [_plain_counters(v) for v in value] if isinstance(value, list) else value
 
 
 class TrainEvalCallback(Callback):
