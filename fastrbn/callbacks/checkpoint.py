@@ -59,6 +59,7 @@ class Checkpoint(Callback):
     """
 
     _order = 1000  # when all others are done with the step
+    _needs_opt = ("param_groups", "state", "state_dict")
 
     def __init__(self, path, every=None, keep=2, monitor=None, mode=None, on_interrupt=True, overwrite=False):
         for name, value in (("every", every), ("keep", keep)):

@@ -89,6 +89,7 @@ class TensorBoardLogger(Callback):
     """
 
     _order = 10  # after the averages of the epoch are in the history
+    _needs_opt = ("param_groups", "lr")
 
     def __init__(self, path=None, every=10):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:

@@ -65,6 +65,7 @@ class HaltOnNaN(Callback):
     """
 
     _order = 90  # after whatever else changes loss and gradients
+    _needs_opt = ("param_groups", "lr", "state")
 
     def __init__(self, every=1, raise_error=False, path=None):
         if isinstance(every, bool) or not (isinstance(every, int) and every >= 1):

@@ -30,6 +30,7 @@ class GradientClip(Callback):
     """
 
     _order = 10  # after MixedPrecision has unscaled, before HaltOnNaN
+    _needs_opt = ("param_groups",)
 
     def __init__(self, max_norm=None, norm_type=2.0, value=None):
         if (max_norm is None) == (value is None):
@@ -83,6 +84,7 @@ class GradientAccumulation(Callback):
     """
 
     _order = -5  # before MixedPrecision unscales and others look at gradients that are not complete
+    _needs_opt = ("param_groups",)
 
     def __init__(self, n):
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:

@@ -63,6 +63,8 @@ class Recorder(Callback):
     Source: fast.ai course, part 2 (2019), notebooks 05 and 05b.
     """
 
+    _needs_opt = ("param_groups", "lr")
+
     def __init__(self):
         self._tape, self._lrs, self._lrs_on_device = _Tape(1), [], False
 
