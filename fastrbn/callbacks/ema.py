@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from fastrbn.learn.callback import Callback
+from fastrbn.snapshot import load_plain_state_dict, plain_name
 
 
 class EMA(Callback):
@@ -18,8 +19,8 @@ class EMA(Callback):
     - `keep`: leave the averages in the model when the fit has come to its end or was ended by a callback. After an
       error or Ctrl-C the model has the trained weights, to go on from.
 
-    From the first validation batch until `after_epoch` (`SaveBest` saves the averages, `Checkpoint` the trained weights
-    and the averages) the model's parameters hold the averages; the trained ones are put back then, also when the fit is
+    `SaveBest` saves the averages, `Checkpoint` the trained weights and the averages. From the first validation batch until
+    `after_epoch` the model's parameters hold the averages; the trained ones are put back then, also when the fit is
     cut. Buffers, such as running statistics, are the model's own throughout.
 
     `.weights` is a state_dict with the averages, a copy; `.put()` leaves them in the model after the fit; `.updates`
@@ -50,7 +51,8 @@ class EMA(Callback):
     def begin_fit(self):
         self._clear()
         named = self.run.learn.model.named_parameters()
-        self._params = [(n, p) for n, p in named if p.is_floating_point() or p.is_complex()]
+        self._params = [(plain_name(n), p) for n, p in named if p.is_floating_point() or p.is_complex()]
+        self.run.averaged = self._so_far  # SaveBest saves it
 
     def after_step(self):
         self._due = True
@@ -73,6 +75,7 @@ class EMA(Callback):
         self._ended = True
 
     def after_fit(self):
+        vars(self.run).pop("averaged", None)
         self._put_back()
         if self.keep and self._averages and (self._ended or self.run.stop_reason is None):
             if all(bool(a.isfinite().all()) for a in self._averages.values()):
@@ -114,14 +117,19 @@ class EMA(Callback):
 
     @property
     def weights(self) -> dict:
-        """The model's state_dict, copied, with the averages as parameters. ValueError before the first step."""
+        """The model's state_dict, copied, with the averages as parameters, under the names that they have without
+        torch.compile. ValueError before the first step."""
         self._need_averages()
+        return self._so_far()
+
+    def _so_far(self) -> dict:
         model = self.run.learn.model
-        averages = {id(p): self._averages[name] for name, p in model.named_parameters() if name in self._averages}
+        named = [(plain_name(name), p) for name, p in model.named_parameters()]
+        averages = {id(p): self._averages[name] for name, p in named if name in self._averages}
         state = {}
         for name, value in model.state_dict(keep_vars=True).items():  # shared weights come more than once
             average = averages.get(id(value))
-            state[name] = _copied(value) if average is None else average.to(value.dtype, copy=True)
+            state[plain_name(name)] = _copied(value) if average is None else average.to(value.dtype, copy=True)
         return state
 
     def put(self) -> None:
@@ -129,7 +137,7 @@ class EMA(Callback):
         self._need_averages()
         if self.run._fitting:
             raise RuntimeError("EMA.put is for after the fit; within it, EMA(keep=True) has them stay at its end")
-        self.run.learn.model.load_state_dict(self.weights)
+        load_plain_state_dict(self.run.learn.model, self.weights)
 
     def _need_averages(self):
         if not self._averages:
@@ -140,7 +148,8 @@ class EMA(Callback):
 
     def load_state_dict(self, state):
         where = {name: p.device for name, p in self._params}
-        self._averages = {name: a.to(where[name], copy=True) for name, a in state["averages"].items()}
+        averages = {plain_name(name): a for name, a in state["averages"].items()}
+        self._averages = {name: a.to(where[name], copy=True) for name, a in averages.items()}
         self.updates, self._due = state["updates"], False
 
     def __getstate__(self):

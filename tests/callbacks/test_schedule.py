@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from fastrbn.callbacks import (
     EMA,
@@ -527,3 +528,21 @@ def test_a_schedule_over_a_loader_without_length_is_told_once(make_learn):
     with pytest.warns(UserWarning, match="loader has no length, so schedules move only between epochs: this fit of 2") as told:
         run.fit(2, learn)
     assert len(told) == 1 and run.recorder.lrs[0] == pytest.approx([0.4] * 4 + [0.25] * 4)
+
+
+class Stream(IterableDataset):
+    """Each of its workers yields all of it."""
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return ((torch.zeros(4), 0) for _ in range(8))
+
+
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning")
+def test_a_stream_that_gives_more_than_its_length_stays_within_the_schedule(make_learn):
+    learn, run = make_learn(n_valid=0), Runner([ParamScheduler("lr", sched_lin(0.4, 0.04)), Recorder()])
+    learn.data.train_dl = DataLoader(Stream(), 2, num_workers=2)
+    run.fit(1, learn)
+    assert run.recorder.lrs[0] == pytest.approx([0.4, 0.31, 0.22, 0.13, *[0.04] * 4])
