@@ -140,10 +140,10 @@ class Checkpoint(Callback):
             raise KeyboardInterrupt
 
     def state_dict(self):
-        return {"best": self.best, "best_name": self._best_name}
+        return {} if self.monitor is None else {"best": self.best, "best_name": self._best_name}
 
     def load_state_dict(self, state):
-        self.best, self._best_name = state["best"], state["best_name"]
+        self.best, self._best_name = state.get("best"), state.get("best_name")
 
     def _claim_folder(self):
         if self.path.is_file():

@@ -161,6 +161,7 @@ def whole(tmp_path):
 # --- going on
 
 
+@pytest.mark.filterwarnings("ignore:the training loader has no length:UserWarning")
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_fit_resumed_from_any_checkpoint_ends_as_the_one_never_stopped(loader, tmp_path):
     run, learn = make_run(tmp_path, monitor="valid_loss"), make_learn(loader)
@@ -581,10 +582,6 @@ def test_a_scheduler_that_no_callback_holds_is_told(tmp_path):
     assert kept
 
 
-FRESH = pytest.mark.filterwarnings("ignore:the checkpoint has state of callbacks that this run has not:UserWarning")
-
-
-@FRESH
 def test_a_scheduler_that_is_made_too_late_to_take_over_its_state_is_an_error(tmp_path):
     class Late(Callback):
         def begin_batch(self):
@@ -596,7 +593,6 @@ def test_a_scheduler_that_is_made_too_late_to_take_over_its_state_is_an_error(tm
         Runner([Late()]).fit(2, make_learn(), resume=tmp_path)
 
 
-@FRESH
 def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp_path):
     def labelled(params, lr):
         return torch.optim.Adam([{"params": list(params), "label": "body"}], lr=lr)
@@ -640,7 +636,6 @@ def tempered_learn():
     return learn
 
 
-@FRESH
 def test_a_loss_function_with_parameters_goes_on_with_them(tmp_path):
     whole, learn = tempered_learn(), tempered_learn()
     Runner().fit(3, whole)
@@ -655,7 +650,6 @@ def test_a_loss_function_with_parameters_goes_on_with_them(tmp_path):
         Runner().fit(3, learn, resume=tmp_path)
 
 
-@FRESH
 def test_a_model_that_the_user_compiled_has_plain_names_in_the_file(tmp_path):
     def compiled(learn):
         learn.model = torch.compile(learn.model, backend="eager")
