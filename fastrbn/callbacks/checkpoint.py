@@ -28,7 +28,8 @@ from ._monitor import Monitor
 class Checkpoint(Callback):
     """Saves all that a fit depends on, so that `run.fit(epochs, learn, resume=path)` goes on bit for bit.
 
-    - `path`: the folder, relative to where the program is when this is made; files in it are named `checkpoint-<number>-step-<steps done>.pt`.
+    - `path`: the folder, relative to where the program is when this is made; files in it are named
+      `checkpoint-<number>-step-<steps done>.pt`.
     - `every`: save after each `every`-th training step; None: after each epoch. The last epoch is always saved.
     - `keep`: this many of the newest files stay (default 2: should the disk damage one, there is the one before);
       None: all.

@@ -19,8 +19,8 @@ class EMA(Callback):
     - `keep`: leave the averages in the model when the fit has come to its end or was ended by a callback. After an
       error or Ctrl-C the model has the trained weights, to go on from.
 
-    `SaveBest` saves the averages, `Checkpoint` the trained weights and the averages. From the first validation batch until
-    `after_epoch` the model's parameters hold the averages; the trained ones are put back then, also when the fit is
+    `SaveBest` saves the averages, `Checkpoint` the trained weights and the averages. From the first validation batch
+    until `after_epoch` the model's parameters hold the averages; the trained ones are put back then, also when the fit is
     cut. Buffers, such as running statistics, are the model's own throughout.
 
     `.weights` is a state_dict with the averages, a copy; `.put()` leaves them in the model after the fit; `.updates`

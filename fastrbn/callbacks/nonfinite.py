@@ -72,6 +72,7 @@ class HaltOnNaN(Callback):
             raise ValueError(f"every must be a whole number, 1 or more; got {every!r}")
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"path must be a folder for the report; {path} is a file: take another name")
+        path = None if path is None else Path(path).absolute()  # also after a chdir
         self.every, self.raise_error, self.path, self.report = every, raise_error, path, None
         self._history = History()
         vars(self).update(_IDLE)

@@ -55,7 +55,8 @@ class GradientClip(Callback):
             for p in (p for p in params if p.grad is not None and p.grad.is_sparse):
                 p.grad = p.grad.coalesce()  # an element is the sum of its entries
                 p.grad.values().clamp_(-self.value, self.value)
-            torch.nn.utils.clip_grad_value_([p for p in params if p.grad is not None and not p.grad.is_sparse], self.value)
+            dense = [p for p in params if p.grad is not None and not p.grad.is_sparse]
+            torch.nn.utils.clip_grad_value_(dense, self.value)
             return
         self.norm = torch.nn.utils.get_total_norm(gradients(self.run.opt), self.norm_type)
         norm = torch.nan_to_num(self.norm, nan=0.0, posinf=0.0)  # a norm of 0 clips nothing
@@ -72,8 +73,8 @@ class GradientAccumulation(Callback):
     - `n`: batches a step, 1 or more.
 
     The step is that of one batch of all their samples: of a loss that is a mean over samples each batch weighs as its
-    size, also where the last one is smaller; of one that is a sum (`reduction="sum"`) they are added. The batches that are left at the end of an epoch make a step of their
-    own. `run.loss` is each batch's own loss, as ever.
+    size, also where the last one is smaller; batches of one that is a sum (`reduction="sum"`) are added. The batches
+    that are left at the end of an epoch make a step of their own. `run.loss` is each batch's own loss, as ever.
 
     `after_backward` and `after_step` come for whole groups only: the other batches are cancelled after their backward
     pass (`after_cancel_batch`, `after_batch`), and `n_iter` counts all of them. Where the training loader has no

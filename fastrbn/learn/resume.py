@@ -210,7 +210,7 @@ def _check_loss(loss, saved) -> None:
     if saved is None:  # a file from before loss functions were saved
         if loss is not None and next(loss.parameters(), None) is not None:
             warnings.warn(
-                f"the checkpoint does not hold the parameters of the loss function {type(loss).__name__}: they begin anew",
+                f"the checkpoint has no parameters of the loss function {type(loss).__name__}: they begin anew",
                 stacklevel=6,
             )
         return

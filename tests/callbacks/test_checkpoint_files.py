@@ -14,6 +14,7 @@ from fastrbn.callbacks import (
     Checkpoint,
     CheckpointError,
     CSVLogger,
+    HaltOnNaN,
     Profiler,
     SaveBest,
     accuracy,
@@ -316,7 +317,9 @@ def test_a_relative_path_is_one_from_where_it_was_given(make_learn, tmp_path, mo
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     cbs = [SaveBest("best.pt"), Checkpoint("c"), CSVLogger("history.csv"), Profiler("trace.json", 1, 0, 1)]
+    halts = HaltOnNaN(path="report")
     monkeypatch.chdir(tmp_path / "elsewhere")
+    assert halts.path == tmp_path / "report"
     run = Runner([AvgStatsCallback(), *cbs])
     run.logger = lambda line: None
     run.fit(1, make_learn())

@@ -469,7 +469,10 @@ def test_accuracy_of_one_logit_is_that_of_two_classes():
         assert accuracy(out, torch.tensor([1, 0, 0, 0])).item() == 0.75
 
 
-@pytest.mark.parametrize("loss_func", [nn.CrossEntropyLoss(reduction="sum"), functools.partial(F.cross_entropy, reduction="sum")])
+SUMS = [nn.CrossEntropyLoss(reduction="sum"), functools.partial(F.cross_entropy, reduction="sum")]
+
+
+@pytest.mark.parametrize("loss_func", SUMS, ids=["module", "function"])
 def test_of_a_summed_loss_the_mean_over_samples_is_shown(make_learn, loss_func):
     learn = make_learn(n_train=2, n_valid=3, loss_func=loss_func)
     learn.opt.param_groups[0]["lr"] = 0.0

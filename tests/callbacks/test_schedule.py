@@ -525,7 +525,7 @@ class Unknown:
 def test_a_schedule_over_a_loader_without_length_is_told_once(make_learn):
     learn, run = make_learn(), Runner([ParamScheduler("lr", sched_lin(0.4, 0.1)), Recorder()])
     learn.data.train_dl = Unknown(learn.data.train_dl)
-    with pytest.warns(UserWarning, match="loader has no length, so schedules move only between epochs: this fit of 2") as told:
+    with pytest.warns(UserWarning, match="no length, so schedules move only between epochs: this fit of 2") as told:
         run.fit(2, learn)
     assert len(told) == 1 and run.recorder.lrs[0] == pytest.approx([0.4] * 4 + [0.25] * 4)
 

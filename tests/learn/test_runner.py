@@ -689,7 +689,7 @@ def test_gradients_left_by_a_fit_that_was_cut_do_not_reach_the_next():
     ("batch", "got"),
     [
         (torch.zeros(2, 4), r"a tensor of shape \(2, 4\)"),
-        ({"image": torch.zeros(5, 4), "label": torch.zeros(5)}, r"'image', 'label'.* \(batch\['image'\], batch\['label'\]\)"),
+        ({"x": torch.zeros(5, 4), "y": torch.zeros(5)}, r"a dictionary with 'x', 'y'.* \(batch\['x'\], batch\['y'\]\)"),
         ("xy", "got str"),
         ((1, 2, 3), "got tuple of 3"),
         ((1,), "got tuple of 1"),
