@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import importlib
 import random
 import sys
 
 import torch
+from torch.nn.parameter import is_lazy
 
 _PLAIN = (bool, int, float, str, type(None))  # attributes of a module that count or switch, such as `training`
 
@@ -77,16 +79,47 @@ class RandomState:
         self._loaders = [(dl, s) for (dl, _), s in zip(self._loaders, state["loaders"])]
 
 
+def plain_name(name: str) -> str:
+    """A parameter's or module's name as it is without `torch.compile`, which puts `_orig_mod.` before it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def plain_state_dict(module) -> dict:
+    """`module.state_dict()` under plain names: it loads into the model that was not compiled."""
+    state = module.state_dict()
+    plain = collections.OrderedDict((plain_name(name), value) for name, value in state.items())
+    plain._metadata = {plain_name(name): value for name, value in getattr(state, "_metadata", {}).items()}
+    return plain
+
+
+def load_plain_state_dict(module, state) -> None:
+    """Load what `plain_state_dict` gave into a module that may be compiled."""
+    here = {plain_name(name): name for name in module.state_dict()}
+    renamed = collections.OrderedDict((here.get(plain_name(name), name), v) for name, v in state.items())
+    if hasattr(state, "_metadata"):
+        modules = [name for name, _ in module.named_modules()]
+        renamed._metadata = {n: state._metadata[plain_name(n)] for n in modules if plain_name(n) in state._metadata}
+    module.load_state_dict(renamed)
+
+
 class Snapshot:
-    """Parameters, buffers and plain attributes of `model`, state and groups of `opt`, and the random states.
+    """Parameters, buffers and plain attributes of `modules` (such as the model and a loss function with parameters),
+    state and groups of `opt`, and the random states.
 
     `restore` puts all of it back, bit for bit, into the same objects where they still are what they were: what else
     refers to a parameter or to a group keeps referring to it. A model that was moved to another device stays there.
+    ValueError for lazy modules that have not been initialised: there is nothing to put back yet.
     """
 
-    def __init__(self, model, opt, loaders=()):
+    def __init__(self, modules, opt, loaders=()):
+        lazy = [n for m in modules for n, t in (*m.named_parameters(), *m.named_buffers()) if is_lazy(t)]
+        if lazy:
+            raise ValueError(
+                f"the model must be initialised before its state can be kept; it has lazy modules ({', '.join(lazy[:3])}): "
+                f"give it a batch first, as in learn.model(xb)"
+            )
         self._random = RandomState(loaders)
-        self._modules = [(m, *_module_state(m)) for m in model.modules()]
+        self._modules = [(m, *_module_state(m)) for module in modules for m in module.modules()]
         self._opt = opt
         self._state = {p: copy.deepcopy(s) for p, s in opt.state.items()}
         self._groups = [

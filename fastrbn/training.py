@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .callbacks import ParamScheduler, combine_scheds, cos_1cycle_anneal
+from .learn.optimiser import check as check_opt
 
 __all__ = ["LabelSmoothingCrossEntropy", "fit_one_cycle", "seed_everything"]
 
@@ -51,12 +52,15 @@ def fit_one_cycle(
       rate rises. An optimiser without momentum, or with a momentum of 0, is left without. None: leave it as it is.
     - `resume`: a checkpoint to go on from, as in `run.fit`.
 
+    A training loader without a length moves the cycle only between epochs, with a warning: give it a `__len__`.
+
     Afterwards the optimiser has its own rates and momenta again, and the run its own callbacks. ValueError or TypeError
     for what cannot be, and when the run schedules its rate already.
 
     Source: Smith, "A disciplined approach to neural network hyper-parameters", 2018; the defaults are those of
     `torch.optim.lr_scheduler.OneCycleLR`, with its final division relative to `lr_max`.
     """
+    check_opt(learn.opt, {"fit_one_cycle": ("param_groups", "lr")})
     groups = learn.opt.param_groups
     rates = _rates(lr_max, len(groups))
     for name, value, least in (("div", div, 1), ("div_final", div_final, 1)):

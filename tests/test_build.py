@@ -156,3 +156,8 @@ def test_a_weight_decay_that_is_none_is_told(wd):
         param_groups(nn.Linear(3, 2), wd)
     with pytest.raises(TypeError, match="param_groups needs an nn.Module; got"):
         param_groups([torch.zeros(3)])
+
+
+def test_a_loss_class_in_place_of_an_instance_is_an_error_at_once(data):
+    with pytest.raises(TypeError, match=r"got the class CrossEntropyLoss: write loss_func=CrossEntropyLoss\(\)"):
+        get_runner(nn.Linear(4, 3), data, loss_func=nn.CrossEntropyLoss)

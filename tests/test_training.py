@@ -208,3 +208,20 @@ def test_label_smoothing_reads_well_and_tells_wrong_arguments():
         LabelSmoothingCrossEntropy(2)
     with pytest.raises(ValueError, match="reduction is mean, sum or none; got 'avg'"):
         LabelSmoothingCrossEntropy(reduction="avg")
+
+
+def test_an_optimiser_without_pytorchs_groups_is_an_error_in_one_sentence():
+    learn = make_learn()
+    learn.opt = type("Own", (), {"param_groups": [list(learn.model.parameters())], "step": print, "zero_grad": print})()
+    with pytest.raises(TypeError, match="^fit_one_cycle: .*Own lacks param_groups, a list of dictionaries"):
+        fit_one_cycle(Runner(), learn, 1, 0.1)
+
+
+def test_a_cycle_over_a_loader_without_length_is_told():
+    learn = make_learn()
+    pairs = learn.data.train_dl
+    learn.data.train_dl = type("NoLength", (), {"__iter__": lambda self: iter(pairs)})()
+    run = Runner(Recorder())
+    with pytest.warns(UserWarning, match="the training loader has no length.* give the loader or its data set a __len__"):
+        fit_one_cycle(run, learn, 1, 0.1)
+    assert run.recorder.lrs[0] == pytest.approx([0.004] * 10)

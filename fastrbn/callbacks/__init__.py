@@ -16,7 +16,7 @@ from .params import ParamMagnitudes
 from .precision import MixedPrecision
 from .profiling import Profiler
 from .progress import ProgressCallback
-from .record import AvgStats, AvgStatsCallback, Recorder, accuracy
+from .record import AvgStats, AvgStatsCallback, EpochMetric, Recorder, accuracy
 from .schedule import (
     LR_Find,
     ParamScheduler,
@@ -43,6 +43,7 @@ __all__ = [
     "Distributed",
     "EMA",
     "EarlyStopping",
+    "EpochMetric",
     "GradientAccumulation",
     "GradientClip",
     "GraphHolder",

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+
 
 def batch_size(xb) -> int:
     """The number of samples; of several inputs (a tuple, list or dictionary) that of the first."""
     while isinstance(xb, (list, tuple, dict)):
         xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
     return len(xb)
+
+
+def reduction(loss_func) -> str | None:
+    """How a loss function reduces, "mean", "sum" or "none", by its attribute or its parameter `reduction` as PyTorch's
+    have; None when it does not say."""
+    said = getattr(loss_func, "reduction", None)
+    if not isinstance(said, str) and callable(loss_func):
+        try:
+            parameter = inspect.signature(loss_func).parameters.get("reduction")
+        except (TypeError, ValueError):  # some callables have no signature
+            return None
+        said = parameter.default if parameter is not None else None
+    return said if isinstance(said, str) else None
 
 
 def step_size(run) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 
 def looks(cb) -> dict:
     """Something for each public attribute that is another when the attribute has changed, without copies of data."""
     looks = {}
     for name, value in vars(cb).items():
-        if name.startswith("_") or name == "run":
+        if name.startswith("_") or name == "run" or isinstance(value, LRScheduler):  # those Callback.state_dict keeps
             continue
         if isinstance(value, (bool, int, float, str, type(None))):
             looks[name] = value

@@ -12,14 +12,15 @@ class Monitor:
     """Reads one column of `AvgStatsCallback.history` and compares.
 
     - `name`: a column such as `valid_loss` or `train_accuracy`; a metric's name alone means that of validation.
-    - `mode`: "min" or "max"; None: "min" for names that end in `loss`, "max" for `accuracy`, else it must be given.
+    - `mode`: "min" or "max"; None: "min" for names whose last word is `loss`, "max" for `accuracy`, else it must be given.
     - `owner`: whose setting it is, for the messages.
     """
 
     def __init__(self, name, mode, owner):
         if not isinstance(name, str):
             raise TypeError(f"{owner}: monitor is the name of an average such as 'valid_loss'; got {name!r}")
-        known = "min" if name.endswith("loss") else "max" if name.endswith("accuracy") else None
+        last = name.rstrip("_0123456789").rpartition("_")[2]  # whole words: inaccuracy should fall
+        known = {"loss": "min", "accuracy": "max"}.get(last)
         mode = known if mode is None else mode
         if mode not in MODES:
             raise ValueError(

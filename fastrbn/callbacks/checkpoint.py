@@ -8,14 +8,17 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastrbn import checkpoints
 from fastrbn.checkpoints import CheckpointError
 from fastrbn.files import write_whole
 from fastrbn.learn.callback import Callback
+from fastrbn.snapshot import plain_state_dict
 
 from ._batch import gradients_are_whole
 from ._changes import changed, looks
@@ -25,7 +28,8 @@ from ._monitor import Monitor
 class Checkpoint(Callback):
     """Saves all that a fit depends on, so that `run.fit(epochs, learn, resume=path)` goes on bit for bit.
 
-    - `path`: the folder; files in it are named `checkpoint-<number>-step-<steps done>.pt`.
+    - `path`: the folder, relative to where the program is when this is made; files in it are named
+      `checkpoint-<number>-step-<steps done>.pt`.
     - `every`: save after each `every`-th training step; None: after each epoch. The last epoch is always saved.
     - `keep`: this many of the newest files stay (default 2: should the disk damage one, there is the one before);
       None: all.
@@ -59,6 +63,7 @@ class Checkpoint(Callback):
     """
 
     _order = 1000  # when all others are done with the step
+    _needs_opt = ("param_groups", "state", "state_dict")
 
     def __init__(self, path, every=None, keep=2, monitor=None, mode=None, on_interrupt=True, overwrite=False):
         for name, value in (("every", every), ("keep", keep)):
@@ -66,7 +71,7 @@ class Checkpoint(Callback):
                 raise ValueError(f"{name} must be a whole number, 1 or more, or None; got {value!r}")
         if mode is not None and monitor is None:
             raise ValueError(f"mode={mode!r} says what is best of a monitored value: give monitor as well, or neither")
-        self.path, self.every, self.keep = Path(path), every, keep
+        self.path, self.every, self.keep = Path(path).absolute(), every, keep
         if self.path.is_file() or self.path.suffix in (".pt", ".pth", ".ckpt"):
             raise ValueError(f"Checkpoint needs a folder, its files get names by themselves; got the file {self.path}")
         self.monitor = None if monitor is None else Monitor(monitor, mode, "Checkpoint")
@@ -76,7 +81,7 @@ class Checkpoint(Callback):
 
     def _clear(self):
         self._failed, self._pending, self._asked, self._handler, self._watched = False, None, False, None, []
-        self._due = False
+        self._due = self._told = False
 
     @property
     def best_path(self) -> Path | None:
@@ -137,10 +142,10 @@ class Checkpoint(Callback):
             raise KeyboardInterrupt
 
     def state_dict(self):
-        return {"best": self.best, "best_name": self._best_name}
+        return {} if self.monitor is None else {"best": self.best, "best_name": self._best_name}
 
     def load_state_dict(self, state):
-        self.best, self._best_name = state["best"], state["best_name"]
+        self.best, self._best_name = state.get("best"), state.get("best_name")
 
     def _claim_folder(self):
         if self.path.is_file():
@@ -213,7 +218,17 @@ class Checkpoint(Callback):
                     file.unlink(missing_ok=True)
 
     def _tell_of_stateless(self):
-        """Warn, once a fit, of callbacks whose public attributes change and that no checkpoint holds."""
+        """Warn, once a fit, of what changes in the fit and no checkpoint holds: public attributes of callbacks, and torch
+        schedulers that no callback has as an attribute."""
+        if not self._told and any("initial_lr" in g for g in self.run.opt.param_groups):
+            held = any(isinstance(v, LRScheduler) for cb in self.run.cbs for v in vars(cb).values())
+            self._told = True
+            if not held:
+                warnings.warn(
+                    "a torch scheduler sets the rates of this optimiser, and the checkpoint does not hold its state: make "
+                    "it an attribute of a callback (self.sched = …), then it is saved and goes on in a resumed fit",
+                    stacklevel=2,
+                )
         found = [(cb, names) for cb, before in self._watched if (names := changed(before, looks(cb)))]
         if found:
             self._watched = []
@@ -240,33 +255,42 @@ class Checkpoint(Callback):
 class SaveBest(Callback):
     """Keeps the weights of the best epoch in one file: `model.load_state_dict(torch.load(path, weights_only=True))`.
 
-    - `path`: the file, written whole; folders that are missing are made. An old one stays until the first epoch ends.
+    - `path`: the file, written whole; folders that are missing are made. An old one stays until the first epoch ends. A
+      relative path is one from where the program is when this is made.
     - `monitor`: the name of an average such as "valid_loss" (default) or of a metric (that of validation).
     - `mode`: "min" or "max", whether it should fall or rise; needed unless its name ends in `loss` or `accuracy`.
 
-    `.best` is the best value so far, None before there is one, `.best_epoch` the number of its epoch, from 0. An epoch
-    of NaN is never the best. A file that cannot be written (OSError) ends the fit; the one before stays. To go on with
-    training, use `Checkpoint`.
+    `.best` is the best value so far, None before there is one, `.best_epoch` the number of its epoch in its fit, from 0.
+    Further fits of the same model count on: only a better epoch replaces the file, as long as it is there. With another
+    model, and in another process that does not resume, the search begins anew.
+
+    Under `EMA` the averages are saved, with validation and without. Of a model that `torch.compile` has wrapped, the
+    names are those of the model inside: load them into that one. An epoch of NaN is never the best. A file that cannot
+    be written (OSError) ends the fit; the one before stays. To go on with training, use `Checkpoint`.
     """
 
     _order = 20  # after the averages of the epoch are in the history
 
     def __init__(self, path="best.pt", monitor="valid_loss", mode=None):
-        self.path, self.monitor = Path(path), Monitor(monitor, mode, "SaveBest")
-        self.best = self.best_epoch = None
+        self.path, self.monitor = Path(path).absolute(), Monitor(monitor, mode, "SaveBest")
+        self.best = self.best_epoch = self._model = None
 
     def begin_fit(self):
         if self.path.is_dir():
             raise IsADirectoryError(f"SaveBest needs a file; got the folder {self.path}: add a name, best.pt")
-        self.best = self.best_epoch = None
+        model = self.run.learn.model
+        if self._model is None or self._model() is not model or not self.path.exists():
+            self.best, self.best_epoch, self._model = None, None, weakref.ref(model)
         self.monitor.begin(self.run)
 
     def after_epoch(self):
         value = self.monitor.value(self.run)
         if self.monitor.better(value, self.best):
             if _rank() == 0:
+                averaged = vars(self.run).get("averaged")  # EMA's
+                weights = plain_state_dict(self.run.learn.model) if averaged is None else averaged()
                 file = io.BytesIO()
-                torch.save({name: _on_host(v) for name, v in self.run.learn.model.state_dict().items()}, file)
+                torch.save({name: _on_host(v) for name, v in weights.items()}, file)
                 write_whole(self.path, file.getvalue())
             self.best, self.best_epoch = value, self.run.epoch
 
@@ -275,6 +299,9 @@ class SaveBest(Callback):
 
     def load_state_dict(self, state):
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_model": None}  # a copy is for another run
 
     def __repr__(self):
         return f"SaveBest({str(self.path)!r}, {self.monitor.name!r}, {self.monitor.mode!r})"

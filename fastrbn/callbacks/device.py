@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from fastrbn.learn.callback import Callback
 
 
 class CudaCallback(Callback):
-    """Moves model, optimiser state and batches to a device.
+    """Moves model, optimiser state, batches, and a loss function's parameters and buffers (class weights) to a device.
 
     - `device`: a name such as "cuda", "cuda:1", "mps", "cpu", or a `torch.device`; None: the best there is.
 
@@ -19,24 +20,33 @@ class CudaCallback(Callback):
     """
 
     _order = -2  # before whatever looks at parameters in begin_fit
+    _needs_opt = ("param_groups", "state")
+    _device = None
 
     def __init__(self, device=None):
         self.device = device
 
-    def begin_fit(self):
-        run = self.run
+    def _find_device(self):
         self._device = _existing(self.device)
         # batches may come over while the host goes on, but what goes to the host must be there when it is read
         self._non_blocking = self._device.type == "cuda"
-        before = list(run.model.parameters())
-        run.model.to(self._device)
-        _replace_params(run.opt, dict(zip(before, run.model.parameters())))
+
+    def begin_fit(self):
+        run = self.run
+        self._find_device()
+        for module in (run.model, run.loss_func):
+            if isinstance(module, nn.Module):
+                before = list(module.parameters())
+                module.to(self._device)
+                _replace_params(run.opt, dict(zip(before, module.parameters())))
         _move_state(run.opt)
         for loader in {id(dl): dl for dl in (run.data.train_dl, run.data.valid_dl)}.values():
             if callable(getattr(loader, "to", None)):
                 loader.to(self._device)
 
     def begin_batch(self):
+        if self._device is None:  # before any fit, as in the course's get_batch(dl, run)
+            self._find_device()
         run, device = self.run, self._device
         if not (isinstance(run.xb, torch.Tensor) and run.xb.device == device):
             run.xb = self._moved(run.xb)

@@ -17,7 +17,7 @@ from ._ranks import rank
 class CSVLogger(Callback):
     """Writes the history of `AvgStatsCallback` to a CSV file: a header, then a row for each epoch, the first being 0.
 
-    - `path`: the file; folders that are missing are made.
+    - `path`: the file, relative to where the program is when this is made; folders that are missing are made.
     - `append`: keep the rows that are in the file (their columns must be the same); else a fit writes it anew.
 
     The file is whole on disk after each epoch, whatever happens after. An empty cell: not measured.
@@ -26,7 +26,7 @@ class CSVLogger(Callback):
     _order = 10  # after the averages of the epoch are in the history
 
     def __init__(self, path="history.csv", append=False):
-        self.path, self.append = Path(path), append
+        self.path, self.append = Path(path).absolute(), append
 
     def begin_fit(self):
         self._stats = _averages(self.run)
@@ -95,11 +95,12 @@ class TensorBoardLogger(Callback):
     """
 
     _order = 10  # after the averages of the epoch are in the history
+    _needs_opt = ("param_groups", "lr")
 
     def __init__(self, path=None, every=10):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of steps, 1 or more; got {every!r}")
-        self.path, self.every = None if path is None else Path(path), every
+        self.path, self.every = None if path is None else Path(path).absolute(), every
         if self.path is not None and self.path.is_file():
             raise ValueError(f"TensorBoardLogger needs a folder; got the file {self.path}: take another name")
         self._clear()
@@ -115,7 +116,7 @@ class TensorBoardLogger(Callback):
     def begin_epoch(self):
         if self._make is not None and self._writer is None:
             # of a fit that is resumed, what was written after its checkpoint no longer counts
-            begin, path = self.run.n_iter, self.path or Path("tensorboard")
+            begin, path = self.run.n_iter, self.path or Path("tensorboard").absolute()
             self._writer = self._make(str(path), purge_step=begin if self.run.resumed_from else None)
 
     def after_loss(self):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import inspect
 
 import torch
-from torch import nn
 
 from fastrbn.learn.callback import Callback
+
+from ._batch import reduction as reduction_of
 
 _REMEMBERED = 32  # batches whose mixture is known: more than HaltOnNaN keeps to go through again
 
@@ -73,7 +73,7 @@ class MixUp(Callback):
         if not self.run.in_train:
             return self._whole(pred, yb)
         other, share = next((other, share) for own, other, share in self._mixed if own is yb)
-        losses, others = _by_sample(self._each(pred, yb), share), _by_sample(self._each(pred, other), share)
+        losses, others = (_by_sample(self._each(pred, y), share, self._reduction) for y in (yb, other))
         losses = torch.lerp(others, losses, share.to(losses.dtype))
         return losses.sum() if self._reduction == "sum" else losses.mean()
 
@@ -104,12 +104,12 @@ def _check(xb, yb):
 
 def _for_each_sample(loss_func):
     """The loss function without reduction, and how it reduces: "mean" or "sum"."""
-    reduction = None
-    if isinstance(loss_func, nn.Module) and isinstance(getattr(loss_func, "reduction", None), str):
-        each, reduction = copy.copy(loss_func), loss_func.reduction
+    reduction = reduction_of(loss_func)
+    if isinstance(getattr(loss_func, "reduction", None), str):
+        each = copy.copy(loss_func)
         each.reduction = "none"
-    elif (default := _default(loss_func, "reduction")) is not None:
-        each, reduction = functools.partial(loss_func, reduction="none"), default
+    else:
+        each = functools.partial(loss_func, reduction="none")
     if reduction not in ("mean", "sum"):
         name = getattr(loss_func, "__name__", None) or repr(loss_func)
         raise ValueError(
@@ -120,19 +120,13 @@ def _for_each_sample(loss_func):
     return each, reduction
 
 
-def _default(function, name):
-    try:
-        parameter = inspect.signature(function).parameters.get(name)
-    except (TypeError, ValueError):  # some callables have no signature
-        return None
-    return parameter.default if parameter is not None and isinstance(parameter.default, str) else None
-
-
-def _by_sample(losses, share):
-    """(N, *) as (N,): what a sample has more than one loss for (pixels) is their mean."""
+def _by_sample(losses, share, reduction):
+    """(N, *) as (N,): of a sample with more than one loss (pixels, labels) their mean or sum, as the loss reduces."""
     if losses.dim() == 0 or len(losses) != len(share):
         raise ValueError(
             f"MixUp asked the loss function for a loss for each of {len(share)} samples (reduction='none'); got shape "
             f"{tuple(losses.shape)}"
         )
-    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+    if losses.dim() == 1:
+        return losses
+    return losses.flatten(1).sum(1) if reduction == "sum" else losses.flatten(1).mean(1)

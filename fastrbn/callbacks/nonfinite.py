@@ -66,12 +66,14 @@ class HaltOnNaN(Callback):
     """
 
     _order = 90  # after whatever else changes loss and gradients
+    _needs_opt = ("param_groups", "lr", "state")
 
     def __init__(self, every=1, raise_error=False, path=None):
         if isinstance(every, bool) or not (isinstance(every, int) and every >= 1):
             raise ValueError(f"every must be a whole number, 1 or more; got {every!r}")
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"path must be a folder for the report; {path} is a file: take another name")
+        path = None if path is None else Path(path).absolute()  # also after a chdir
         self.every, self.raise_error, self.path, self.report = every, raise_error, path, None
         self._history = History()
         vars(self).update(_IDLE)

@@ -10,7 +10,7 @@ import torch
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelBatchException
 
-from ._batch import gradients, step_size
+from ._batch import gradients, reduction, step_size
 
 
 class GradientClip(Callback):
@@ -30,6 +30,7 @@ class GradientClip(Callback):
     """
 
     _order = 10  # after MixedPrecision has unscaled, before HaltOnNaN
+    _needs_opt = ("param_groups",)
 
     def __init__(self, max_norm=None, norm_type=2.0, value=None):
         if (max_norm is None) == (value is None):
@@ -51,7 +52,11 @@ class GradientClip(Callback):
     def after_backward(self):
         params = [p for group in self.run.opt.param_groups for p in group["params"]]
         if self.value is not None:
-            torch.nn.utils.clip_grad_value_(params, self.value)
+            for p in (p for p in params if p.grad is not None and p.grad.is_sparse):
+                p.grad = p.grad.coalesce()  # an element is the sum of its entries
+                p.grad.values().clamp_(-self.value, self.value)
+            dense = [p for p in params if p.grad is not None and not p.grad.is_sparse]
+            torch.nn.utils.clip_grad_value_(dense, self.value)
             return
         self.norm = torch.nn.utils.get_total_norm(gradients(self.run.opt), self.norm_type)
         norm = torch.nan_to_num(self.norm, nan=0.0, posinf=0.0)  # a norm of 0 clips nothing
@@ -67,9 +72,9 @@ class GradientAccumulation(Callback):
 
     - `n`: batches a step, 1 or more.
 
-    The step is that of one batch of all their samples, for a loss that is a mean over samples: each batch weighs as
-    its size, also where the last one is smaller. The batches that are left at the end of an epoch make a step of their
-    own. `run.loss` is each batch's own loss, as ever.
+    The step is that of one batch of all their samples: of a loss that is a mean over samples each batch weighs as its
+    size, also where the last one is smaller; batches of one that is a sum (`reduction="sum"`) are added. The batches
+    that are left at the end of an epoch make a step of their own. `run.loss` is each batch's own loss, as ever.
 
     `after_backward` and `after_step` come for whole groups only: the other batches are cancelled after their backward
     pass (`after_cancel_batch`, `after_batch`), and `n_iter` counts all of them. Where the training loader has no
@@ -83,6 +88,7 @@ class GradientAccumulation(Callback):
     """
 
     _order = -5  # before MixedPrecision unscales and others look at gradients that are not complete
+    _needs_opt = ("param_groups",)
 
     def __init__(self, n):
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -95,6 +101,7 @@ class GradientAccumulation(Callback):
 
     def begin_fit(self):
         self._clear()
+        self._summed = reduction(self.run.learn.loss_func) == "sum"
         self.run.claim(self, weigh=self._weigh)
 
     def begin_batch(self):
@@ -107,13 +114,15 @@ class GradientAccumulation(Callback):
             self._first = size
         self._count += 1
         self._samples += size
+        if self._summed:
+            return loss
         return loss / self.n if size == self._first else loss * (size / (self.n * self._first))
 
     def after_backward(self):
         if self._count < self.n and not self._closing and not self._is_last():
             raise CancelBatchException
         expected = self.n * self._first  # samples, as the weights so far have it
-        if self._samples != expected and (grads := gradients(self.run.opt)):
+        if not self._summed and self._samples != expected and (grads := gradients(self.run.opt)):
             torch._foreach_mul_(grads, expected / self._samples)
         self._clear()
 

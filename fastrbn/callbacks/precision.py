@@ -39,6 +39,7 @@ class MixedPrecision(Callback):
     """
 
     _order = -1  # the model is on its device; gradients are unscaled before others look at them
+    _needs_opt = ("param_groups",)
 
     def __init__(self, dtype="bf16", init_scale=2.0**16, growth_interval=2000):
         self.dtype = _dtype(dtype)

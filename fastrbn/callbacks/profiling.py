@@ -36,7 +36,7 @@ class Profiler(Callback):
         for name, value, least in (("steps", steps, 1), ("wait", wait, 0), ("warmup", warmup, 1), ("rows", rows, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Profiler: {name} is a whole number, {least} or more; got {value!r}")
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).absolute()  # also after a chdir
         if self.path is not None and (self.path.suffix not in _SUFFIXES or self.path.is_dir()):
             raise ValueError(f"Profiler writes a file whose name ends in .json or .json.gz; got {str(path)!r}")
         self.steps, self.wait, self.warmup, self.rows = steps, wait, warmup, rows

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import math
 import time
+import warnings
 
 import torch
 
 from fastrbn.learn.callback import Callback
 
+from . import _metrics
+from ._batch import batch_size, reduction
+from ._metrics import EpochMetric, accuracy
 from ._ranks import rank
+
+__all__ = ["AvgStats", "AvgStatsCallback", "EpochMetric", "Recorder", "accuracy"]
 
 _CHUNK = 64  # scalars kept one by one before they are joined on their device: more are slower, they leave the cache
 
@@ -62,6 +68,8 @@ class Recorder(Callback):
 
     Source: fast.ai course, part 2 (2019), notebooks 05 and 05b.
     """
+
+    _needs_opt = ("param_groups", "lr")
 
     def __init__(self):
         self._tape, self._lrs, self._lrs_on_device = _Tape(1), [], False
@@ -129,27 +137,15 @@ class Recorder(Callback):
         return self.lrs[pgid]
 
 
-def accuracy(out, yb):
-    """Share of rows of `out` (N, classes, *) whose largest entry is at the target `yb` (N, *): float scalar tensor.
-
-    Source: fast.ai course, part 2 (2019), notebook 03.
-    """
-    guess = out.argmax(dim=1)
-    if guess.shape != yb.shape:
-        raise ValueError(
-            f"accuracy needs a class for each row of the output; got an output of shape {tuple(out.shape)} and "
-            f"targets of shape {tuple(yb.shape)}"
-        )
-    return (guess == yb).mean(dtype=torch.float32)
-
-
 class AvgStats:
     """Averages of loss and metrics over a pass, each batch weighted by its size.
 
-    - `metrics`: a function `(pred, yb) -> scalar`, or a list of them.
-    - `in_train`: whether it is the training pass, for the text.
+    - `metrics`: a function `(pred, yb) -> scalar`, or an object that accumulates, with `update(pred, yb)`, `compute()`
+      and `reset()` (torchmetrics' are); or a list of them. See `AvgStatsCallback`.
+    - `in_train`: whether it is the training pass, for the text. A training pass has copies of objects that accumulate.
 
-    `.avg_stats` is `[loss, metric, …]` in floats, `.names` what they are, `.count` the number of samples.
+    `.avg_stats` is `[loss, metric, …]` in floats, `.names` what they are, `.count` the number of samples. The loss is
+    the mean over samples, also of a loss function that sums them (`reduction="sum"`).
 
     Source: fast.ai course, part 2 (2019), notebook 04.
     """
@@ -157,24 +153,33 @@ class AvgStats:
     def __init__(self, metrics=None, in_train=True):
         metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [] if metrics is None else [metrics]
         for m in metrics:
-            if not callable(m):
-                raise TypeError(f"a metric is a function of (pred, yb) such as accuracy; got {m!r}")
-        self.metrics, self.in_train = metrics, in_train
-        self.names = ["loss", *_unique([_metric_name(m) for m in metrics])]
+            _metrics.check(m)
+        self.metrics = [copy.deepcopy(m) if in_train and _metrics.accumulates(m) else m for m in metrics]
+        self.names, self.in_train = _metrics.column_names(metrics), in_train
+        self._objects = {n: m for n, m in zip(self.names[1:], self.metrics) if _metrics.accumulates(m)}
+        self._averaged = [n for n in self.names if n not in self._objects]
         self.reset()
 
     def reset(self) -> None:
-        self._sizes, self._tape = [], _Tape(len(self.names))
+        self._sizes, self._tape, self._computed, self._summed = [], _Tape(len(self._averaged)), None, False
+        for metric in self._objects.values():
+            metric.reset()
 
     def accumulate(self, run) -> None:
         """Take the run's current batch: `pred`, `yb` and `loss`."""
-        xb, row = run.xb, [run.loss.detach()]
+        xb, row, first = run.xb, [run.loss.detach()], not self._sizes
+        if first:
+            self._summed = reduction(getattr(vars(run).get("learn"), "loss_func", None)) == "sum"
         if self.metrics:
             pred, yb = run.pred, run.yb
             pred = pred.detach() if isinstance(pred, torch.Tensor) else pred
-            for i, metric in enumerate(self.metrics, 1):
-                row.append(_measure(metric, pred, yb, self.names[i]))
-        self._sizes.append(xb.shape[0] if isinstance(xb, torch.Tensor) else _batch_size(xb))
+            for name, metric in zip(self.names[1:], self.metrics):
+                if name in self._objects:
+                    _metrics.update(metric, pred, yb, name, first)
+                else:
+                    row.append(_metrics.measure(metric, pred, yb, name))
+        self._sizes.append(xb.shape[0] if isinstance(xb, torch.Tensor) else batch_size(xb))
+        self._computed = None
         self._tape.add(row)
 
     @property
@@ -184,7 +189,14 @@ class AvgStats:
     @property
     def all_stats(self) -> list[float]:
         """The sums that `avg_stats` divides by `count`."""
-        return [math.fsum(v * n for v, n in zip(column, self._sizes)) for column in self._tape.read()]
+        columns, count = dict(zip(self._averaged, self._tape.read())), self.count
+        sums = {n: math.fsum(v * size for v, size in zip(column, self._sizes)) for n, column in columns.items()}
+        if self._summed:
+            sums["loss"] = math.fsum(columns["loss"])
+        if self._computed is None:
+            self._computed = {n: _metrics.compute(m, n) for n, m in self._objects.items()} if count else {}
+        sums.update((n, value * count) for n, value in self._computed.items())
+        return [sums[n] for n in self.names] if count else [0.0] * len(self.names)
 
     @property
     def avg_stats(self) -> list[float]:
@@ -193,24 +205,43 @@ class AvgStats:
 
     def merge(self, gather) -> None:
         """Become the averages over several processes; `gather(numbers)` gives the numbers of each, a list a process.
-        Waits for the device."""
-        count, *sums = map(math.fsum, zip(*gather([self.count, *self.all_stats])))
-        if count:
-            averages = [torch.tensor([total / count], dtype=torch.float64) for total in sums]
-            self.load_state_dict({"names": self.names, "sizes": torch.tensor([int(count)]), "columns": averages})
+        What objects accumulate is averaged too, with a warning where the processes' values differ: one that merges by
+        itself (torchmetrics' do) has the same in each. Waits for the device."""
+        every = gather([self.count, *self.all_stats])
+        count, *sums = map(math.fsum, zip(*every))
+        if not count:
+            return
+        averages = {n: total / count for n, total in zip(self.names, sums)}
+        for i, name in enumerate(self.names, 1):
+            values = [numbers[i] / numbers[0] for numbers in every if numbers[0]]
+            if name in self._objects and not all(math.isclose(v, values[0], rel_tol=1e-6) for v in values):
+                warnings.warn(
+                    f"the metric '{name}' does not merge over processes: what is shown is the mean of theirs, which is "
+                    f"not the metric of all samples",
+                    stacklevel=2,
+                )
+        self._sizes, self._summed = [int(count)], False
+        self._computed = {n: averages[n] for n in self._objects}
+        self._tape.load_state_dict(
+            {"columns": [torch.tensor([averages[n]], dtype=torch.float64) for n in self._averaged]}
+        )
 
     def state_dict(self) -> dict:
-        """The values of each batch so far and its size. Waits for the device."""
-        return {"names": list(self.names), "sizes": torch.tensor(self._sizes), **self._tape.state_dict()}
+        """The values of each batch so far and its size, and what objects have accumulated. Waits for the device."""
+        objects = {name: _metrics.state(metric) for name, metric in self._objects.items()}
+        more = {"summed": self._summed, "objects": objects}
+        return {"names": list(self.names), "sizes": torch.tensor(self._sizes), **more, **self._tape.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`. ValueError where that measured other things."""
-        if state["names"] != self.names:
+        if state["names"] != self.names or len(state["columns"]) != len(self._averaged):
             raise ValueError(
                 f"averages can go on only with the same metrics; the saved ones are {', '.join(state['names'])}, here "
                 f"they are {', '.join(self.names)}: give the metrics of the first fit"
             )
-        self._sizes = state["sizes"].tolist()
+        self._sizes, self._summed, self._computed = state["sizes"].tolist(), state.get("summed", False), None
+        for name, saved in state.get("objects", {}).items():
+            _metrics.load_state(self._objects[name], saved)
         self._tape.load_state_dict(state)
 
     def __repr__(self):
@@ -222,9 +253,15 @@ class AvgStats:
 class AvgStatsCallback(Callback):
     """Averages loss and metrics over each pass, prints them after each epoch and keeps them.
 
-    - `metrics`: a function `(pred, yb) -> scalar`, or a list of them.
+    - `metrics`: one or a list. A function `(pred, yb) -> scalar` is averaged over batches, each weighted by its size:
+      right for a mean over samples such as `accuracy`, wrong for scores of a whole pass such as F1 or AUC. Those are
+      `EpochMetric(function)`, or an object with `update(pred, yb)`, `compute()` and `reset()`, such as torchmetrics':
+      reset before each pass, updated with each batch, computed after it. Validation has the object itself, training
+      a copy. A metric may not be named `loss`.
     - `.history`: for each epoch a dictionary with `epoch train_loss train_<metric> valid_loss valid_<metric> lr time`;
       `lr` is the last param group's, `time` the epoch's in seconds, None what was not measured (no validation).
+
+    The loss is the mean over samples, also of a loss function that sums them (`reduction="sum"`).
 
     Prints `train: [loss, metric…]` and `valid: […]` through `run.logger`; a logger with an attribute `table = True`
     (`ProgressCallback`'s) gets a header and rows, lists of strings. Values stay on the device until the epoch ends.
@@ -267,7 +304,7 @@ class AvgStatsCallback(Callback):
             values = stats.avg_stats or [None] * len(stats.names)
             row.update({f"{which}_{name}": value for name, value in zip(stats.names, values)})
         # the averages above waited for the device: only now is the epoch's work done
-        row.update(lr=float(run.opt.param_groups[-1]["lr"]), time=time.perf_counter() - self._start)
+        row.update(lr=_rate(run.opt), time=time.perf_counter() - self._start)
         self.history.append(row)
         if getattr(run.logger, "table", False):
             run.logger([_cell(k, v) for k, v in row.items() if k != "lr"])
@@ -293,32 +330,10 @@ class AvgStatsCallback(Callback):
         return f"AvgStatsCallback({', '.join(self.train_stats.names[1:])})"
 
 
-def _batch_size(xb) -> int:
-    while isinstance(xb, (list, tuple, dict)):  # several inputs: they are equally many
-        xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
-    return len(xb)
-
-
-def _metric_name(metric) -> str:
-    while isinstance(metric, functools.partial):
-        metric = metric.func
-    return getattr(metric, "__name__", type(metric).__name__).strip("<>")
-
-
-def _unique(names):
-    return [n if names.count(n) == 1 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
-
-
-def _measure(metric, pred, yb, name):
-    try:
-        value = metric(pred, yb)
-    except Exception as e:
-        raise RuntimeError(f"the metric '{name}' failed: {type(e).__name__}: {e}") from e
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    if value.numel() != 1:
-        raise ValueError(f"the metric '{name}' must return one number for a batch; got shape {tuple(value.shape)}")
-    return value.detach() if value.requires_grad else value
+def _rate(opt) -> float | None:
+    groups = getattr(opt, "param_groups", None)
+    last = groups[-1] if groups else None
+    return float(last["lr"]) if isinstance(last, dict) and "lr" in last else None
 
 
 def _cell(name, value) -> str:

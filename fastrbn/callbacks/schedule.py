@@ -6,6 +6,9 @@ import functools
 import inspect
 import itertools
 import math
+import warnings
+
+from torch import nn
 
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelEpochException, CancelTrainException
@@ -135,13 +138,14 @@ class ParamScheduler(Callback):
       kind, which have no momentum, "momentum" means the first of `betas`, which plays its part.
     - `sched_funcs`: a function of the position in the fit (0–1), or one for each param group.
 
-    The position moves with each batch; while the training loader has no length, only with each epoch. The last value
-    stays in the optimiser after the fit.
+    The position moves with each batch; while the training loader has no length, only with each epoch, which a warning
+    says. The last value stays in the optimiser after the fit.
 
     Source: fast.ai course, part 2 (2019), notebook 05.
     """
 
     _order = 1
+    _needs_opt = ("param_groups",)
 
     def __init__(self, pname, sched_funcs):
         self.pname, self.sched_funcs = pname, sched_funcs
@@ -153,7 +157,7 @@ class ParamScheduler(Callback):
                 )
 
     def begin_fit(self):
-        groups, funcs = self.run.opt.param_groups, self.sched_funcs
+        groups, funcs, self._told = self.run.opt.param_groups, self.sched_funcs, False
         self._funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs] * len(groups)
         if len(self._funcs) != len(groups):
             raise ValueError(
@@ -170,6 +174,13 @@ class ParamScheduler(Callback):
     def begin_batch(self):
         run = self.run
         if run.in_train:
+            if run.iters is None and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the training loader has no length, so schedules move only between epochs: this fit of {run.epochs} "
+                    f"has as many values of each, and never the last one; give the loader or its data set a __len__",
+                    stacklevel=2,
+                )
             pos = run.n_epochs / run.epochs
             for group, f in zip(run.opt.param_groups, self._funcs):
                 _set(group, self.pname, f(pos))
@@ -201,13 +212,16 @@ class LR_Find(Callback):
     The fit ends when the sweep is done, when the smoothed loss is above 10 times its best, or when the loss is not
     finite. There is no validation. After it `.lrs` and `.losses` hold a number for each step, `.suggestion` a rate
     (`.suggest(rule)` knows more rules than one), and model (parameters, buffers), optimiser and random states are bit
-    for bit those from before the fit, also after an error or Ctrl-C. Each step waits for the device, to read the loss.
+    for bit those from before the fit, also after an error or Ctrl-C; so are a loss function's parameters and buffers.
+    Each step waits for the device, to read the loss. A rate that another callback sets before the step is an error.
 
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, section 3.3; fast.ai course,
     part 2 (2019), notebook 05b.
     """
 
     _order = 1
+    _last = frozenset({"after_fit"})  # what others leave in the model at the end is taken back as well
+    _needs_opt = ("param_groups", "lr", "state")
 
     def __init__(self, max_iter=100, min_lr=1e-6, max_lr=10):
         if not (isinstance(max_iter, int) and max_iter >= 2 and 0 < min_lr < max_lr):
@@ -221,7 +235,8 @@ class LR_Find(Callback):
     def begin_fit(self):
         run = self.run
         self.lrs, self.losses, self._smooth, self._best = [], [], 0.0, math.inf
-        self._snapshot = Snapshot(run.model, run.opt, (run.data.train_dl, run.data.valid_dl))
+        modules = [m for m in (run.model, run.learn.loss_func) if isinstance(m, nn.Module)]
+        self._snapshot = Snapshot(modules, run.opt, (run.data.train_dl, run.data.valid_dl))
 
     def begin_batch(self):
         if self.run.in_train:
@@ -232,6 +247,7 @@ class LR_Find(Callback):
     def after_loss(self):
         if not self.run.in_train:
             return
+        self._check_rates()
         loss = self.run.loss.item()
         self.lrs.append(self._lr)
         self.losses.append(loss)
@@ -246,6 +262,14 @@ class LR_Find(Callback):
                 f"LR_Find ended after {n} steps: at lr {self._lr:.3g} the loss is over 10 times its best"
             )
         self._best = min(self._best, smooth)
+
+    def _check_rates(self):
+        for group in self.run.opt.param_groups:
+            if not math.isclose(float(group["lr"]), self._lr, rel_tol=1e-5):  # a rate in a tensor is rounded
+                raise RuntimeError(
+                    f"LR_Find sets the learning rate of each step; another callback has changed {self._lr:.3g} to "
+                    f"{float(group['lr']):.3g} before the step: leave out schedules of 'lr' while you look for a rate"
+                )
 
     def after_step(self):
         if len(self.lrs) >= self.max_iter:

@@ -1,7 +1,7 @@
 """Loaders in pairs: `get_dls` makes them, `DataBunch` holds them for the Learner."""
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from .batches import BatchLoader, Dataset, _check_bs
 
@@ -11,7 +11,8 @@ __all__ = ["DataBunch", "get_dls"]
 class DataBunch:
     """A training and a validation loader, and what a model must know of the data. (course: 04_callbacks)
 
-    train_dl, valid_dl: iterables of `(xb, yb)` with a `dataset`: BatchLoaders or torch DataLoaders.
+    train_dl, valid_dl: iterables of `(xb, yb)` with a `dataset`: BatchLoaders or torch DataLoaders, also of streams
+        (IterableDataset), of which nothing is read here.
     c: the number of classes; None takes it from the targets when they are integers in memory (the largest plus one,
         over both sets), else it stays None.
     c_in: the number of input channels; None takes it from the data: C of images (C, H, W), 1 of flat samples, else None.
@@ -43,6 +44,8 @@ def get_dls(train_ds, valid_ds, bs, seed=None, device=None, drop_last=False, nor
     Data sets that hold tensors, as `.x` and `.y` or in a TensorDataset of two, give `BatchLoader`s; others (and any
     whose items are not simply `x[i], y[i]`) give torch DataLoaders. Asking for a DataLoader's option gives DataLoaders.
 
+    A stream (IterableDataset) is not shuffled: it has its own order.
+
     seed: of the shuffling, None to draw one from torch's global generator.
     device: where tensors are kept; DataLoaders cannot move data, so only the CPU is allowed with them.
     drop_last: drop the last training batch when smaller; validation is always whole.
@@ -62,7 +65,8 @@ def get_dls(train_ds, valid_ds, bs, seed=None, device=None, drop_last=False, nor
         raise ValueError(f"torch DataLoaders ({_why(train, valid, kwargs)}) cannot keep data on {device}. "
                          "Leave device out and move batches with CudaCallback.")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return (DataLoader(train_ds, bs, shuffle=True, drop_last=drop_last, generator=generator, **kwargs),
+    shuffle = None if isinstance(train_ds, IterableDataset) else True
+    return (DataLoader(train_ds, bs, shuffle=shuffle, drop_last=drop_last, generator=generator, **kwargs),
             DataLoader(valid_ds, 2 * bs, **kwargs))
 
 
@@ -102,8 +106,11 @@ def _classes(*dls):
 
 def _channels(dl):
     ds = getattr(dl, "dataset", None)
-    if not hasattr(ds, "__getitem__") or not hasattr(ds, "__len__") or not len(ds):
+    if isinstance(ds, IterableDataset) or not hasattr(ds, "__getitem__") or not hasattr(ds, "__len__") or not len(ds):
         return None
-    item = ds[0]
+    try:
+        item = ds[0]
+    except (KeyError, TypeError, NotImplementedError):  # items have other keys than numbers
+        return None
     shape = getattr(item[0], "shape", None) if isinstance(item, (tuple, list)) and item else None
     return None if shape is None else {1: 1, 3: shape[0]}.get(len(shape))

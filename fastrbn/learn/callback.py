@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
+import weakref
+
+from torch.optim.lr_scheduler import LRScheduler
 
 from .events import EVENTS, nearest_event
 
@@ -12,6 +16,8 @@ RUN_STATE = frozenset(
     "learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger "
     "stop_reason resumed_from".split()
 )
+
+_VALIDATED = weakref.WeakSet()  # modules in evaluation mode because of a validation: training is their mode
 
 
 def camel2snake(name: str) -> str:
@@ -35,6 +41,7 @@ class Callback:
 
     _order = 0
     _last = frozenset()
+    _needs_opt = ()  # what the optimiser must have for this callback, of `optimiser.NEEDS`
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -96,13 +103,24 @@ class Callback:
 
     def state_dict(self) -> dict:
         """What the rest of the fit, or what is shown of it, depends on: tensors, numbers, strings, and lists, tuples
-        and dictionaries of these. Asked for between steps. Default: nothing; a resumed fit begins with a fresh
-        callback. Containers that go on changing are copied."""
-        return {}
+        and dictionaries of these. Asked for between steps. Default: the states of torch schedulers that are attributes
+        of the callback (`self.sched = CosineAnnealingLR(…)`); all else begins anew in a resumed fit. Containers that
+        go on changing are copied."""
+        return {name: _plain_counters(s.state_dict()) for name, s in vars(self).items() if isinstance(s, LRScheduler)}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` gave. Called in a resumed fit after `begin_fit`, and in the middle of an epoch
         again after `begin_epoch`; the run's `epoch` and `n_iter` follow."""
+        if type(self).state_dict is not Callback.state_dict:
+            return
+        for name, saved in state.items():
+            scheduler = vars(self).get(name)
+            if not isinstance(scheduler, LRScheduler):
+                raise ValueError(
+                    f"the checkpoint holds the state of the scheduler {type(self).__name__}.{name}, and there is none "
+                    f"here to take it over: make it in __init__ or begin_fit"
+                )
+            scheduler.load_state_dict(copy.deepcopy(saved))
 
     @property
     def name(self) -> str:
@@ -152,28 +170,57 @@ class Callback:
         return f"{type(self).__name__}()"
 
 
+def _plain_counters(value):
+    """MultiStepLR keeps its milestones in a Counter, which a checkpoint takes as a dictionary; it reads either."""
+    if isinstance(value, dict):
+        return {k: _plain_counters(v) for k, v in value.items()}
+    return [_plain_counters(v) for v in value] if isinstance(value, list) else value
+
+
 class TrainEvalCallback(Callback):
     """Puts the model into training or evaluation mode and counts: every Runner has one, in front.
 
-    `n_iter` numbers the training batches from 0 over the whole fit; `n_epochs` is the share of the fit behind us in
-    epochs (0.25: a quarter of the first one), which schedules read.
+    `n_iter` numbers the training batches from 0 over the whole fit; `n_epochs` is the number of epochs completed so
+    far, fractional (0.25: a quarter of the first one), which schedules read. An epoch counts as one however many
+    batches a loader gives beyond its length.
+
+    Modules that were put into evaluation mode before the fit, while the model as a whole is in training mode, stay in
+    it: `model.train(); model.norm.eval()` freezes a norm's statistics, also for later fits, until `model.norm.train()`
+    or `model.train()`. The evaluation mode that validation leaves behind does not count, and a model that is in
+    evaluation mode as a whole trains as a whole.
     """
 
     def begin_fit(self):
-        self.run.n_iter, self.run.n_epochs = 0, 0.0
+        run = self.run
+        run.n_iter, run.n_epochs = 0, 0.0
+        modules = list(run.model.modules())
+        _VALIDATED.difference_update([m for m in modules if m.training])
+        trains = run.model.training or run.model in _VALIDATED
+        self._staying = [m for m in modules if trains and not m.training and m not in _VALIDATED]
 
     def begin_epoch(self):
         run = self.run
         run.in_train, run.n_epochs = True, float(run.epoch)
         run.model.train()
+        staying = set(self._staying)
+        for m in self._staying:
+            if staying.issuperset(m.modules()):
+                m.eval()
+            else:
+                m.training = False
 
     def after_batch(self):
         run = self.run
         if run.in_train:
             run.n_iter += 1
             if run.iters:
-                run.n_epochs = run.epoch + (run.iter + 1) / run.iters
+                run.n_epochs = run.epoch + min((run.iter + 1) / run.iters, 1.0)
 
     def begin_validate(self):
-        self.run.in_train = False
-        self.run.model.eval()
+        run = self.run
+        run.in_train = False
+        _VALIDATED.update(m for m in run.model.modules() if m.training)
+        run.model.eval()
+
+    def __getstate__(self):
+        return {k: v for k, v in super().__getstate__().items() if k != "_staying"}

@@ -16,6 +16,7 @@ class Learner:
     """
 
     def __init__(self, model, opt, loss_func, data):
+        check_instances(model, opt, loss_func)
         self.model, self.opt, self.loss_func, self.data = model, opt, loss_func, data
 
     def summary(self, xb=None):
@@ -31,3 +32,14 @@ class Learner:
     def __repr__(self):
         loss = getattr(self.loss_func, "__name__", type(self.loss_func).__name__)
         return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss})"
+
+
+def check_instances(model, opt, loss_func) -> None:
+    """TypeError for a class in place of what it makes: calling it would give a module and not a loss."""
+    examples = {"model": "{}(…)", "opt": "{}(model.parameters(), lr=0.1)", "loss_func": "{}()"}
+    for (name, example), value in zip(examples.items(), (model, opt, loss_func)):
+        if isinstance(value, type):
+            raise TypeError(
+                f"{name} must be an instance; got the class {value.__name__}: write "
+                f"{name}={example.format(value.__name__)}"
+            )

@@ -10,10 +10,11 @@ import itertools
 import warnings
 
 import torch
+from torch import nn
 
 from fastrbn import checkpoints
 from fastrbn.checkpoints import CheckpointError
-from fastrbn.snapshot import RandomState
+from fastrbn.snapshot import RandomState, load_plain_state_dict, plain_name, plain_state_dict
 
 from .callback import Callback
 
@@ -24,8 +25,7 @@ def collect(run, phase: str) -> dict:
     """The state of `run`. Tensors in it are the model's own, not copies. `phase`: see `Runner.state_dict`."""
     if phase not in PHASES:
         raise ValueError(f"phase is one of {', '.join(PHASES)}; got {phase!r}")
-    model, opt, loaders = run.learn.model, run.learn.opt, _loaders(run)
-    weights = model.state_dict()
+    opt, loaders = run.learn.opt, _loaders(run)
     position = {
         "phase": phase,
         "epoch": run.epoch,
@@ -41,11 +41,9 @@ def collect(run, phase: str) -> dict:
         position["before_pass"] = run._before_pass
     return {
         "position": position,
-        "model": weights,
-        "buffers": {name: b for name, b in model.named_buffers() if name not in weights},
-        "switches": {f"{n}.{k}": v for n, m in model.named_modules() for k, v in _switches(m)},
-        "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
-        "grads": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},  # accumulated so far
+        **_module_state(run.learn.model),
+        "loss": _module_state(loss) if (loss := loss_module(run.learn)) is not None else {},
+        "opt_class": type(opt).__name__,
         "opt": opt.state_dict(),
         "callbacks": {
             name: {"class": type(cb).__name__, "state": cb.state_dict()} for name, cb in _callbacks(run).items()
@@ -58,8 +56,9 @@ def find(path, run):
     """`(file, state)` of the checkpoint at `path` for `run.learn`; CheckpointError when there is none that fits."""
 
     def check(state):
-        _check_model(run.learn.model, state["model"])
-        _check_opt(run.learn.opt, state["opt"])
+        _check_module(run.learn.model, state["model"], "model")
+        _check_loss(loss_module(run.learn), state.get("loss"))
+        _check_opt(run.learn.opt, state["opt"], state.get("opt_class"))
 
     file, state = checkpoints.find(path, check)
     place = state["position"]
@@ -74,8 +73,10 @@ def find(path, run):
 
 def restore(run, state) -> int:
     """Put `state` into `run` and all that it holds; returns the first epoch to run."""
-    model, place = run.learn.model, state["position"]
-    _restore_model(model, state)
+    place = state["position"]
+    _restore_module(run.learn.model, state)
+    if state.get("loss"):
+        _restore_module(run.learn.loss_func, state["loss"])
     _restore_opt(run.learn.opt, state["opt"])
     for name, cb in _callbacks(run).items():
         saved = state["callbacks"].get(name)
@@ -176,17 +177,49 @@ def _tell_of_callbacks(run, saved) -> None:
 
 
 def has_state(cb) -> bool:
-    """Whether the callback's class defines `state_dict`."""
-    return type(cb).state_dict is not Callback.state_dict
+    """Whether the callback's class defines `state_dict`, or the callback has something that the default one keeps."""
+    return type(cb).state_dict is not Callback.state_dict or bool(cb.state_dict())
+
+
+def loss_module(learn) -> nn.Module | None:
+    """The loss function of `learn` if it has parameters or buffers, such as class weights or a learned temperature."""
+    loss = learn.loss_func
+    if isinstance(loss, nn.Module) and next(itertools.chain(loss.parameters(), loss.buffers()), None) is not None:
+        return loss
+    return None
+
+
+def _module_state(module) -> dict:
+    """What training changes in a module, under the names that it has without torch.compile."""
+    weights = plain_state_dict(module)
+    named = [(plain_name(name), p) for name, p in module.named_parameters()]
+    return {
+        "model": weights,
+        "buffers": {name: b for n, b in module.named_buffers() if (name := plain_name(n)) not in weights},
+        "switches": {f"{plain_name(n)}.{k}": v for n, m in module.named_modules() for k, v in _switches(m)},
+        "frozen": [name for name, p in named if not p.requires_grad],
+        "grads": {name: p.grad for name, p in named if p.grad is not None},  # accumulated so far
+    }
 
 
 def _switches(module):
     return ((k, v) for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_"))
 
 
-def _check_model(model, saved) -> None:
-    """CheckpointError that names what differs first between the model and the state_dict `saved`."""
-    here = model.state_dict()
+def _check_loss(loss, saved) -> None:
+    if saved is None:  # a file from before loss functions were saved
+        if loss is not None and next(loss.parameters(), None) is not None:
+            warnings.warn(
+                f"the checkpoint has no parameters of the loss function {type(loss).__name__}: they begin anew",
+                stacklevel=6,
+            )
+        return
+    _check_module(nn.Module() if loss is None else loss, saved.get("model", {}), "loss function")
+
+
+def _check_module(module, saved, what) -> None:
+    """CheckpointError that names what differs first between the module and the state_dict `saved`."""
+    here, saved = plain_state_dict(module), {plain_name(name): value for name, value in saved.items()}
     wrong = []
     for name in {**saved, **here}:
         a, b = (_shape(state[name]) if name in state else "nothing" for state in (saved, here))
@@ -195,7 +228,7 @@ def _check_model(model, saved) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"the checkpoint is of another model: {', '.join(wrong[:3])}{more}; make the model as it was made then"
+            f"the checkpoint is of another {what}: {', '.join(wrong[:3])}{more}; make the {what} as it was made then"
         )
 
 
@@ -205,41 +238,53 @@ def _shape(value) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-def _check_opt(opt, saved) -> None:
+def _check_opt(opt, saved, saved_class) -> None:
     here, there = ([len(g["params"]) for g in groups] for groups in (opt.param_groups, saved["param_groups"]))
     if here != there:
         raise CheckpointError(
             f"the checkpoint is of another optimiser: it has param groups of {there} parameters, {type(opt).__name__} "
             f"has {here}; make the optimiser as it was made then"
         )
-    for now, then in zip(opt.param_groups, saved["param_groups"]):
-        if missing := sorted(set(then) ^ set(now)):
-            raise CheckpointError(
-                f"the checkpoint is of another optimiser than {type(opt).__name__}: only one of them has "
-                f"{', '.join(missing)}; make the optimiser as it was made then"
-            )
+    # a group may have more than its optimiser puts there (labels, a scheduler's initial_lr), and a newer torch more than
+    # an older one; a file that does not name its optimiser is of another one if each has settings that the other lacks
+    why = saved_class if saved_class != type(opt).__name__ else None
+    if saved_class is None:
+        there, here = ({k for g in groups for k in g} for groups in (saved["param_groups"], opt.param_groups))
+        missing = set(getattr(opt, "defaults", {})) - there
+        why = f"only one of them has {', '.join(sorted(missing | there - here))}" if missing and there - here else None
+    if why is not None:
+        raise CheckpointError(
+            f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was made "
+            f"then"
+        )
 
 
 @torch.no_grad()
-def _restore_model(model, state) -> None:
-    model.load_state_dict(state["model"])
+def _restore_module(root, state) -> None:
+    load_plain_state_dict(root, state["model"])
+    modules = {plain_name(name): m for name, m in root.named_modules()}
     for name, saved in state["buffers"].items():
-        module, _, own = name.rpartition(".")
-        owner = model.get_submodule(module)
-        now = owner._buffers.get(own)
-        owner._buffers[own] = saved.clone() if now is None else saved.to(now.device, copy=True)
-    for name, module in model.named_modules():
+        module, _, own = plain_name(name).rpartition(".")
+        buffers = modules[module]._buffers
+        now = buffers.get(own)
+        buffers[own] = saved.clone() if now is None else saved.to(now.device, copy=True)
+    switches = {plain_name(name): value for name, value in state["switches"].items()}
+    for name, module in root.named_modules():
         for attr, _ in list(_switches(module)):
-            if f"{name}.{attr}" in state["switches"]:
-                setattr(module, attr, state["switches"][f"{name}.{attr}"])
-    for name, p in model.named_parameters():
-        p.requires_grad_(name not in state["frozen"])
-        saved = state["grads"].get(name)
+            if (key := f"{plain_name(name)}.{attr}") in switches:
+                setattr(module, attr, switches[key])
+    frozen = set(map(plain_name, state["frozen"]))
+    grads = {plain_name(name): grad for name, grad in state["grads"].items()}
+    for name, p in root.named_parameters():
+        p.requires_grad_(plain_name(name) not in frozen)
+        saved = grads.get(plain_name(name))
         p.grad = None if saved is None else saved.to(p.device, copy=True)
 
 
 def _restore_opt(opt, saved) -> None:
     tensors = [{k: v for k, v in g.items() if isinstance(v, torch.Tensor)} for g in opt.param_groups]
+    both = zip(opt.param_groups, saved["param_groups"])
+    saved = {**saved, "param_groups": [{**now, **then} for now, then in both]}  # what only this one has stays
     opt.load_state_dict(saved)
     for group, kept in zip(opt.param_groups, tensors):
         for name, value in kept.items():  # a compiled or captured optimiser keeps its rate in this very tensor

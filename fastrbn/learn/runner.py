@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import sys
 import traceback
+import warnings
 
 import torch
 
+from . import optimiser
 from . import resume as resuming
 from .callback import RUN_STATE, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
+from .learner import check_instances
 from .parts import Parts
 
 _CANCEL = {"batch": CancelBatchException, "epoch": CancelEpochException, "train": CancelTrainException}
@@ -28,8 +31,8 @@ class Runner:
     - `stop_reason`: None after a fit that ran to its end, else a sentence.
     - `resumed_from`: the checkpoint that the fit goes on from, None if it begins anew.
 
-    Source: fast.ai course, part 2 (2019), notebooks 04 and 09b. Unlike there, a handler's return value means nothing:
-    what a callback wants to stop, it stops by a `Cancel…Exception`.
+    Source: fast.ai course, part 2 (2019), notebooks 04 and 09b. Unlike in 04, `return True` from a handler and
+    `run.stop = True` end nothing (a warning says so): what a callback wants to stop, it stops by a `Cancel…Exception`.
     """
 
     def __init__(self, cbs=None, cb_funcs=None):
@@ -112,11 +115,13 @@ class Runner:
             self._cancelled("train")
 
     def _all_batches(self, begin: str, dl) -> None:
-        self.dl, self.iters, self.iter = dl, _length(dl), None
+        self.dl, self.iters, self.iter, own = dl, _length(dl), None, vars(self)
         try:
             self._outside_batch(begin)
             for self.iter, batch in resuming.batches(self, dl):
                 self._one_batch(batch)
+                if "stop" in own and own["stop"] is True:
+                    self._tell_of_stop("run.stop = True")
         except CancelEpochException:
             self._cancelled("epoch")
 
@@ -174,12 +179,24 @@ class Runner:
         """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""
         try:
             for handler in self._handlers[event]:
-                handler()
+                if handler() is True:
+                    owner = getattr(handler, "__self__", handler)
+                    self._tell_of_stop(f"return True in {type(owner).__name__}.{event}")
         except CancelTrainException as e:
             if self.stop_reason is None:
                 owner = getattr(handler, "__self__", handler)  # a function set on an instance has no owner
                 self.stop_reason = str(e) or f"cancelled by {type(owner).__name__} in {event}"
             raise
+
+    def _tell_of_stop(self, how) -> None:
+        """Warn, once a fit, of the ways in which other loops are ended."""
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{how} ends nothing: to end the fit a callback raises CancelTrainException, to end the epoch "
+                f"CancelEpochException, to leave the batch CancelBatchException",
+                stacklevel=2,
+            )
 
     # A cancel of something that is not under way has its after_cancel event, and the fit goes on.
 
@@ -215,7 +232,10 @@ class Runner:
                 f"fit needs a Learner (it has model, opt, loss_func and data); got {type(learn).__name__} without "
                 f"{', '.join(missing)}: write run.fit(epochs, learn)"
             )
-        self.epochs, self.learn, self.stop_reason = epochs, learn, None
+        check_instances(learn.model, learn.opt, learn.loss_func)
+        loop = {"the loop": ("step", "zero_grad")}
+        optimiser.check(learn.opt, {**loop, **{type(cb).__name__: cb._needs_opt for cb in self.cbs}})
+        self.epochs, self.learn, self.stop_reason, self._told = epochs, learn, None, False
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
         self.epoch, self.iter, self.iters, self.dl, self.n_iter, self.n_epochs = 0, None, None, None, 0, 0.0
         self.xb = self.yb = self.pred = self._before_pass = None
@@ -238,7 +258,7 @@ class Runner:
                 self._last_call(handler)
             except BaseException as e:
                 failures.append(e)
-        self._fitting = False
+        self._fitting = self.in_train = False
         self.__dict__.update(self._borrowed)
         self._parts.reset()
         for name in ("pred", "loss"):  # the last batch's graph is not kept
@@ -325,11 +345,16 @@ def _length(dl) -> int | None:
 
 
 def _pair(batch):
-    try:
-        xb, yb = batch
-    except (TypeError, ValueError):
-        shape = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
-        raise TypeError(
-            f"a loader must yield pairs (xb, yb); got {type(batch).__name__}{shape}: wrap the data set or the loader"
-        ) from None
-    return xb, yb
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch
+    advice = "wrap the loader, or give a DataLoader a collate_fn that returns a pair"
+    if isinstance(batch, torch.Tensor):
+        got = f"a tensor of shape {tuple(batch.shape)}"
+    elif isinstance(batch, dict):
+        names = list(batch)
+        got = f"a dictionary with {', '.join(map(repr, names))}"
+        if len(names) > 1:
+            advice += f", such as (batch[{names[0]!r}], batch[{names[1]!r}])"
+    else:
+        got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
+    raise TypeError(f"a loader must yield pairs (xb, yb), tuples or lists of two; got {got}: {advice}")

@@ -251,6 +251,7 @@ def test_what_only_watches_changes_nothing(cls, make_learn):
 
 
 @every_callback
+@pytest.mark.filterwarnings("ignore:the training loader has no length:UserWarning")
 def test_it_works_without_validation_without_length_and_without_batches(cls, make_learn):
     learn = make_learn(n_valid=0)
     pairs = learn.data.train_dl
@@ -265,3 +266,23 @@ def test_training_with_all_of_them_draws_nothing(make_learn):
     fit(run, 2, make_learn())
     assert run.stop_reason is None
     assert ("matplotlib" in sys.modules) == before
+
+
+def get_batch(dl, run):
+    """As in the course's notebook 06."""
+    run.xb, run.yb = next(iter(dl))
+    for cb in run.cbs:
+        cb.set_runner(run)
+    run("begin_batch")
+    return run.xb, run.yb
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("cls", [cls for cls in MAKERS if cls is not HaltOnNaN], ids=lambda c: c.__name__)
+def test_a_batch_can_be_had_outside_a_fit(cls, when, make_learn):
+    run, learn = make_run(cls), make_learn(n_valid=0)
+    if when == "after":
+        fit(run, 1, learn)
+    xb, yb = learn.data.train_dl[0]
+    got = get_batch(learn.data.train_dl, run)
+    assert torch.equal(got[0], xb * 2 if cls is BatchTransformXCallback else xb) and got[1] is yb

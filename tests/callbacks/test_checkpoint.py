@@ -161,6 +161,7 @@ def whole(tmp_path):
 # --- going on
 
 
+@pytest.mark.filterwarnings("ignore:the training loader has no length:UserWarning")
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_fit_resumed_from_any_checkpoint_ends_as_the_one_never_stopped(loader, tmp_path):
     run, learn = make_run(tmp_path, monitor="valid_loss"), make_learn(loader)
@@ -468,7 +469,7 @@ def test_another_model_is_an_error_that_names_what_differs_first(whole, tmp_path
 
 
 def test_another_optimiser_batch_size_or_end_is_an_error(whole, tmp_path):
-    with pytest.raises(CheckpointError, match="another optimiser than SGD: only one of them has amsgrad, betas"):
+    with pytest.raises(CheckpointError, match="another optimiser than SGD: Adam; make"):
         make_run(tmp_path).fit(2, make_learn(opt=torch.optim.SGD), resume=whole)
     with pytest.raises(CheckpointError, match="stands in epoch 1 .*beyond the end of a fit of 1.*that fit had 2"):
         make_run(tmp_path).fit(1, make_learn(), resume=whole)
@@ -527,3 +528,138 @@ def test_state_that_is_more_than_plain_data_is_an_error_that_names_its_place(tmp
     with pytest.raises(TypeError, match=r"callbacks.odd.state.seen\[1\] is a builtins.set"):
         make_run(tmp_path, Odd()).fit(1, make_learn())
     assert files(tmp_path / "c") == []
+
+
+# --- schedulers and loss functions of PyTorch
+
+
+class Scheduled(Callback):
+    """A torch scheduler as users attach one, an epoch a step."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def begin_fit(self):
+        self.sched, self.rates = self.make(self.run.opt), []
+
+    def begin_epoch(self):
+        self.rates.append(self.run.opt.param_groups[0]["lr"])
+
+    def after_epoch(self):
+        self.sched.step()
+
+
+def multi_step_after_warmup(opt):
+    sched = torch.optim.lr_scheduler
+    parts = [sched.ConstantLR(opt, 0.5, 1), sched.MultiStepLR(opt, [1, 2], gamma=0.1)]
+    return sched.SequentialLR(opt, parts, milestones=[1])
+
+
+SCHEDULERS = {
+    "cosine": (lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 4), [0.01, 0.008536, 0.005, 0.001464]),
+    "milestones": (multi_step_after_warmup, [0.005, 0.01, 0.001, 0.0001]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint does not hold what these callbacks change:UserWarning")
+@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_that_a_callback_holds_goes_on(name, every, tmp_path):
+    make, rates = SCHEDULERS[name]
+    whole = Runner(Scheduled(make))
+    whole.fit(4, make_learn(opt=torch.optim.SGD))
+    assert whole.scheduled.rates == pytest.approx(rates, rel=1e-3)
+    Runner([Scheduled(make), Checkpoint(tmp_path, every=every)]).fit(2, make_learn(opt=torch.optim.SGD))
+    rest = Runner([Scheduled(make), Checkpoint(tmp_path, every=every)])
+    rest.fit(4, make_learn(opt=torch.optim.SGD), resume=tmp_path)
+    assert rest.scheduled.rates == whole.scheduled.rates[2:]
+
+
+def test_a_scheduler_that_no_callback_holds_is_told(tmp_path):
+    learn = make_learn()
+    kept = [torch.optim.lr_scheduler.ConstantLR(learn.opt)]
+    with pytest.warns(UserWarning, match="a torch scheduler sets the rates .* make it an attribute of a callback"):
+        Runner(Checkpoint(tmp_path)).fit(2, learn)
+    assert kept
+
+
+def test_a_scheduler_that_is_made_too_late_to_take_over_its_state_is_an_error(tmp_path):
+    class Late(Callback):
+        def begin_batch(self):
+            if self.run.in_train and "sched" not in vars(self):
+                self.sched = torch.optim.lr_scheduler.ConstantLR(self.run.opt)
+
+    Runner([Late(), Checkpoint(tmp_path)]).fit(1, make_learn())
+    with pytest.raises(ValueError, match="the scheduler Late.sched, and there is none here .* in __init__ or begin_fit"):
+        Runner([Late()]).fit(2, make_learn(), resume=tmp_path)
+
+
+def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp_path):
+    def labelled(params, lr):
+        return torch.optim.Adam([{"params": list(params), "label": "body"}], lr=lr)
+
+    Runner(Checkpoint(tmp_path / "c")).fit(1, make_learn(opt=labelled))
+    (file,) = (tmp_path / "c").iterdir()
+    state = torch.load(file, weights_only=True)
+    group = state["opt"]["param_groups"][0]
+    assert group.pop("label") == "body" and group.pop("decoupled_weight_decay") is False
+    group["lr"] = 0.125
+    for known in (True, False):  # without: a file from before the name of the optimiser was kept
+        learn = make_learn(opt=labelled)
+        torch.save(state, tmp_path / "old.pt")
+        Runner().fit(1, learn, resume=tmp_path / "old.pt")
+        now = learn.opt.param_groups[0]
+        assert (now["label"], now["decoupled_weight_decay"], now["lr"]) == ("body", False, 0.125)
+        if known:
+            del state["opt_class"]
+    with pytest.raises(CheckpointError, match="another optimiser than SGD: only one of them has amsgrad, betas"):
+        Runner().fit(1, make_learn(opt=torch.optim.SGD), resume=tmp_path / "old.pt")
+
+
+class Tempered(nn.Module):
+    """A loss with a learned temperature, class weights and a buffer that no state_dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("weights", torch.tensor([1.0, 2.0, 3.0]))
+        self.register_buffer("calls", torch.tensor(0.0), persistent=False)
+
+    def forward(self, pred, yb):
+        self.calls += self.training
+        return F.cross_entropy(pred * self.temperature, yb, self.weights)
+
+
+def tempered_learn():
+    learn = make_learn()
+    learn.loss_func = Tempered()
+    learn.opt.add_param_group({"params": list(learn.loss_func.parameters())})
+    return learn
+
+
+def test_a_loss_function_with_parameters_goes_on_with_them(tmp_path):
+    whole, learn = tempered_learn(), tempered_learn()
+    Runner().fit(3, whole)
+    assert whole.loss_func.temperature.item() != 1.0
+    Runner(Checkpoint(tmp_path, every=4)).fit(2, tempered_learn())
+    Runner().fit(3, learn, resume=tmp_path)
+    check_same(dict(learn.loss_func.named_parameters()), dict(whole.loss_func.named_parameters()))
+    check_same(learn.loss_func.calls, whole.loss_func.calls)
+    with pytest.raises(CheckpointError, match=r"another loss function: temperature \(float32 \[\] there, nothing here\)"):
+        learn = tempered_learn()
+        learn.loss_func = F.cross_entropy
+        Runner().fit(3, learn, resume=tmp_path)
+
+
+def test_a_model_that_the_user_compiled_has_plain_names_in_the_file(tmp_path):
+    def compiled(learn):
+        learn.model = torch.compile(learn.model, backend="eager")
+        return learn
+
+    Runner(Checkpoint(tmp_path)).fit(1, compiled(make_learn()))
+    (file,) = tmp_path.iterdir()
+    saved = torch.load(file, weights_only=True)["model"]
+    assert list(saved) == list(make_learn().model.state_dict())
+    for learn in (compiled(make_learn()), make_learn()):
+        Runner().fit(1, learn, resume=tmp_path)
+        check_same([p.detach() for p in learn.model.parameters()], [saved[n] for n, _ in make_model().named_parameters()])

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from fastrbn import checkpoints
-from fastrbn.callbacks import AvgStatsCallback, Checkpoint, CheckpointError, SaveBest, accuracy
+from fastrbn.callbacks import (
+    EMA,
+    AvgStatsCallback,
+    Checkpoint,
+    CheckpointError,
+    CSVLogger,
+    HaltOnNaN,
+    Profiler,
+    SaveBest,
+    accuracy,
+)
 from fastrbn.learn import Callback, CancelTrainException, Runner
 
 
@@ -354,3 +364,60 @@ def test_the_best_so_far_goes_on_through_a_resume(make_learn, tmp_path):
 def test_a_folder_in_place_of_its_file_is_an_error(make_learn, tmp_path):
     with pytest.raises(IsADirectoryError, match=r"add a name, best.pt"):
         save_best(tmp_path, [1.0], 1, make_learn)
+
+
+def test_a_further_fit_of_the_model_replaces_the_file_only_by_a_better_epoch(make_learn, tmp_path):
+    path = tmp_path / "best.pt"
+    losses = [3.0, 1.0]
+    run, seen = save_best(path, losses, 2, make_learn)
+    best = path.read_bytes()
+    losses[:] = [2.0, 1.5]
+    run.fit(2)
+    assert path.read_bytes() == best and (run.save_best.best, run.save_best.best_epoch) == (1.0, 1)
+    losses[:] = [0.5, 2.0]
+    run.fit(2)
+    assert torch.equal(torch.load(path, weights_only=True)["0.weight"], seen[4]["0.weight"])
+    assert (run.save_best.best, run.save_best.best_epoch) == (0.5, 0)
+    losses[:] = [4.0, 5.0]
+    path.unlink()
+    run.fit(2)
+    assert path.exists() and run.save_best.best == 4.0, "the file was taken away: there is none to keep"
+    losses[:] = [6.0, 7.0]
+    run.fit(2, make_learn())
+    assert run.save_best.best == 6.0, "another model begins anew"
+
+
+def test_the_file_of_a_compiled_model_loads_into_the_plain_one(make_learn, tmp_path):
+    learn = make_learn()
+    learn.model = torch.compile(learn.model, backend="eager")
+    run = Runner([SaveBest(tmp_path / "best.pt"), AvgStatsCallback(), EMA()])
+    run.logger = lambda line: None
+    run.fit(1, learn)
+    plain = make_learn().model
+    plain.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True))
+    assert all(torch.equal(p, run.ema.weights[name]) for name, p in plain.named_parameters())
+    run.ema.put()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), learn.model.parameters()))
+
+
+def test_averages_are_saved_without_validation_too(make_learn, tmp_path):
+    run = Runner([SaveBest(tmp_path / "best.pt", "train_loss"), AvgStatsCallback(), EMA()])
+    run.logger = lambda line: None
+    run.fit(1, make_learn(n_valid=0))
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in run.ema.weights.items())
+    assert not torch.equal(saved["0.weight"], run.learn.model[0].weight)
+
+
+def test_a_relative_path_is_one_from_where_it_was_given(make_learn, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cbs = [SaveBest("best.pt"), Checkpoint("c"), CSVLogger("history.csv"), Profiler("trace.json", 1, 0, 1)]
+    halts = HaltOnNaN(path="report")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert halts.path == tmp_path / "report"
+    run = Runner([AvgStatsCallback(), *cbs])
+    run.logger = lambda line: None
+    run.fit(1, make_learn())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "c", "elsewhere", "history.csv", "trace.json"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []

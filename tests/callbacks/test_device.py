@@ -5,6 +5,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from torch import nn
 
 from fastrbn.callbacks import BatchTransformXCallback, CudaCallback
 from fastrbn.learn import Callback, CancelBatchException, Runner
@@ -126,3 +127,12 @@ def test_transforms_follow_one_another_after_the_move(make_learn):
 def test_a_transform_must_be_a_function():
     with pytest.raises(TypeError, match="needs a function of xb; got 3"):
         BatchTransformXCallback(3)
+
+
+def test_a_loss_functions_tensors_move_and_its_parameters_stay_in_the_optimiser(make_learn):
+    learn = make_learn(loss_func=nn.CrossEntropyLoss(weight=torch.ones(3)))
+    learn.loss_func.scale = nn.Parameter(torch.ones(()))
+    learn.opt.add_param_group({"params": [learn.loss_func.scale]})
+    Runner([CudaCallback("meta"), StopsAfter()]).fit(1, learn)
+    assert learn.loss_func.weight.device.type == learn.loss_func.scale.device.type == "meta"
+    assert learn.opt.param_groups[1]["params"][0] is learn.loss_func.scale

@@ -131,6 +131,21 @@ def test_targets_of_every_pixel_are_mixed_by_sample():
     assert run.looks.losses == pytest.approx([expected], rel=1e-5)
 
 
+def test_a_sum_over_several_labels_a_sample_is_a_sum():
+    learn = make_learn(nn.BCEWithLogitsLoss(reduction="sum"))
+    xb, yb = torch.randn(6, 4), torch.randint(0, 2, (6, 3)).float()
+    learn.data.train_dl, learn.data.valid_dl = [(xb, yb)], None
+    torch.manual_seed(5)
+    lam = torch.distributions.Beta(torch.tensor(0.4), torch.tensor(0.4)).sample((6,))
+    lam, order = torch.maximum(lam, 1 - lam)[:, None], torch.randperm(6)
+    mixed, target = (lam * t + (1 - lam) * t[order] for t in (xb, yb))
+    expected = F.binary_cross_entropy_with_logits(learn.model(mixed), target, reduction="sum").item()
+    torch.manual_seed(5)
+    run = Runner([MixUp(), Looks()])
+    run.fit(1, learn)
+    assert run.looks.losses == pytest.approx([expected], rel=1e-5)
+
+
 @pytest.mark.parametrize("error", [None, ValueError("broken"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 def test_the_loss_function_is_put_back_and_a_module_is_not_changed(error):
     class Ends(Callback):

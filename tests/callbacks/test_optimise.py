@@ -105,6 +105,26 @@ def test_a_limit_that_is_none_is_an_error(kwargs, words):
         GradientClip(**kwargs)
 
 
+@pytest.mark.parametrize("kwargs", [{"value": 0.05}, {"max_norm": 0.1}], ids=str)
+def test_sparse_gradients_are_clipped_as_dense_ones(kwargs):
+    def embedding(sparse):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+        learn = make_learn((6,))
+        learn.data.train_dl = [(torch.tensor([[1, 1], [1, 2], [4, 2]]), torch.tensor([0, 1, 2]))]
+        learn.model, learn.opt = model, torch.optim.SGD(model.parameters(), lr=1.0)
+        return learn
+
+    learn, dense = embedding(True), embedding(False)
+    before = learn.model[0].weight.clone()
+    for each in (learn, dense):
+        Runner(GradientClip(**kwargs)).fit(1, each)
+    for p, q in zip(learn.model.parameters(), dense.model.parameters()):
+        assert torch.allclose(p, q)
+    if "value" in kwargs:
+        assert (before - learn.model[0].weight).abs().max().item() == pytest.approx(0.05)
+
+
 # --- accumulation
 
 
@@ -137,6 +157,16 @@ def test_a_step_is_that_of_the_large_batch_also_the_last_and_of_uneven_batches(s
     run.fit(2, learn)
     Runner().fit(2, large)
     assert len(run.steps.at) == 2 * len(groups)
+    for p, q in zip(learn.model.parameters(), large.model.parameters()):
+        assert torch.allclose(p, q, rtol=1e-13, atol=1e-15)
+
+
+def test_a_loss_that_sums_over_samples_is_summed_over_the_group():
+    learn, large = make_learn((5, 2, 7, 1), torch.float64, lr=0.01), make_learn((5, 2, 7, 1), torch.float64, lr=0.01)
+    large.data.train_dl = [tuple(map(torch.cat, zip(*large.data.train_dl)))]
+    for each, cbs in ((learn, GradientAccumulation(4)), (large, None)):
+        each.loss_func = nn.CrossEntropyLoss(reduction="sum")
+        Runner(cbs).fit(2, each)
     for p, q in zip(learn.model.parameters(), large.model.parameters()):
         assert torch.allclose(p, q, rtol=1e-13, atol=1e-15)
 

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrbn.callbacks import AvgStats, AvgStatsCallback, ParamScheduler, Recorder, accuracy, sched_lin
+from fastrbn.callbacks import (
+    AvgStats,
+    AvgStatsCallback,
+    Checkpoint,
+    EpochMetric,
+    ParamScheduler,
+    Recorder,
+    accuracy,
+    sched_lin,
+)
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 
 
@@ -351,3 +360,144 @@ def test_a_copy_within_an_epoch_has_the_averages_so_far(make_learn):
     run.fit(1, make_learn())
     assert run.copied.train_stats.count == 18
     assert run.copied.train_stats.avg_stats[0] == pytest.approx(sum(run.losses.train[:3]) / 3)
+
+
+# --- metrics of a whole pass
+
+
+class F1:
+    """Of two classes, as it is over all samples: the mean over batches is another number."""
+
+    def __init__(self):
+        self.resets = 0
+        self.reset()
+
+    def reset(self):
+        self.resets += 1
+        self.hits = self.guessed = self.there = 0
+
+    def update(self, pred, yb):
+        guess = pred.argmax(1) == 1
+        self.hits += int((guess & (yb == 1)).sum())
+        self.guessed += int(guess.sum())
+        self.there += int((yb == 1).sum())
+
+    def compute(self):
+        return 2 * self.hits / max(self.guessed + self.there, 1)
+
+
+def f1(pred, yb):
+    metric = F1()
+    metric.update(pred, yb)
+    return metric.compute()
+
+
+def whole_pass(learn, dl):
+    with torch.no_grad():
+        return f1(torch.cat([learn.model(xb) for xb, _ in dl]), torch.cat([yb for _, yb in dl]))
+
+
+@pytest.mark.parametrize("metric", [F1, lambda: EpochMetric(f1)], ids=["object", "EpochMetric"])
+def test_an_object_accumulates_over_each_pass_and_is_reset_before_it(make_learn, metric):
+    learn, metric = make_learn(n_train=5, n_valid=3), metric()
+    learn.opt.param_groups[0]["lr"] = 0.0
+    run = make_silent(Runner([functools.partial(AvgStatsCallback, [accuracy, metric])]))
+    run.fit(2, learn)
+    name = "f1" if isinstance(metric, EpochMetric) else "F1"
+    expected = whole_pass(learn, learn.data.valid_dl)
+    with torch.no_grad():
+        batchwise = sum(f1(learn.model(xb), yb) for xb, yb in learn.data.valid_dl) / 3
+    assert abs(expected - batchwise) > 0.01, "else this test shows nothing"
+    assert [row[f"valid_{name}"] for row in run.avg_stats.history] == pytest.approx([expected] * 2)
+    assert metric.compute() == pytest.approx(expected), "the object given is the one of validation"
+    learn.model.train()
+    expected = whole_pass_in_training(learn)
+    assert run.avg_stats.history[0][f"train_{name}"] == pytest.approx(expected)
+
+
+def whole_pass_in_training(learn):
+    with torch.no_grad():
+        preds = [learn.model(xb) for xb, _ in learn.data.train_dl]  # each batch normalised by itself
+    return f1(torch.cat(preds), torch.cat([yb for _, yb in learn.data.train_dl]))
+
+
+def test_a_checkpoint_within_an_epoch_has_what_objects_have_accumulated(make_learn, tmp_path):
+    def fit(epochs, n_train, resume=None):
+        learn = make_learn(n_train=5)
+        run = make_silent(Runner([AvgStatsCallback(F1()), Checkpoint(tmp_path, every=3)]))
+        if n_train:
+            run.add_cbs(At("after_batch", KeyboardInterrupt, at=4, order=2000))
+        run.fit(epochs, learn, resume=resume)
+        return [row["train_F1"] for row in run.avg_stats.history]
+
+    whole = make_silent(Runner([AvgStatsCallback(F1())]))
+    whole.fit(1, make_learn(n_train=5))
+    assert fit(1, 4) == []
+    assert fit(1, 0, resume=tmp_path) == [whole.avg_stats.history[0]["train_F1"]]
+
+
+class Resets:
+    def __call__(self, pred, yb):
+        return 0.0
+
+    def reset(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [(F1, r"got the class F1: write F1\(\)"), (Resets(), r"has update.*lacks update, compute: add what is missing")],
+)
+def test_half_a_protocol_is_an_error_at_once(metric, message):
+    with pytest.raises(TypeError, match=message):
+        AvgStatsCallback(metric)
+
+
+def test_a_metric_may_not_take_the_name_of_the_loss():
+    def loss(pred, yb):
+        return 0.0
+
+    with pytest.raises(ValueError, match="'loss' is the loss's; got metrics named accuracy, loss: rename 'loss'"):
+        AvgStatsCallback([accuracy, loss])
+
+
+def test_accuracy_of_one_logit_is_that_of_two_classes():
+    logits = torch.tensor([2.0, -1.0, 0.5, -3.0])
+    for out in (logits, logits[:, None]):
+        for yb in (torch.tensor([1, 0, 1, 0]), torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None], logits > 0):
+            assert accuracy(out, yb).item() == 1.0
+        assert accuracy(out, torch.tensor([1, 0, 0, 0])).item() == 0.75
+
+
+SUMS = [nn.CrossEntropyLoss(reduction="sum"), functools.partial(F.cross_entropy, reduction="sum")]
+
+
+@pytest.mark.parametrize("loss_func", SUMS, ids=["module", "function"])
+def test_of_a_summed_loss_the_mean_over_samples_is_shown(make_learn, loss_func):
+    learn = make_learn(n_train=2, n_valid=3, loss_func=loss_func)
+    learn.opt.param_groups[0]["lr"] = 0.0
+    learn.data.valid_dl[2] = tuple(t[:1] for t in learn.data.valid_dl[2])
+    run = make_silent(Runner([AvgStatsCallback()]))
+    run.fit(1, learn)
+    x, y = (torch.cat(parts) for parts in zip(*learn.data.valid_dl))
+    with torch.no_grad():
+        expected = F.cross_entropy(learn.model(x), y).item()
+    assert run.avg_stats.history[0]["valid_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_optimiser_without_pytorchs_groups_has_no_rate_in_the_history(make_learn):
+    learn = make_learn()
+    opt = learn.opt
+    learn.opt = type("Own", (), {"step": lambda self: opt.step(), "zero_grad": lambda self: opt.zero_grad()})()
+    run = make_silent(Runner([AvgStatsCallback()]))
+    run.fit(1, learn)
+    assert run.avg_stats.history[0]["lr"] is None and run.avg_stats.history[0]["train_loss"] > 0
+
+
+def test_values_of_objects_that_differ_between_processes_are_told():
+    stats = AvgStats([F1()], in_train=False)
+    stats._sizes, stats._computed = [4], {"F1": 0.5}
+    stats._tape.add((torch.tensor(1.0),))
+    with pytest.warns(UserWarning, match="'F1' does not merge over processes"):
+        stats.merge(lambda numbers: [numbers, [12, 24.0, 12.0]])
+    assert stats.avg_stats == [28 / 16, 14 / 16] and stats.count == 16

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from fastrbn.callbacks import (
+    EMA,
     LR_Find,
     ParamScheduler,
     Recorder,
@@ -194,15 +196,6 @@ def test_a_rate_kept_in_a_tensor_stays_in_that_tensor(make_learn):
     Runner([ParamScheduler("lr", sched_no(0.5, 0))]).fit(1, learn)
     assert learn.opt.param_groups[0]["lr"] is rate
     assert rate.item() == 0.5
-
-
-def test_without_a_length_the_position_moves_with_epochs(make_learn):
-    learn = make_learn(n_train=2, n_valid=0)
-    pairs = learn.data.train_dl
-    learn.data.train_dl = type("NoLength", (), {"__iter__": lambda self: iter(pairs)})()
-    run = Runner([ParamScheduler("lr", sched_lin(0.0, 1.0)), Watch])
-    run.fit(2, learn)
-    assert [s[0]["lr"] for s in run.watch.seen] == [0.0, 0.0, 0.5, 0.5]
 
 
 def test_validation_leaves_the_rate_alone(make_learn):
@@ -477,3 +470,79 @@ def test_buffers_that_a_module_replaces_or_adds_are_put_back(make_learn):
     assert odd.sums is sums
     assert odd.last is last
     assert not sums.any()
+
+
+# --- what LR_Find must take back, and what it cannot work with
+
+
+class Tempered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, pred, yb):
+        return nn.functional.cross_entropy(pred * self.temperature, yb)
+
+
+def test_lr_find_takes_back_a_loss_functions_parameters_and_kept_averages(make_learn):
+    learn = make_learn(n_train=30, n_valid=0)
+    learn.loss_func = Tempered()
+    learn.opt.add_param_group({"params": list(learn.loss_func.parameters())})
+    before = {name: v.clone() for name, v in learn.model.state_dict().items()}
+    run = Runner([LR_Find(max_iter=20, max_lr=1.0), EMA(keep=True)])
+    run.fit(1, learn)
+    assert len(run.lr_find.lrs) > 10 and run.ema.updates > 10
+    assert learn.loss_func.temperature.item() == 1.0
+    assert all(torch.equal(v, before[name]) for name, v in learn.model.state_dict().items())
+
+
+def test_a_schedule_that_overrides_lr_find_is_an_error_and_leaves_no_trace(make_learn):
+    learn = make_learn()
+    before = learn.model[0].weight.clone()
+    with pytest.raises(RuntimeError, match="another callback has changed 1e-06 to 0.4 before the step: leave out"):
+        Runner([LR_Find(), ParamScheduler("lr", sched_lin(0.4, 0.1))]).fit(1, learn)
+    assert torch.equal(learn.model[0].weight, before) and learn.opt.param_groups[0]["lr"] == 0.1
+    run = Runner([ParamScheduler("lr", sched_lin(0.4, 0.1)), LR_Find(max_iter=4), Recorder()])
+    run.fit(1, learn)
+    assert run.lr_find.lrs == run.recorder.lrs[0]
+
+
+def test_lr_find_asks_for_a_batch_where_modules_are_lazy(make_learn):
+    with pytest.raises(ValueError, match="lazy modules .*0.weight.* give it a batch first"):
+        Runner(LR_Find()).fit(1, make_learn(model=nn.Sequential(nn.LazyLinear(3))))
+
+
+class Unknown:
+    """A loader without a length."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __iter__(self):
+        return iter(self.pairs)
+
+
+def test_a_schedule_over_a_loader_without_length_is_told_once(make_learn):
+    learn, run = make_learn(), Runner([ParamScheduler("lr", sched_lin(0.4, 0.1)), Recorder()])
+    learn.data.train_dl = Unknown(learn.data.train_dl)
+    with pytest.warns(UserWarning, match="no length, so schedules move only between epochs: this fit of 2") as told:
+        run.fit(2, learn)
+    assert len(told) == 1 and run.recorder.lrs[0] == pytest.approx([0.4] * 4 + [0.25] * 4)
+
+
+class Stream(IterableDataset):
+    """Each of its workers yields all of it."""
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return ((torch.zeros(4), 0) for _ in range(8))
+
+
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning")
+def test_a_stream_that_gives_more_than_its_length_stays_within_the_schedule(make_learn):
+    learn, run = make_learn(n_valid=0), Runner([ParamScheduler("lr", sched_lin(0.4, 0.04)), Recorder()])
+    learn.data.train_dl = DataLoader(Stream(), 2, num_workers=2)
+    run.fit(1, learn)
+    assert run.recorder.lrs[0] == pytest.approx([0.4, 0.31, 0.22, 0.13, *[0.04] * 4])

@@ -137,3 +137,14 @@ def test_a_name_that_is_not_measured_is_told():
 def test_wrong_arguments_are_told(kwargs, words):
     with pytest.raises(ValueError, match=words):
         EarlyStopping(**kwargs)
+
+
+@pytest.mark.parametrize("cls", [EarlyStopping, lambda name: SaveBest(monitor=name)], ids=["EarlyStopping", "SaveBest"])
+def test_only_whole_words_say_in_which_direction_a_metric_gets_better(cls):
+    for name in ("inaccuracy", "valid_inaccuracy", "gloss"):
+        with pytest.raises(ValueError, match=f"mode says whether '{name}' should fall .* or rise"):
+            cls(name)
+    assert [cls(name).monitor.mode for name in ("accuracy", "valid_accuracy_2", "top5_accuracy", "loss")] == [
+        *["max"] * 3,
+        "min",
+    ]

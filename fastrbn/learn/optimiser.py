@@ -1,0 +1,34 @@
+"""What the loop and callbacks need of an optimiser, checked in one place."""
+
+from __future__ import annotations
+
+
+def _groups(opt) -> bool:
+    groups = getattr(opt, "param_groups", None)
+    return isinstance(groups, (list, tuple)) and all(isinstance(g, dict) and "params" in g for g in groups)
+
+
+NEEDS = {
+    "step": ("step()", lambda opt: callable(getattr(opt, "step", None))),
+    "zero_grad": ("zero_grad()", lambda opt: callable(getattr(opt, "zero_grad", None))),
+    "param_groups": ("param_groups, a list of dictionaries with 'params'", _groups),
+    "lr": ("an 'lr' in each of its param_groups", lambda opt: _groups(opt) and all("lr" in g for g in opt.param_groups)),
+    "state": ("state, a dictionary by parameter", lambda opt: hasattr(opt, "state")),
+    "state_dict": (
+        "state_dict() and load_state_dict()",
+        lambda opt: hasattr(opt, "state_dict") and hasattr(opt, "load_state_dict"),
+    ),
+}
+
+
+def check(opt, users: dict) -> None:
+    """TypeError for an optimiser that lacks what is needed. `users`: names of `NEEDS` by who needs them."""
+    lacks = {name for name in {n for names in users.values() for n in names} if not NEEDS[name][1](opt)}
+    if not lacks:
+        return
+    who = [user for user, names in users.items() if lacks.intersection(names)]
+    what = "; ".join(text for name, (text, _) in NEEDS.items() if name in lacks)
+    raise TypeError(
+        f"{', '.join(who)}: the optimiser must have what PyTorch's have, and {type(opt).__name__} lacks {what}: derive it "
+        f"from torch.optim.Optimizer, or leave out what needs it"
+    )
