@@ -30,7 +30,7 @@ def test_fastrbn_and_a_plain_loop_are_checked_and_timed_and_a_peer_that_is_not_t
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "skorch: skipped, not installed; `python benchmarks/peers.py --install --only skorch`" in done.stdout

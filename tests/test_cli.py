@@ -566,7 +566,7 @@ def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path)
         while process.stdout.readline() not in ("three steps\n", ""):
             pass
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert re.fullmatch(r"interrupted \(Ctrl-C\) in training, epoch 0, batch \d+; results in r\n", err), err
     assert set(os.listdir(tmp_path / "r")) == RESULTS

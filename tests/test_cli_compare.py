@@ -178,7 +178,7 @@ def test_ctrl_c_ends_at_once_keeps_finished_cells_and_says_how_to_go_on(tmp_path
     said = [process.stdout.readline() for _ in range(2)]  # nn.BatchNorm refuses a batch of one: finished at once
     assert said[1].startswith("[1/2] digits cnn batchnorm bs 1 seed 0: refused")
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert err == (
         "interrupted (Ctrl-C): 1 of 2 cells are finished, in compare/cells.csv; the same command goes on with the "

@@ -23,7 +23,7 @@ if not (ROOT / "setup.cfg").is_file():
 def run(*command, cwd, **env):
     """The output of a command; its words are in the failure."""
     # `make test` hands its own flags and variables on to every make below it
-    outer = ("PYTHONPATH", "PYTHONHOME", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS", "VENV", "PYTHON")
+    outer = ("PYTHONPATH", "PYTHONHOME", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS", "WORKERS", "VENV", "PYTHON")
     clean = {k: v for k, v in os.environ.items() if k not in outer}
     done = subprocess.run(
         [*map(str, command)], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, check=False
@@ -120,7 +120,7 @@ def test_make_knows_both_commands_and_installs_before_it_runs(tmp_path):
         pytest.skip("there is no make on this machine")
     for target, extra, last in (
         ("train", 'install -e "."', ".venv/bin/fastrbn train glyphs"),
-        ("test", 'install -e ".[test]"', ".venv/bin/python -m pytest glyphs"),
+        ("test", 'install -e ".[test]"', ".venv/bin/python -m pytest -n 2 --dist worksteal glyphs"),
     ):
         for name in ("Makefile", "setup.cfg", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)

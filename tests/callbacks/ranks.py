@@ -51,7 +51,7 @@ from fastrbn.norm import RunningBatchNorm
 
 RANK, WORLD, FOLDER = 0, 1, Path()
 CHECKS, BROKEN = [], []
-TIMEOUT = 20  # seconds; a rank that waits as long as that has been left alone
+TIMEOUT = 120  # seconds; a rank that waits as long as that has been left alone
 
 
 def check(f):
@@ -803,7 +803,7 @@ def fit_with_a_layer_that(does):
         def begin_batch(self):
             model[3].armed = does if RANK == 1 and self.run.n_iter == 8 else None
 
-    run = Runner([Arms(), Distributed(timeout=3)])
+    run = Runner([Arms(), Distributed(timeout=10)])
     return run, lambda: run.fit(3, learn)
 
 

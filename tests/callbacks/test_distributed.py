@@ -27,7 +27,7 @@ from fastrbn.learn import Runner
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 ROOT = Path(fastrbn.__file__).parents[1]
 TESTS = Path(__file__).parents[1]
-TIMEOUT = 150
+TIMEOUT = 600
 
 
 def environment(**variables):

@@ -485,7 +485,7 @@ def test_a_real_ctrl_c_ends_the_fit_cleanly():
     try:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=600)
     finally:
         child.kill()
         child.communicate()

@@ -261,7 +261,7 @@ def main(rank, world, folder):
     global RANK, WORLD
     RANK, WORLD = rank, world
     store = f"file://{folder.absolute()}/store"
-    dist.init_process_group("gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=timedelta(minutes=2))
     results = {}
     for f in CHECKS:
         try:

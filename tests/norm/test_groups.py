@@ -13,7 +13,7 @@ from processes import run_ranks
 from fastrbn.norm.groups import merge_over_ranks, sum_over_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
-TIMEOUT = 90
+TIMEOUT = 600
 
 
 def results_of(world, folder):

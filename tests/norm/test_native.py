@@ -136,7 +136,7 @@ def explain_in_another_python(**env):
         "layer = R(3); print(layer.explain(torch.randn(4, 3))); layer(torch.randn(4, 3)).sum().backward()"
     )
     env = {**os.environ, **{k: str(v) for k, v in env.items()}}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     return run.stdout, run.stderr
 
