@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import torch
@@ -32,8 +33,7 @@ def compare(args) -> int:
             epochs=args.epochs,
             augment=args.augment,
         )
-        args.out.mkdir(parents=True, exist_ok=True)
-        with locked(args.out):
+        with _folder(args.out):
             result = run_grid(cells, path, args.jobs, args.device, args.data_dir, args.record_norms, _line)
     except DataNotFoundError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
@@ -45,6 +45,20 @@ def compare(args) -> int:
         print()
         _table(args.out)
     return _outcome(result, len(cells), args.out)
+
+
+@contextlib.contextmanager
+def _folder(path):
+    """The folder at `path`, which is this process's alone; one that was made for nothing is removed again."""
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(path):
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it has results
+                path.rmdir()
 
 
 def _line(text) -> None:

@@ -124,6 +124,9 @@ class Agreement:
         elif silent:
             why = self._of_silent({r: self.channel.is_alive(r) for r in silent})
         else:
+            why = None
+        self.channel.leave_posts(grace)
+        if why is None:
             return None
         why = f"{why}; what that led to here: {error}"
         error.args = (why, *error.args[1:])

@@ -188,6 +188,22 @@ class Channel:
             time.sleep(0.05)
         return found
 
+    def leave_posts(self, wait: float) -> None:
+        """This rank has read them. Rank 0, in whose process the store may be, waits until all that live have, `wait`
+        seconds at most."""
+        if self._store is None:
+            return
+        try:
+            self._store.set(f"read/{self.rank}", "")
+            until = time.monotonic() + wait
+            others = range(1, self.world) if self.rank == 0 else ()
+            while time.monotonic() < until and any(
+                self.is_alive(r) is not False and not self._store.check([f"read/{r}"]) for r in others
+            ):
+                time.sleep(0.05)
+        except RuntimeError:
+            self._store = None  # it was in a process that is gone
+
 
 def _machine() -> str:
     """Where process numbers mean the same."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fastrbn import checkpoints
 from fastrbn.callbacks import (
     AvgStatsCallback,
     Checkpoint,
@@ -606,7 +607,7 @@ def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp
     group["lr"] = 0.125
     for known in (True, False):  # without: a file from before the name of the optimiser was kept
         learn = make_learn(opt=labelled)
-        torch.save(state, tmp_path / "old.pt")
+        checkpoints.write(tmp_path / "old.pt", state)
         Runner().fit(1, learn, resume=tmp_path / "old.pt")
         now = learn.opt.param_groups[0]
         assert (now["label"], now["decoupled_weight_decay"], now["lr"]) == ("body", False, 0.125)

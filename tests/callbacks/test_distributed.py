@@ -267,6 +267,9 @@ def test_ranks_that_meet_over_their_errors_name_the_one_that_began():
         def posts(self, wait):
             return {1: ("ValueError: broken", False), 0: ("timed out", True)}
 
+        def leave_posts(self, wait):
+            pass
+
     error = RuntimeError("gloo: Timed out waiting 3000ms")
     why = Agreement(Channel()).farewell(ERROR, "timed out", error)
     assert why.startswith("rank 1 ended the fit: ValueError: broken") and str(error) == why
@@ -288,6 +291,9 @@ def test_of_ranks_that_left_no_reason_those_are_blamed_that_are_not_known_to_liv
 
         def posts(self, wait):
             return {}  # the store was in a process that is gone, and so was this rank's own word
+
+        def leave_posts(self, wait):
+            pass
 
     error = RuntimeError("gloo: Connection closed by peer")
     assert Agreement(Channel())._amend(error, 3).startswith(words)
