@@ -17,7 +17,7 @@ from fastrbn.compare import cell as cell_module
 from fastrbn.compare import report as report_module
 from fastrbn.data import glyphs
 from fastrbn.norm import RECIPES, RunningBatchNorm
-from fastrbn.peers import BatchRenorm2d, FilterResponseNorm2d
+from fastrbn.peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm
 
 
 @cache
@@ -63,8 +63,11 @@ def test_no_norm_or_one_twice_is_refused(text):
     [
         ("batchnorm", nn.BatchNorm2d),
         ("instancenorm", nn.InstanceNorm2d),
-        ("batchrenorm", BatchRenorm2d),
+        ("batchrenorm", BatchRenorm),
         ("frn", FilterResponseNorm2d),
+        ("onlinenorm", OnlineNorm),
+        ("mabn", MABN),
+        ("groupnorm-ws", nn.GroupNorm),
         ("none", type(None)),
         *((name, RunningBatchNorm) for name in RECIPES),
     ],
@@ -92,6 +95,10 @@ def test_batch_renorms_warm_up_and_memory_fit_the_length_of_the_run():
     assert made.warmup == (10, 80, 50) and made.mom == pytest.approx(10 / 320)
     assert get_norm("batchrenorm", steps=160_000)(4).mom == 0.01 and get_norm("batchrenorm", steps=20)(4).mom == 0.1
     assert get_norm("batchrenorm:mom=0.05,r_max=2", steps=20)(4).r_max == 2
+
+
+def test_mabns_warm_up_fits_the_length_of_the_run():
+    assert get_norm("mabn", steps=320)(4).warmup == (3.2, 32) and get_norm("mabn", steps=160_000)(4).warmup == (100, 1000)
 
 
 @pytest.mark.parametrize(
