@@ -225,6 +225,37 @@ def test_recorded_norms_are_those_of_the_convolutions(monkeypatch):
     assert float(row["weight_norm_end"]) == pytest.approx(total, rel=1e-3)
 
 
+@pytest.mark.parametrize("net", ["cnn", "resnet-small"])
+@pytest.mark.parametrize("norm", ["groupnorm-ws", "mabn"])
+def test_norms_that_change_the_weights_start_from_those_of_all_others_and_their_norms_are_of_what_is_trained(
+    norm, net, monkeypatch
+):
+    cell = Cell(norm, 24, net=net, n_train=48)
+    data, steps = cell_module._loaders(cell, small(), "cpu")
+    trained = cell_module._conv_weights(cell_module._model(cell, data, steps))
+    plain = cell_module._conv_weights(cell_module._model(Cell("default", 24, net=net), data, steps))
+    assert list(trained) == list(plain)
+    assert all(torch.equal(trained[name][1], plain[name][1]) for name in plain)
+    models = watch(monkeypatch, "_model")
+    row, norms = run_cell(cell, small(), norms_every=1)
+    convs = {n: m for n, m in models[0].named_modules() if isinstance(m, nn.Conv2d)}
+    assert row["status"] != "diverged" and list(norms) == ["step", *convs]
+    for name, conv in convs.items():
+        assert norms[name][-1] == pytest.approx(conv.parametrizations.weight.original.norm().item(), rel=1e-5)
+        w = conv.weight.detach().flatten(1)
+        torch.testing.assert_close(w.mean(1), torch.zeros(len(w)), atol=1e-6, rtol=0)
+        if norm == "groupnorm-ws":
+            torch.testing.assert_close(w.var(1, correction=0), torch.ones(len(w)), atol=0.02, rtol=0)
+    head = [m for m in models[0].modules() if isinstance(m, nn.Linear)]
+    assert not any(nn.utils.parametrize.is_parametrized(m) for m in head)
+
+
+@pytest.mark.parametrize("norm", ["onlinenorm", "mabn", "groupnorm-ws", "batchrenorm"])
+def test_the_rivals_learn_in_batches_of_four(norm):
+    row, _ = run_cell(Cell(norm, 4, lr_factor=0.3, epochs=8), small())
+    assert row["status"] == "trained" and row["accuracy"] > 30
+
+
 def test_recording_norms_changes_no_result():
     with_norms, without = (run_cell(Cell("default", 8), small(), norms_every=k)[0] for k in (1, None))
     assert with_norms | {"seconds": 0} == without | {"seconds": 0}
