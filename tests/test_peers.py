@@ -349,9 +349,7 @@ def weights_of_outputs(layer, w):
     if not getattr(layer, "transposed", False):
         return [w[o].reshape(-1) for o in range(len(w))]
     per_group, ins = w.shape[1], w.shape[0] // layer.groups
-    return [
-        w[g * ins : (g + 1) * ins, o].reshape(-1) for g in range(layer.groups) for o in range(per_group)
-    ]
+    return [w[g * ins : (g + 1) * ins, o].reshape(-1) for g in range(layer.groups) for o in range(per_group)]
 
 
 @pytest.mark.parametrize("change", [standardize_weights, centralize_weights])
@@ -376,8 +374,13 @@ def test_weights_are_standardised_or_centralised_for_each_output_with_the_gradie
 
 def test_only_layers_before_a_norm_change_once_and_not_those_with_one_weight_an_output():
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, groups=4), MABN(4),
-        nn.Flatten(), nn.Linear(4, 3),
+        nn.Conv2d(1, 4, 1),
+        nn.Conv2d(4, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.Conv2d(4, 4, 3, groups=4),
+        MABN(4),
+        nn.Flatten(),
+        nn.Linear(4, 3),
     )
     for change in (standardize_weights, standardize_weights, centralize_weights):
         assert change(net) is net

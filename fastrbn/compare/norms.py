@@ -45,9 +45,7 @@ def _response(nf, eps: float = 1e-6, learn_eps: float | None = 1e-4, activate: b
     return FilterResponseNorm2d(nf, eps, learn_eps, activate)
 
 
-def _online(
-    nf, alpha_f: float = 0.999, alpha_b: float = 0.99, eps: float = 1e-5, layer_scaling: bool = True
-):
+def _online(nf, alpha_f: float = 0.999, alpha_b: float = 0.99, eps: float = 1e-5, layer_scaling: bool = True):
     return OnlineNorm(nf, alpha_f, alpha_b, eps, layer_scaling)
 
 
