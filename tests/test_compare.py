@@ -17,7 +17,7 @@ from fastrbn.compare import cell as cell_module
 from fastrbn.compare import report as report_module
 from fastrbn.data import glyphs
 from fastrbn.norm import RECIPES, RunningBatchNorm
-from fastrbn.peers import BatchRenorm2d, FilterResponseNorm2d
+from fastrbn.peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm
 
 
 @cache
@@ -63,8 +63,11 @@ def test_no_norm_or_one_twice_is_refused(text):
     [
         ("batchnorm", nn.BatchNorm2d),
         ("instancenorm", nn.InstanceNorm2d),
-        ("batchrenorm", BatchRenorm2d),
+        ("batchrenorm", BatchRenorm),
         ("frn", FilterResponseNorm2d),
+        ("onlinenorm", OnlineNorm),
+        ("mabn", MABN),
+        ("groupnorm-ws", nn.GroupNorm),
         ("none", type(None)),
         *((name, RunningBatchNorm) for name in RECIPES),
     ],
@@ -92,6 +95,10 @@ def test_batch_renorms_warm_up_and_memory_fit_the_length_of_the_run():
     assert made.warmup == (10, 80, 50) and made.mom == pytest.approx(10 / 320)
     assert get_norm("batchrenorm", steps=160_000)(4).mom == 0.01 and get_norm("batchrenorm", steps=20)(4).mom == 0.1
     assert get_norm("batchrenorm:mom=0.05,r_max=2", steps=20)(4).r_max == 2
+
+
+def test_mabns_warm_up_fits_the_length_of_the_run():
+    assert get_norm("mabn", steps=320)(4).warmup == (3.2, 32) and get_norm("mabn", steps=160_000)(4).warmup == (100, 1000)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +223,37 @@ def test_recorded_norms_are_those_of_the_convolutions(monkeypatch):
         assert norms[name][-1] == pytest.approx(weight.norm().item(), rel=1e-5)
     total = math.fsum(w.detach().double().square().sum().item() for w in convs.values()) ** 0.5
     assert float(row["weight_norm_end"]) == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("net", ["cnn", "resnet-small"])
+@pytest.mark.parametrize("norm", ["groupnorm-ws", "mabn"])
+def test_norms_that_change_the_weights_start_from_those_of_all_others_and_their_norms_are_of_what_is_trained(
+    norm, net, monkeypatch
+):
+    cell = Cell(norm, 24, net=net, n_train=48)
+    data, steps = cell_module._loaders(cell, small(), "cpu")
+    trained = cell_module._conv_weights(cell_module._model(cell, data, steps))
+    plain = cell_module._conv_weights(cell_module._model(Cell("default", 24, net=net), data, steps))
+    assert list(trained) == list(plain)
+    assert all(torch.equal(trained[name][1], plain[name][1]) for name in plain)
+    models = watch(monkeypatch, "_model")
+    row, norms = run_cell(cell, small(), norms_every=1)
+    convs = {n: m for n, m in models[0].named_modules() if isinstance(m, nn.Conv2d)}
+    assert row["status"] != "diverged" and list(norms) == ["step", *convs]
+    for name, conv in convs.items():
+        assert norms[name][-1] == pytest.approx(conv.parametrizations.weight.original.norm().item(), rel=1e-5)
+        w = conv.weight.detach().flatten(1)
+        torch.testing.assert_close(w.mean(1), torch.zeros(len(w)), atol=1e-6, rtol=0)
+        if norm == "groupnorm-ws":
+            torch.testing.assert_close(w.var(1, correction=0), torch.ones(len(w)), atol=0.02, rtol=0)
+    head = [m for m in models[0].modules() if isinstance(m, nn.Linear)]
+    assert not any(nn.utils.parametrize.is_parametrized(m) for m in head)
+
+
+@pytest.mark.parametrize("norm", ["onlinenorm", "mabn", "groupnorm-ws", "batchrenorm"])
+def test_the_rivals_learn_in_batches_of_four(norm):
+    row, _ = run_cell(Cell(norm, 4, lr_factor=0.3, epochs=8), small())
+    assert row["status"] == "trained" and row["accuracy"] > 30
 
 
 def test_recording_norms_changes_no_result():

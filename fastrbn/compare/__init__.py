@@ -8,7 +8,7 @@
 
 from .cell import LR_RULES, NETS, Cell, load_images, run_cell
 from .grid import GridResult, cells_of, run_grid
-from .norms import PEERS, describe, get_norm, split_norms
+from .norms import PEERS, describe, get_norm, prepare_model, split_norms
 from .report import markdown, write_report
 from .table import read_rows
 
@@ -23,6 +23,7 @@ __all__ = [
     "get_norm",
     "load_images",
     "markdown",
+    "prepare_model",
     "read_rows",
     "run_cell",
     "run_grid",

@@ -20,7 +20,7 @@ from ..callbacks import ParamMagnitudes, ParamScheduler, Recorder, sched_lin
 from ..data import BatchLoader, DataBunch, RandomCrop, RandomFlip, load_dataset
 from ..learn import Callback, CancelTrainException, Learner, Runner
 from ..models import conv_layer, get_cnn_model, init_cnn, resnet9
-from .norms import describe, get_norm
+from .norms import describe, get_norm, prepare_model
 
 NFS = [8, 16, 32, 64, 64]  # the course's net
 NETS = {
@@ -108,7 +108,7 @@ def _word(value) -> str:
 def code_of() -> str:
     """Eight digits that change with the code a result depends on: norms, nets, this file. Not part of a cell's key."""
     here = Path(__file__).parent
-    files = [*sorted((here.parent / "norm").glob("*.[pc]*")), here.parent / "peers.py", here.parent / "models.py"]
+    files = [*sorted((here.parent / "norm").glob("*.[pc]*")), *(here.parent / f"{name}.py" for name in ("peers", "weights", "models"))]
     digest = hashlib.sha1(usedforsecurity=False)
     for file in [*files, Path(__file__)]:
         if file.is_file():
@@ -139,8 +139,8 @@ def run_cell(
     """
     data, steps = _loaders(cell, images, device)
     model = _model(cell, data, steps).to(device)
-    convs = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    start = _total_norm(convs.values())
+    convs = _conv_weights(model)
+    start = _total_norm(p for _, p in convs.values())
     recorder, stop, sizes = Recorder(), _StopAtNonFinite(), ParamMagnitudes(every=norms_every or 1, stats="rms")
     cbs = [recorder, ParamScheduler("lr", sched_lin(cell.lr, cell.lr / 10)), stop, *([sizes] if norms_every else [])]
     run, learn = Runner(cbs), Learner(model, optim.SGD(model.parameters(), lr=cell.lr), F.cross_entropy, data)
@@ -159,7 +159,7 @@ def run_cell(
     row["steps"] = len(losses)
     if row["status"] != "refused":
         _measure(row, cell, model, images, losses, stop, device)
-    row |= {"weight_norm_start": f"{start:.4g}", "weight_norm_end": f"{_total_norm(convs.values()):.4g}"}
+    row |= {"weight_norm_start": f"{start:.4g}", "weight_norm_end": f"{_total_norm(p for _, p in convs.values()):.4g}"}
     if look is not None:
         look(model)
     return row, _norms(sizes, convs) if norms_every else None
@@ -186,7 +186,19 @@ def _model(cell, data, steps):
         if isinstance(module, nn.Linear):
             module.reset_parameters()
     init_cnn(model)
-    return model
+    return prepare_model(cell.norm, model)
+
+
+def _conv_weights(model) -> dict[str, tuple[str, nn.Parameter]]:
+    """For each convolution the full name and the value of its weight's parameter, also where the norm computes the
+    weight from it."""
+    found = {}
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            own = dict(conv.named_parameters())
+            key = "weight" if "weight" in own else "parametrizations.weight.original"
+            found[name] = f"{name}.{key}", own[key]
+    return found
 
 
 def _measure(row, cell, model, images, losses, stop, device):
@@ -216,8 +228,8 @@ def _total_norm(tensors) -> float:
 
 def _norms(sizes, convs) -> dict:
     rms = sizes.values["rms"]
-    columns = {name: sizes.names.index(f"{name}.weight") for name in convs}
-    root = {name: weight.numel() ** 0.5 for name, weight in convs.items()}
+    columns = {name: sizes.names.index(full) for name, (full, _) in convs.items()}
+    root = {name: weight.numel() ** 0.5 for name, (_, weight) in convs.items()}
     return {"step": sizes.steps} | {name: (rms[:, i] * root[name]).tolist() for name, i in columns.items()}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..models import make_norm
 from ..norm import RECIPES, Recipe, RunningBatchNorm
 from ..norm import recipes as _recipes
-from ..peers import BatchRenorm2d, FilterResponseNorm2d
+from ..peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
 
 Make = Callable[[int], nn.Module]  # a norm for a number of channels
 
@@ -38,11 +38,20 @@ def _batch(nf, momentum: float = 0.1, eps: float = 1e-5):
 def _renorm(nf, mom: float | None = None, eps: float = 1e-5, r_max: float = 3.0, d_max: float = 5.0, *, steps: int):
     if mom is None:  # the paper's 0.01, unless the run is so short that a tenth of it is a shorter memory
         mom = max(0.01, min(0.1, 10 / max(steps, 1)))
-    return BatchRenorm2d(nf, mom, eps, r_max, d_max, BatchRenorm2d.scaled_warmup(steps))
+    return BatchRenorm(nf, mom, eps, r_max, d_max, BatchRenorm.scaled_warmup(steps))
 
 
 def _response(nf, eps: float = 1e-6, learn_eps: float | None = 1e-4, activate: bool = True):
     return FilterResponseNorm2d(nf, eps, learn_eps, activate)
+
+
+def _online(nf, alpha_f: float = 0.999, alpha_b: float = 0.99, eps: float = 1e-5, layer_scaling: bool = True):
+    return OnlineNorm(nf, alpha_f, alpha_b, eps, layer_scaling)
+
+
+def _moving(nf, window: int = 32, mom: float = 0.02, eps: float = 1e-5, r_max: float = 5.0, *, steps: int):
+    # the published warm-up, and a hundredth and a tenth of runs for which that is less
+    return MABN(nf, window, mom, eps, r_max, (min(100, steps / 100), min(1000, steps / 10)))
 
 
 def _none(nf):
@@ -56,9 +65,15 @@ PEERS = {
     "instancenorm": _instance,
     "batchrenorm": _renorm,
     "frn": _response,
+    "onlinenorm": _online,
+    "mabn": _moving,
+    "groupnorm-ws": _group,
     "none": _none,
 }
 """What a norm that is no recipe is called, and what makes it: GroupNorm of 8 groups, LayerNorm as GroupNorm of one."""
+
+PREPARE = {"mabn": centralize_weights, "groupnorm-ws": standardize_weights}
+"""What the norms do to the weights of the net that they are in, see `prepare_model`."""
 
 _LAYER = ("mom", "eps", "backend")  # settings of RunningBatchNorm beside its recipe's
 _RATES = {name.removeprefix("rate_"): f for name, f in vars(_recipes).items() if name.startswith("rate_")}
@@ -90,9 +105,29 @@ def get_norm(text: str, steps: int = 1) -> Make:
     name, settings = _parse(text)
     if name in PEERS:
         make = PEERS[name]
-        return partial(make, **settings, **({"steps": steps} if name == "batchrenorm" else {}))
+        length = {"steps": steps} if "steps" in inspect.signature(make).parameters else {}
+        return partial(make, **settings, **length)
     recipe, layer = _variant(text, name, settings)
     return partial(RunningBatchNorm, recipe=recipe, **layer)
+
+
+def prepare_model(text: str, model: nn.Module) -> nn.Module:
+    """Change the weights of a net built with the norm `text` as that norm requires, in place; for most, nothing.
+
+    Parameters
+    ----------
+    text : str
+        The norm, as for `get_norm`.
+    model : nn.Module
+        The net, with its weights initialised.
+
+    Returns
+    -------
+    nn.Module
+        `model` itself: with standardised weights for `groupnorm-ws`, centralised ones for `mabn`.
+    """
+    prepare = PREPARE.get(_parse(text)[0])
+    return model if prepare is None else prepare(model)
 
 
 def describe(text: str) -> str:
