@@ -10,22 +10,30 @@ from .cell import LR_RULES, NETS, Cell, load_images, run_cell
 from .grid import GridResult, cells_of, run_grid
 from .norms import PEERS, describe, get_norm, split_norms
 from .report import markdown, write_report
+from .standing import standing_table, standings
 from .table import read_rows
+from .tasks import TASKS, ZOO, get_task, load_task
 
 __all__ = [
     "LR_RULES",
     "NETS",
     "PEERS",
+    "TASKS",
+    "ZOO",
     "Cell",
     "GridResult",
     "cells_of",
     "describe",
     "get_norm",
+    "get_task",
     "load_images",
+    "load_task",
     "markdown",
     "read_rows",
     "run_cell",
     "run_grid",
     "split_norms",
+    "standing_table",
+    "standings",
     "write_report",
 ]

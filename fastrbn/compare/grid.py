@@ -21,7 +21,7 @@ from ..files import write_whole
 from . import table
 from .cell import LR_RULES, NETS, Cell, code_of, key_of, load_images
 from .norms import describe, get_norm
-from .tasks import ZOO, load_task
+from .tasks import ZOO, get_task
 from .workers import in_processes, in_this_process
 
 
@@ -191,7 +191,7 @@ def _resolve_data(cells, root, log):
         if real != name:
             log(f"{name} is not here in its own format: the JPEG images in the folder {real} are used, and called that")
         resolved[name] = real, len(images.train)
-    tasks = {name: len(load_task(name, root).x) for name in dict.fromkeys(c.net for c in cells if c.task)}
+    tasks = {name: len(get_task(name).data(root)[0]) for name in dict.fromkeys(c.net for c in cells if c.task)}
     checked = []
     for cell in cells:
         name, n = (ZOO, tasks[cell.net]) if cell.task else resolved[cell.data]

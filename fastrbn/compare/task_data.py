@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import load_dataset
+
+_images = lru_cache(2)(load_dataset)  # several tasks are made from the same
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # x, y, validation x, validation y
 
@@ -96,7 +99,7 @@ def table(root=None, n: int = 6000, n_valid: int = 1500, features: int = 16) -> 
 
 def digits(root=None, n: int = 12_000, n_valid: int = 4000, halved: bool = False) -> Tensors:
     """The first images of MNIST, (N, 1, 28, 28); `halved`: (N, 1, 14, 14)."""
-    images = load_dataset("mnist", root)
+    images = _images("mnist", root)
     x, valid_x = (
         F.avg_pool2d((part.x[:m].float() / 255 - images.mean[0]) / images.std[0], 1 + halved)
         for part, m in ((images.train, n), (images.valid, n_valid))
@@ -130,7 +133,7 @@ def real_and_fake(root=None) -> Tensors:
 
 def cifar(root=None, n: int = 8000, n_valid: int = 2000) -> Tensors:
     """A random part of CIFAR-10, always the same, (N, 3, 32, 32)."""
-    images = load_dataset("cifar10", root)
+    images = _images("cifar10", root)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.mean, images.std))
 
     def part(data, m):
