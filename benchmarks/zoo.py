@@ -21,6 +21,7 @@ from pathlib import Path
 from fastrbn.compare import PEERS, TASKS, ZOO, cells_of, get_task, read_rows, run_grid, split_norms
 from fastrbn.compare.report import groups_of, markdown, png, task_figure
 from fastrbn.compare.standing import standing_table
+from fastrbn.compare.tasks import task_of
 from fastrbn.data import DataError
 from fastrbn.files import write_whole
 
@@ -59,7 +60,7 @@ def in_order(cells):
 
 def report(path) -> str:
     """Write table and pictures of all rows of the CSV at `path` (of its newest version); the standing in words."""
-    rows = [row for row in read_rows(path) if row["data"] == ZOO and row["net"] in TASKS]
+    rows = [row for row in read_rows(path) if task_of(row["data"], row["net"])]
     rows = [row for row in rows if row["version"] == rows[-1]["version"]]
     standing = standing_table(rows)
     write_whole(path.with_suffix(".md"), f"## Standing\n\n{standing}\n\n## Tasks\n\n{markdown(rows)}")

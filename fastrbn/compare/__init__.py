@@ -3,6 +3,8 @@
     cells = cells_of(["default", "groupnorm"], bs=[1, 2, 8], seeds=[0, 1, 2])
     result = run_grid(cells, "compare/cells.csv")
 
+    cells = cells_of(["default", "batchnorm"], bs=[2, 8], data=[ZOO], net=["dense", "mlp-adam"])    # tasks of `TASKS`
+
 `fastrbn compare` is this as a command. It puts the parts of the package together and is imported by none of them.
 """
 

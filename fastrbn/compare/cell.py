@@ -22,7 +22,7 @@ from ..learn import Callback, CancelTrainException, Learner, Runner
 from ..models import conv_layer, get_cnn_model, init_cnn, resnet9
 from .norms import describe, get_norm
 from .task_nets import weights
-from .tasks import OPTIMISERS, SCHEDULES, ZOO, Batches, Task, TaskData, build, get_task, score_of
+from .tasks import OPTIMISERS, SCHEDULES, Batches, Task, TaskData, build, score_of, task_of
 
 NFS = [8, 16, 32, 64, 64]  # the course's net
 NETS = {
@@ -70,7 +70,7 @@ class Cell:
     @property
     def task(self) -> Task | None:
         """The task that `net` names; None for a net on images."""
-        return get_task(self.net) if self.data == ZOO else None
+        return task_of(self.data, self.net)
 
     @property
     def lr(self) -> float:
@@ -117,7 +117,7 @@ def _word(value) -> str:
 
 @cache
 def code_of() -> str:
-    """Eight digits that change with the code a result depends on: norms, nets, this file. Not part of a cell's key."""
+    """Eight digits that change with the code of norms, nets, tasks and this file. Not part of a cell's key."""
     here = Path(__file__).parent
     files = [*sorted((here.parent / "norm").glob("*.[pc]*")), here.parent / "peers.py", here.parent / "models.py"]
     files += sorted(here.glob("task*.py"))

@@ -41,7 +41,8 @@ class GridResult:
 
 
 def cells_of(norms, bs, seeds=(0,), lr_factors=(1.0,), data=("mnist",), net=("cnn",), **settings) -> list[Cell]:
-    """The cells of all combinations, `settings` (`n_train`, `epochs`, `augment`) the same for each.
+    """The cells of all combinations, `settings` (`n_train`, `epochs`, `augment`) the same for each. With
+    `data=["zoo"]`, `net` is a list of tasks, which have no such settings.
 
     In the order of work: by data set; then by seed, so that a grid that is cut short has a result for every norm; then
     small batches first, which take longest.
@@ -68,10 +69,14 @@ def _try(norm):
 
 
 def _check(cell):
-    if cell.task:  # raises for an unknown one
+    if cell.task:
         if (cell.n_train, cell.epochs, cell.augment) != (None, 1, False):
-            raise ValueError(f"a task has its own data and length: leave n_train, epochs and augment out for {cell.net}")
+            raise ValueError(
+                f"a task has data and length of its own: leave out n_train, epochs and augment for {cell.net}"
+            )
     elif cell.net not in NETS:
+        if cell.data == ZOO:
+            get_task(cell.net)  # names those there are
         raise ValueError(f"net must be one of {', '.join(LR_RULES)}; got '{cell.net}'")
     for name, least in (("bs", 1), ("seed", 0), ("epochs", 1)):
         value = getattr(cell, name)

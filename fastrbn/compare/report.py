@@ -16,10 +16,16 @@ from .cell import LR_RULES
 from .grid import norms_path
 from .norms import PEERS
 from .table import number, read_rows, row_key
-from .tasks import ZOO, get_task
+from .tasks import task_of
 
 STATUSES = ("trained", "diverged", "chance", "refused")
 _COMMON = ("data", "net", "n_train", "epochs", "augment", "device", "version")  # what a table has in its title
+
+
+LEGEND = (
+    "mean ± standard deviation over the seeds that trained; beside it how many diverged (loss NaN or Inf) or ended at "
+    "chance, and their mean where none trained. Best in bold, if all of its seeds trained."
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Group:
     @property
     def task(self):
         """The task of these rows; None for a net on images."""
-        return get_task(self.rows[0]["net"]) if self.rows[0]["data"] == ZOO else None
+        return task_of(self.rows[0]["data"], self.rows[0]["net"])
 
     @property
     def measure(self):
@@ -153,7 +159,9 @@ def _group(rows):
 
 def markdown(rows) -> str:
     """The tables of all groups: norm × batch size; with several learning rates, norm × rate for each batch size."""
-    return "\n\n".join(_section(group) for group in groups_of(rows)) + "\n"
+    groups = groups_of(rows)
+    legend = [f"In the tables of tasks: {LEGEND}"] if any(group.task for group in groups) else []
+    return "\n\n".join([*legend, *map(_section, groups)]) + "\n"
 
 
 def _section(group) -> str:
@@ -164,11 +172,8 @@ def _section(group) -> str:
         rule = f"Learning rate {rate:g}·bs^0.9, at most {cap:g}, times the factor, falling on a line to a tenth; SGD."
     versions = {f"fastrbn {r['version']}, torch {r['torch']}, Python {r['python']}, {r['machine']}" for r in group.rows}
     dates = sorted({r["date"] for r in group.rows})
-    about = (
-        f"V{group.measure[1:]} in percent: mean ± standard deviation over the seeds that trained; beside it how many "
-        "diverged (loss NaN or Inf) or ended at chance, and their mean where none trained. Best in bold, if all of its "
-        f"seeds trained. {rule}"
-    )
+    measure = f"V{group.measure[1:]} in percent"
+    about = f"{measure}. {rule}" if group.task else f"{measure}: {LEGEND} {rule}"
     parts = [f"### {group.title}", "", about, ""]
     if len(group.factors) == 1:
         factor = group.factors[0]

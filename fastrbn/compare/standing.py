@@ -67,7 +67,7 @@ def _is_within(norm, cell, peers):
 
 
 def _rank(norm, cell, peers):
-    rivals = {n for n in _rivals(norm, cell, peers)}
+    rivals = set(_rivals(norm, cell, peers))
     if norm.split(":")[0] in PEERS and "default" in cell:
         rivals.add("default")
     mine, others = _score(cell[norm]), [_score(cell[n]) for n in rivals]
@@ -85,8 +85,8 @@ def standing_table(rows) -> str:
     """The standings as a Markdown table, with the share within reach of `USUAL` alone, and `default`'s in a sentence."""
     among_all, among_usual = standings(rows), standings(rows, USUAL)
     lines = [
-        f"| norm | cells | within two deviations of the best peer | of the best of {' and '.join(USUAL)} | mean rank "
-        "| lost where two peers train |",
+        f"| norm | cells | within two deviations of the best peer | of {' and '.join(USUAL)} | mean rank | lost where two "
+        "peers train |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for norm, s in among_all.items():

@@ -1,4 +1,7 @@
-"""Data of the tasks: drawn from a fixed seed, or cut from MNIST and CIFAR-10. `f(root)` → training and validation x, y."""
+"""Data of the tasks, drawn from a fixed seed or cut from MNIST and CIFAR-10.
+
+Each function takes the folder of the data sets and returns x, y, validation x, validation y.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from ..data import load_dataset
 
 _images = lru_cache(2)(load_dataset)  # several tasks are made from the same
 
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # x, y, validation x, validation y
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _draw(seed):

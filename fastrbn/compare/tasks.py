@@ -231,6 +231,11 @@ TASKS = {
 """The tasks by name."""
 
 
+def task_of(data: str, net: str) -> Task | None:
+    """The task of a cell with this `data` and `net`; None for a net on images, be they in a folder called zoo."""
+    return TASKS.get(net) if data == ZOO else None
+
+
 def get_task(name: str) -> Task:
     """The task of that name; ValueError for an unknown one."""
     if name not in TASKS:
