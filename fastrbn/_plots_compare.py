@@ -32,7 +32,7 @@ def _laid_out(panels, dashed):
     return panels, labels, styles, -(-len(panels) // columns) or 1, columns
 
 
-def comparison(panels, xlabel, dashed):
+def comparison(panels, xlabel, dashed, ylabel):
     panels, labels, styles, rows, columns = _laid_out(panels, dashed)
     fig = new_figure(max(7.6, 4.4 * columns + 1.8), 4.6 * rows)
     heights = [part for _ in range(rows) for part in (4.0, 1.0)]
@@ -44,7 +44,7 @@ def comparison(panels, xlabel, dashed):
         upper.set_title(title, fontsize=9)
         lower.set_xlabel(xlabel)
         if column == 0:
-            upper.set_ylabel("validation accuracy, %")
+            upper.set_ylabel(ylabel)
     handles = [fig.axes[0].errorbar([], [], label=label, **styles[label]) for label in labels] if panels else []
     if handles:
         fig.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, title="norm")

@@ -202,19 +202,19 @@ def _curve(points):
     return Path(vertices, codes)
 
 
-def plot_comparison(panels, xlabel="batch size", dashed=()):
+def plot_comparison(panels, xlabel="batch size", dashed=(), ylabel="validation accuracy, %"):
     """Accuracy of norms against batch size (or another number above 0, logarithmic), a line a norm with its spread.
 
     - `panels`: (title, {norm: points}); a point is a dict of `x`, `mean` (percent, None where there is none), `std`
       (None: no bar), `at chance`, `diverged` and `refused` (how many of `total` cells).
-    - `dashed`: the norms whose lines are dashed.
+    - `dashed`: the norms whose lines are dashed. `ylabel`: what `mean` is.
 
     The axis begins where the better three quarters of the cells can be told apart. What is below, at chance, diverged
     or refused has its mark in the strip under it.
     """
     from ._plots_compare import comparison
 
-    return comparison(panels, xlabel, dashed)
+    return comparison(panels, xlabel, dashed, ylabel)
 
 
 def plot_weight_norms(panels, dashed=()):

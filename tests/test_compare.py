@@ -232,8 +232,8 @@ def test_norms_that_change_the_weights_start_from_those_of_all_others_and_their_
 ):
     cell = Cell(norm, 24, net=net, n_train=48)
     data, steps = cell_module._loaders(cell, small(), "cpu")
-    trained = cell_module._conv_weights(cell_module._model(cell, data, steps))
-    plain = cell_module._conv_weights(cell_module._model(Cell("default", 24, net=net), data, steps))
+    trained = cell_module.weights(cell_module._model(cell, data, steps), nn.Conv2d)
+    plain = cell_module.weights(cell_module._model(Cell("default", 24, net=net), data, steps), nn.Conv2d)
     assert list(trained) == list(plain)
     assert all(torch.equal(trained[name][1], plain[name][1]) for name in plain)
     models = watch(monkeypatch, "_model")

@@ -3,6 +3,8 @@
     cells = cells_of(["default", "groupnorm"], bs=[1, 2, 8], seeds=[0, 1, 2])
     result = run_grid(cells, "compare/cells.csv")
 
+    cells = cells_of(["default", "batchnorm"], bs=[2, 8], data=[ZOO], net=["dense", "mlp-adam"])    # tasks of `TASKS`
+
 `fastrbn compare` is this as a command. It puts the parts of the package together and is imported by none of them.
 """
 
@@ -10,23 +12,31 @@ from .cell import LR_RULES, NETS, Cell, load_images, run_cell
 from .grid import GridResult, cells_of, run_grid
 from .norms import PEERS, describe, get_norm, prepare_model, split_norms
 from .report import markdown, write_report
+from .standing import standing_table, standings
 from .table import read_rows
+from .tasks import TASKS, ZOO, get_task, load_task
 
 __all__ = [
     "LR_RULES",
     "NETS",
     "PEERS",
+    "TASKS",
+    "ZOO",
     "Cell",
     "GridResult",
     "cells_of",
     "describe",
     "get_norm",
+    "get_task",
     "load_images",
+    "load_task",
     "markdown",
     "prepare_model",
     "read_rows",
     "run_cell",
     "run_grid",
     "split_norms",
+    "standing_table",
+    "standings",
     "write_report",
 ]

@@ -17,10 +17,12 @@ from torch import nn, optim
 
 from .._version import __version__
 from ..callbacks import ParamMagnitudes, ParamScheduler, Recorder, sched_lin
-from ..data import BatchLoader, DataBunch, RandomCrop, RandomFlip, load_dataset
+from ..data import BatchLoader, DataBunch, ImageData, RandomCrop, RandomFlip, load_dataset
 from ..learn import Callback, CancelTrainException, Learner, Runner
 from ..models import conv_layer, get_cnn_model, init_cnn, resnet9
 from .norms import describe, get_norm, prepare_model
+from .task_nets import weights
+from .tasks import OPTIMISERS, SCHEDULES, Batches, Task, TaskData, build, score_of, task_of
 
 NFS = [8, 16, 32, 64, 64]  # the course's net
 NETS = {
@@ -51,6 +53,8 @@ class Cell:
     - `lr_factor` (1): times the rule's learning rate (`lr`), which falls on a straight line to a tenth.
     - `data` ("mnist"), `net` ("cnn", see `NETS`), `n_train` (None: all) first training images, `epochs` (1).
     - `augment` (False): random crops (padding 4) and left-right flips.
+
+    With `data="zoo"`, `net` names one of `TASKS`, which has data, net, optimiser, rate and length of its own.
     """
 
     norm: str
@@ -64,8 +68,15 @@ class Cell:
     augment: bool = False
 
     @property
+    def task(self) -> Task | None:
+        """The task that `net` names; None for a net on images."""
+        return task_of(self.data, self.net)
+
+    @property
     def lr(self) -> float:
         """The rule's learning rate for this net and batch size, times `lr_factor`."""
+        if self.task:
+            return self.lr_factor * self.task.lr(self.bs)
         rate, cap = LR_RULES[self.net]
         return self.lr_factor * min(rate * self.bs**0.9, cap)
 
@@ -106,9 +117,10 @@ def _word(value) -> str:
 
 @cache
 def code_of() -> str:
-    """Eight digits that change with the code a result depends on: norms, nets, this file. Not part of a cell's key."""
+    """Eight digits that change with the code of norms, nets, tasks and this file. Not part of a cell's key."""
     here = Path(__file__).parent
-    files = [*sorted((here.parent / "norm").glob("*.[pc]*")), *(here.parent / f"{name}.py" for name in ("peers", "weights", "models"))]
+    files = [*sorted((here.parent / "norm").glob("*.[pc]*")), *sorted(here.glob("task*.py"))]
+    files += [here.parent / f"{name}.py" for name in ("peers", "weights", "models")]
     digest = hashlib.sha1(usedforsecurity=False)
     for file in [*files, Path(__file__)]:
         if file.is_file():
@@ -121,29 +133,79 @@ def load_images(name: str, root=None):
     return load_dataset(name, root)
 
 
-def run_cell(
-    cell: Cell, images, device="cpu", norms_every: int | None = None, look: Callable[[nn.Module], None] | None = None
-) -> tuple[dict, dict | None]:
-    """Train `cell` on `images` (an `ImageData`) and measure.
+@dataclass(frozen=True)
+class _Job:
+    """What `run_cell` trains, and how it is judged."""
 
-    Returns a row of results (`accuracy` in percent over all validation images, None where the norm refuses the batch;
-    `train_loss`, the mean over the last tenth of the steps; `status`; `note`; `seconds` of training; …) and, with
-    `norms_every`, the norms of the convolutions' weights every so many steps: `{"step": […], "<name>": […]}`.
+    data: DataBunch
+    model: nn.Module
+    optimiser: Callable
+    loss: Callable
+    schedule: Callable
+    weights: dict  # those whose norms are recorded: see `task_nets.weights`
+    score: Callable[[], float]  # in percent, over all validation samples
+    blind: tuple[float, float]  # a net below this score and above this loss has not learnt
+
+
+def _image_job(cell, images, device) -> _Job:
+    data, steps = _loaders(cell, images, device)
+    model = _model(cell, data, steps).to(device)
+    return _Job(
+        data,
+        model,
+        optim.SGD,
+        F.cross_entropy,
+        sched_lin(cell.lr, cell.lr / 10),
+        weights(model, nn.Conv2d),
+        lambda: 100 * valid_accuracy(model, images, device),
+        (_AT_CHANCE[0] * 100 / images.c, _AT_CHANCE[1] * math.log(images.c)),
+    )
+
+
+def _task_job(cell, data: TaskData, device) -> _Job:
+    task = cell.task
+    batches = Batches(task, data, cell.bs, cell.seed, device)
+    model = build(task, data, get_norm(cell.norm, len(batches)), cell.seed)
+    model = prepare_model(cell.norm, model).to(device)
+    return _Job(
+        DataBunch(batches, None, c=0, c_in=0),
+        model,
+        OPTIMISERS[task.optimiser],
+        task.goal.loss,
+        SCHEDULES[task.schedule](cell.lr),
+        weights(model),
+        lambda: score_of(task, data, model, device),
+        task.goal.blind(data.y),
+    )
+
+
+def run_cell(
+    cell: Cell,
+    images: ImageData | TaskData,
+    device="cpu",
+    norms_every: int | None = None,
+    look: Callable[[nn.Module], None] | None = None,
+) -> tuple[dict, dict | None]:
+    """Train `cell` on `images` (an `ImageData`; for a task what `load_task` returns) and measure.
+
+    Returns a row of results (`accuracy` in percent over all validation images, or the task's score, None where the norm
+    refuses the batch; `train_loss`, the mean over the last tenth of the steps; `status`; `note`; `seconds` of training;
+    …) and, with `norms_every`, the norms of the convolutions' weights every so many steps (in a task, of linear layers
+    too): `{"step": […], "<name>": […]}`.
 
     `status` is "trained"; "diverged" when the loss became NaN or Inf, and training ended there; "chance" when the net
     knows nothing at the end, whether it never learnt or collapsed: accuracy below twice chance, and training loss above
-    0.9 ln(classes), so that a norm which trains and then evaluates badly is not among them; "refused" when the norm
-    raises at this batch size, as nn.BatchNorm does at one value a channel.
+    0.9 ln(classes), so that a norm which trains and then evaluates badly is not among them (for tasks, `Goal.blind`);
+    "refused" when the norm raises at this batch size, as nn.BatchNorm does at one value a channel.
 
     `look` is called with the trained net, once all is measured.
     """
-    data, steps = _loaders(cell, images, device)
-    model = _model(cell, data, steps).to(device)
-    convs = _conv_weights(model)
-    start = _total_norm(p for _, p in convs.values())
+    job = (_task_job if cell.task else _image_job)(cell, images, device)
+    start = _total_norm(p for _, p in job.weights.values())
     recorder, stop, sizes = Recorder(), _StopAtNonFinite(), ParamMagnitudes(every=norms_every or 1, stats="rms")
-    cbs = [recorder, ParamScheduler("lr", sched_lin(cell.lr, cell.lr / 10)), stop, *([sizes] if norms_every else [])]
-    run, learn = Runner(cbs), Learner(model, optim.SGD(model.parameters(), lr=cell.lr), F.cross_entropy, data)
+    cbs = [recorder, ParamScheduler("lr", job.schedule), stop, *([sizes] if norms_every else [])]
+    learn = Learner(job.model, job.optimiser(job.model.parameters(), lr=cell.lr), job.loss, job.data)
+    run = Runner(cbs)
     row = {"lr": round(cell.lr, 6), "accuracy": None, "train_loss": None, "status": "trained", "note": ""}
     began = time.perf_counter()
     try:
@@ -158,11 +220,12 @@ def run_cell(
         raise KeyboardInterrupt
     row["steps"] = len(losses)
     if row["status"] != "refused":
-        _measure(row, cell, model, images, losses, stop, device)
-    row |= {"weight_norm_start": f"{start:.4g}", "weight_norm_end": f"{_total_norm(p for _, p in convs.values()):.4g}"}
+        _measure(row, job, losses, stop)
+    end = _total_norm(p for _, p in job.weights.values())
+    row |= {"weight_norm_start": f"{start:.4g}", "weight_norm_end": f"{end:.4g}"}
     if look is not None:
-        look(model)
-    return row, _norms(sizes, convs) if norms_every else None
+        look(job.model)
+    return row, _norms(sizes, job.weights) if norms_every else None
 
 
 def _loaders(cell, images, device):
@@ -189,27 +252,15 @@ def _model(cell, data, steps):
     return prepare_model(cell.norm, model)
 
 
-def _conv_weights(model) -> dict[str, tuple[str, nn.Parameter]]:
-    """For each convolution the full name and the value of its weight's parameter, also where the norm computes the
-    weight from it."""
-    found = {}
-    for name, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            own = dict(conv.named_parameters())
-            key = "weight" if "weight" in own else "parametrizations.weight.original"
-            found[name] = f"{name}.{key}", own[key]
-    return found
-
-
-def _measure(row, cell, model, images, losses, stop, device):
+def _measure(row, job, losses, stop):
     last = losses[-max(1, len(losses) // 10) :]
     row["train_loss"] = f"{fmean(last):.5g}" if all(map(math.isfinite, last)) else "nan"
-    row["accuracy"] = round(100 * valid_accuracy(model, images, device), 3)
+    row["accuracy"] = round(job.score(), 3)
     if stop.reason:
         row.update(status="diverged", note=stop.reason)
     elif not all(map(math.isfinite, losses[-1:])):  # on CUDA the last steps are not waited for
         row.update(status="diverged", note=f"loss {losses[-1]} at the end")
-    elif row["accuracy"] < _AT_CHANCE[0] * 100 / images.c and fmean(last) > _AT_CHANCE[1] * math.log(images.c):
+    elif row["accuracy"] < job.blind[0] and fmean(last) > job.blind[1]:
         row.update(status="chance", note="at chance, training loss as of a blind guess")
 
 

@@ -21,6 +21,7 @@ from ..files import write_whole
 from . import table
 from .cell import LR_RULES, NETS, Cell, code_of, key_of, load_images
 from .norms import describe, get_norm
+from .tasks import ZOO, get_task
 from .workers import in_processes, in_this_process
 
 
@@ -40,7 +41,8 @@ class GridResult:
 
 
 def cells_of(norms, bs, seeds=(0,), lr_factors=(1.0,), data=("mnist",), net=("cnn",), **settings) -> list[Cell]:
-    """The cells of all combinations, `settings` (`n_train`, `epochs`, `augment`) the same for each.
+    """The cells of all combinations, `settings` (`n_train`, `epochs`, `augment`) the same for each. With
+    `data=["zoo"]`, `net` is a list of tasks, which have no such settings.
 
     In the order of work: by data set; then by seed, so that a grid that is cut short has a result for every norm; then
     small batches first, which take longest.
@@ -67,7 +69,14 @@ def _try(norm):
 
 
 def _check(cell):
-    if cell.net not in NETS:
+    if cell.task:
+        if (cell.n_train, cell.epochs, cell.augment) != (None, 1, False):
+            raise ValueError(
+                f"a task has data and length of its own: leave out n_train, epochs and augment for {cell.net}"
+            )
+    elif cell.net not in NETS:
+        if cell.data == ZOO:
+            get_task(cell.net)  # names those there are
         raise ValueError(f"net must be one of {', '.join(LR_RULES)}; got '{cell.net}'")
     for name, least in (("bs", 1), ("seed", 0), ("epochs", 1)):
         value = getattr(cell, name)
@@ -159,6 +168,8 @@ class _Progress:
 
 def _work(cell) -> float:
     # steps, and a little for each sample: what a cell takes in proportion to others
+    if cell.task:
+        return cell.task.n_steps(cell.bs) * (1 + cell.bs / 32)
     samples = (cell.n_train or 50_000) * cell.epochs
     return samples / cell.bs + samples / 32
 
@@ -177,7 +188,7 @@ def _resolve_data(cells, root, log):
     """Each data set is loaded once here: what is wrong with it is said before processes start, and only one downloads.
     The cells with the name their data really have, and with the number of their training images."""
     resolved = {}
-    for name in dict.fromkeys(c.data for c in cells):
+    for name in dict.fromkeys(c.data for c in cells if not c.task):
         images = load_images(name, root)
         if images.c < 2:
             raise ValueError(f"training needs images of two classes or more; {name} has one, {images.classes[0]}")
@@ -185,13 +196,14 @@ def _resolve_data(cells, root, log):
         if real != name:
             log(f"{name} is not here in its own format: the JPEG images in the folder {real} are used, and called that")
         resolved[name] = real, len(images.train)
+    tasks = {name: len(get_task(name).data(root)[0]) for name in dict.fromkeys(c.net for c in cells if c.task)}
     checked = []
     for cell in cells:
-        name, n = resolved[cell.data]
+        name, n = (ZOO, tasks[cell.net]) if cell.task else resolved[cell.data]
         if not cell.bs <= (n if cell.n_train is None else cell.n_train) <= n:
             raise ValueError(
                 f"n_train must be from the batch size, {cell.bs}, to the {n} training images of "
-                f"{cell.data}; got {cell.n_train}"
+                f"{cell.net if cell.task else cell.data}; got {cell.n_train}"
             )
         checked.append(dataclasses.replace(cell, data=name, n_train=cell.n_train or n))
     return list(dict.fromkeys(checked))

@@ -16,11 +16,11 @@ from ..norm import RECIPES, Recipe, RunningBatchNorm
 from ..norm import recipes as _recipes
 from ..peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
 
-Make = Callable[[int], nn.Module]  # a norm for a number of channels
+Make = Callable[..., nn.Module]  # a norm for a number of channels, and of `dims` (2) axes after them
 
 
-def _group(nf, groups: int = 8):
-    return make_norm("group", nf, groups=groups)
+def _group(nf, groups: int = 8, *, dims: int = 2):
+    return make_norm("group", nf, groups=groups if dims else 1)  # over (N, C) one group: LayerNorm
 
 
 def _layer(nf, eps: float = 1e-5):
@@ -31,8 +31,9 @@ def _instance(nf, eps: float = 1e-5):
     return nn.InstanceNorm2d(nf, eps=eps, affine=True)
 
 
-def _batch(nf, momentum: float = 0.1, eps: float = 1e-5):
-    return nn.BatchNorm2d(nf, eps=eps, momentum=momentum)
+def _batch(nf, momentum: float = 0.1, eps: float = 1e-5, *, dims: int = 2):
+    kind = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims]
+    return kind(nf, eps=eps, momentum=momentum)
 
 
 def _renorm(nf, mom: float | None = None, eps: float = 1e-5, r_max: float = 3.0, d_max: float = 5.0, *, steps: int):
@@ -75,6 +76,20 @@ PEERS = {
 PREPARE = {"mabn": centralize_weights, "groupnorm-ws": standardize_weights}
 """What the norms do to the weights of the net that they are in, see `prepare_model`."""
 
+_GIVEN = ("nf", "steps", "dims")  # arguments that are no settings
+
+
+class _OnImages(nn.Module):
+    """A norm over (N, C, H, W) for another rank: all positions of a sample are its H, and W is 1."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.activates = norm, getattr(norm, "activates", False)
+
+    def forward(self, x):
+        return self.norm(x.flatten(2).unsqueeze(-1) if x.dim() > 2 else x[:, :, None, None]).view_as(x)
+
+
 _LAYER = ("mom", "eps", "backend")  # settings of RunningBatchNorm beside its recipe's
 _RATES = {name.removeprefix("rate_"): f for name, f in vars(_recipes).items() if name.startswith("rate_")}
 
@@ -94,7 +109,8 @@ def split_norms(text: str) -> list[str]:
 
 
 def get_norm(text: str, steps: int = 1) -> Make:
-    """What makes the norm that `text` names, from a number of channels (None for `none`).
+    """What makes the norm that `text` names, from a number of channels (None for `none`) and, for other input than
+    (N, C, H, W), `dims`, the number of axes after the channels (0 to 3).
 
     - `text`: a name of `PEERS` or `RECIPES`, and after a colon settings: arguments of the peer's layer; fields of
       `Recipe`, and mom, eps or backend, for a recipe. `rate` and `backward_rate` take the name of a rule.
@@ -104,11 +120,17 @@ def get_norm(text: str, steps: int = 1) -> Make:
     """
     name, settings = _parse(text)
     if name in PEERS:
-        make = PEERS[name]
-        length = {"steps": steps} if "steps" in inspect.signature(make).parameters else {}
-        return partial(make, **settings, **length)
+        takes_steps = "steps" in inspect.signature(PEERS[name]).parameters
+        return partial(_peer, PEERS[name], {**settings, **({"steps": steps} if takes_steps else {})})
     recipe, layer = _variant(text, name, settings)
-    return partial(RunningBatchNorm, recipe=recipe, **layer)
+    return lambda nf, dims=2: RunningBatchNorm(nf, recipe=recipe, **layer)
+
+
+def _peer(make, settings, nf, dims=2):
+    if "dims" in inspect.signature(make).parameters:
+        return make(nf, dims=dims, **settings)
+    made = make(nf, **settings)
+    return made if made is None or dims == 2 or isinstance(made, nn.GroupNorm) else _OnImages(made)
 
 
 def prepare_model(text: str, model: nn.Module) -> nn.Module:
@@ -135,7 +157,7 @@ def describe(text: str) -> str:
     name, settings = _parse(text)
     if name in PEERS:
         known = inspect.signature(PEERS[name]).parameters.values()
-        defaults = {p.name: p.default for p in known if p.name not in ("nf", "steps")}
+        defaults = {p.name: p.default for p in known if p.name not in _GIVEN}
         return _words({**defaults, **settings})
     recipe, layer = _variant(text, name, settings)
     # without what is off and was not there at first: results from before stay results of the same recipe
@@ -168,7 +190,7 @@ def _parse(text):
 
 def _check(text, name, settings):
     if name in PEERS:
-        takes = [p for p in inspect.signature(PEERS[name]).parameters if p not in ("nf", "steps")]
+        takes = [p for p in inspect.signature(PEERS[name]).parameters if p not in _GIVEN]
     else:
         takes = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"] + list(_LAYER)
     for key in settings:

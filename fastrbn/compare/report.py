@@ -16,9 +16,16 @@ from .cell import LR_RULES
 from .grid import norms_path
 from .norms import PEERS
 from .table import number, read_rows, row_key
+from .tasks import task_of
 
 STATUSES = ("trained", "diverged", "chance", "refused")
 _COMMON = ("data", "net", "n_train", "epochs", "augment", "device", "version")  # what a table has in its title
+
+
+LEGEND = (
+    "mean ± standard deviation over the seeds that trained; beside it how many diverged (loss NaN or Inf) or ended at "
+    "chance, and their mean where none trained. Best in bold, if all of its seeds trained."
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,14 @@ class Point:
     def whole(self) -> bool:
         """Whether every seed trained."""
         return self.mean is not None and not self.diverged + self.chance + self.refused
+
+    @property
+    def score(self) -> float | None:
+        """Mean accuracy of all seeds, those that diverged or are at chance included; None where the norm refuses."""
+        if self.refused:
+            return None
+        lost = self.diverged + self.chance
+        return ((self.mean or 0) * (self.total - lost) + (self.lost or 0) * lost) / self.total
 
 
 def point_of(rows) -> Point:
@@ -86,10 +101,22 @@ class Group:
         return min(self.factors, key=lambda f: abs(math.log(f)))
 
     @property
+    def task(self):
+        """The task of these rows; None for a net on images."""
+        return task_of(self.rows[0]["data"], self.rows[0]["net"])
+
+    @property
+    def measure(self):
+        """What the numbers are."""
+        return f"validation {self.task.goal.called if self.task else 'accuracy'}"
+
+    @property
     def title(self):
         r = self.rows[0]
         few, most = (pick(point.total for point in self.points.values()) for pick in (min, max))
         seeds = f"{most} seed{'s' * (most > 1)}" if few == most else f"{few} to {most} seeds"
+        if self.task:
+            return f"{r['net']}, {seeds}{self.beside}"
         epochs = "1 epoch" if r["epochs"] == "1" else f"{r['epochs']} epochs"
         augmented = ", augmented" if r["augment"] == "1" else ""
         counts = f"{r['n_train']} images, {epochs}{augmented}, {seeds}"
@@ -132,19 +159,21 @@ def _group(rows):
 
 def markdown(rows) -> str:
     """The tables of all groups: norm × batch size; with several learning rates, norm × rate for each batch size."""
-    return "\n\n".join(_section(group) for group in groups_of(rows)) + "\n"
+    groups = groups_of(rows)
+    legend = [f"In the tables of tasks: {LEGEND}"] if any(group.task for group in groups) else []
+    return "\n\n".join([*legend, *map(_section, groups)]) + "\n"
 
 
 def _section(group) -> str:
-    rate, cap = LR_RULES[group.rows[0]["net"]]
+    if group.task:
+        rule = str(group.task)
+    else:
+        rate, cap = LR_RULES[group.rows[0]["net"]]
+        rule = f"Learning rate {rate:g}·bs^0.9, at most {cap:g}, times the factor, falling on a line to a tenth; SGD."
     versions = {f"fastrbn {r['version']}, torch {r['torch']}, Python {r['python']}, {r['machine']}" for r in group.rows}
     dates = sorted({r["date"] for r in group.rows})
-    about = (
-        "Validation accuracy in percent: mean ± standard deviation over the seeds that trained; beside it how many "
-        "diverged (loss NaN or Inf) or ended at chance, and their mean where none trained. Best in bold, if all of its "
-        f"seeds trained. Learning rate {rate:g}·bs^0.9, at most {cap:g}, times the factor, falling on a line to a "
-        "tenth; SGD."
-    )
+    measure = f"V{group.measure[1:]} in percent"
+    about = f"{measure}. {rule}" if group.task else f"{measure}: {LEGEND} {rule}"
     parts = [f"### {group.title}", "", about, ""]
     if len(group.factors) == 1:
         factor = group.factors[0]
@@ -152,7 +181,7 @@ def _section(group) -> str:
         parts += _table(group, [(f"{bs}", (bs, factor)) for bs in group.bs], "batch size")
     else:
         for bs in group.bs:
-            lr = min(rate * bs**0.9, cap)
+            lr = group.task.lr(bs) if group.task else min(rate * bs**0.9, cap)
             columns = [(f"{f:g} ({f * lr:.3g})", (bs, f)) for f in group.factors]
             parts += [f"Batch size {bs}; columns: learning-rate factor (rate)", "", *_table(group, columns, "norm"), ""]
     parts += ["", f"{'; '.join(sorted(versions))}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."]
@@ -188,6 +217,12 @@ def accuracy_figure(rows):
         title = group.title + ("" if f == 1 else f", lr×{f:g}")
         panels.append((title, _series(group, [(bs, (bs, f)) for bs in group.bs])))
     return plots.plot_comparison(panels, "batch size", _dashed(rows))
+
+
+def task_figure(group):
+    """The score of a group's norms against batch size, a panel a learning-rate factor."""
+    panels = [(f"{group.title}, lr×{f:.3g}", _series(group, [(bs, (bs, f)) for bs in group.bs])) for f in group.factors]
+    return plots.plot_comparison(panels, "batch size", _dashed(group.rows), f"{group.measure}, %")
 
 
 def sweep_figure(rows):
@@ -265,11 +300,11 @@ def write_report(path, name=None, rows=None) -> tuple[str, list[Path]]:
     files = []
     for file, content in zip(names, contents):
         if content is not None:
-            files.append(write_whole(path.parent / file, content if isinstance(content, str) else _png(content)))
+            files.append(write_whole(path.parent / file, content if isinstance(content, str) else png(content)))
     return text, files
 
 
-def _png(figure) -> bytes:
+def png(figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()

@@ -11,6 +11,7 @@ from collections import deque
 from multiprocessing import connection
 
 from .cell import load_images, run_cell
+from .tasks import load_task
 
 
 def in_processes(cells, jobs: int, devices: list[str], root=None, norms_every=None):
@@ -95,16 +96,17 @@ def _work(pipe, device, root, norms_every) -> None:
             pipe.send(_answer(pipe.recv(), device, root, norms_every))
 
 
-_IMAGES: dict = {}  # the data set of the last cell: cells come sorted by it
+_IMAGES: dict = {}  # the data of the last cell: cells come sorted by it
 
 
 def _answer(cell, device, root, norms_every):
     """(row, norms, None), or (None, None, what went wrong)."""
     try:
-        if (cell.data, root) not in _IMAGES:
+        key = cell.data, cell.net if cell.task else "", root
+        if key not in _IMAGES:
             _IMAGES.clear()
-            _IMAGES[cell.data, root] = load_images(cell.data, root)
-        return *run_cell(cell, _IMAGES[cell.data, root], device, norms_every), None
+            _IMAGES[key] = load_task(cell.net, root) if cell.task else load_images(cell.data, root)
+        return *run_cell(cell, _IMAGES[key], device, norms_every), None
     except Exception:  # noqa: BLE001 - whatever it is, it costs this cell only and is shown
         return None, None, traceback.format_exc()
 

@@ -1,0 +1,146 @@
+"""Data of the tasks, drawn from a fixed seed or cut from MNIST and CIFAR-10.
+
+Each function takes the folder of the data sets and returns x, y, validation x, validation y.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import load_dataset
+
+_images = lru_cache(2)(load_dataset)  # several tasks are made from the same
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _draw(seed):
+    """(random numbers from 0 to 1, normal ones, classes), each a function of a shape."""
+    g = torch.Generator().manual_seed(seed)
+    return (
+        lambda *shape: torch.rand(shape, generator=g),
+        lambda *shape: torch.randn(shape, generator=g),
+        lambda n, c: torch.randint(0, c, (n,), generator=g),
+    )
+
+
+def _split(x, y, n) -> Tensors:
+    return x[:n], y[:n], x[n:], y[n:]
+
+
+def _standardised(x):
+    return (x - x.mean()) / x.std()
+
+
+def shapes(root=None, gain: bool = False, n: int = 3000, n_valid: int = 400, size: int = 24) -> Tensors:
+    """Three discs or squares on waves and noise, (N, 1, size, size); y is 1 where a shape is.
+
+    `gain`: each image has a gain (log-normal, σ 0.7) and an offset (normal) of its own.
+    """
+    rand, randn, _ = _draw(1)
+    total, axis = n + n_valid, torch.arange(size).float()
+    yy, xx = torch.meshgrid(axis, axis, indexing="ij")
+    x, y = torch.zeros(total, size, size), torch.zeros(total, size, size)
+    for _ in range(3):
+        dx, dy = xx - rand(total, 1, 1) * size, yy - rand(total, 1, 1) * size
+        radius, round_, level = 2 + rand(total, 1, 1) * 4, rand(total, 1, 1) < 0.5, 0.5 + 0.5 * rand(total, 1, 1)
+        inside = torch.where(round_, (dx**2 + dy**2).sqrt(), torch.maximum(dx.abs(), dy.abs()) / 0.9) < radius
+        x, y = torch.where(inside, level, x), torch.where(inside, 1.0, y)
+    x = x + 0.3 * randn(*x.shape) + 0.5 * torch.sin(xx * rand(total, 1, 1) + yy * rand(total, 1, 1))
+    if gain:
+        x = x * torch.exp(0.7 * randn(total, 1, 1)) + randn(total, 1, 1)
+    return _split(_standardised(x).unsqueeze(1), y, n)
+
+
+def signals(root=None, n: int = 4000, n_valid: int = 1000, length: int = 96, classes: int = 6) -> Tensors:
+    """A short burst on a slow wave with noise, (N, 1, length); the class is the burst's frequency. Each signal has a
+    gain and an offset of its own."""
+    rand, randn, pick = _draw(2)
+    total, t = n + n_valid, torch.arange(length).float()
+    y = pick(total, classes)
+    frequency, place = (0.15 + 0.08 * y).unsqueeze(1), 20 + rand(total, 1) * (length - 40)
+    burst = torch.sin(frequency * t + 2 * math.pi * rand(total, 1)) * torch.exp(-(((t - place) / 14) ** 2))
+    slow = 0.5 * torch.sin(0.1 * rand(total, 1) * t + 2 * math.pi * rand(total, 1))
+    x = (burst + slow + 0.35 * randn(total, length)) * torch.exp(0.7 * randn(total, 1)) + randn(total, 1)
+    return _split(_standardised(x).unsqueeze(1), y, n)
+
+
+def volumes(root=None, n: int = 3000, n_valid: int = 600, size: int = 10) -> Tensors:
+    """A ball, cube, octahedron, cylinder or three crossed bars with noise, (N, 1, size, size, size); 5 classes."""
+    rand, randn, pick = _draw(3)
+    total, axis = n + n_valid, torch.arange(size).float()
+    y = pick(total, 5)
+    zyx = torch.meshgrid(axis, axis, axis, indexing="ij")
+    dz, dy, dx = ((a - (2.5 + rand(total, 1, 1, 1) * (size - 5))).abs() for a in zyx)
+    s = 1.5 + 1.5 * rand(total, 1, 1, 1)
+    bars = [(a < 1.4 * s) & (b < 0.9) & (c < 0.9) for a, b, c in ((dx, dy, dz), (dy, dz, dx), (dz, dx, dy))]
+    bodies = [
+        (dx**2 + dy**2 + dz**2).sqrt() < s,
+        torch.maximum(torch.maximum(dx, dy), dz) < 0.85 * s,
+        dx + dy + dz < 1.5 * s,
+        ((dx**2 + dy**2).sqrt() < 0.7 * s) & (dz < 1.3 * s),
+        bars[0] | bars[1] | bars[2],
+    ]
+    x = torch.stack(bodies)[y, torch.arange(total)] * (0.6 + 0.6 * rand(total, 1, 1, 1))
+    return _split(_standardised(x + 0.15 * randn(*x.shape)).unsqueeze(1), y, n)
+
+
+def table(root=None, n: int = 6000, n_valid: int = 1500, features: int = 16) -> Tensors:
+    """Raw features of very different scales and offsets, (N, features), and a smooth function of them, (N, 1)."""
+    rand, randn, _ = _draw(4)
+    total = n + n_valid
+    x = randn(total, features) * torch.exp(1.5 * randn(features)) + 3 * randn(features)
+    z = (x - x.mean(0)) / x.std(0)
+    y = torch.tanh(z @ randn(features, 24) / 4) @ randn(24, 1) + 0.5 * z[:, :1] * z[:, 1:2]
+    return _split(x, y / y.std() + 0.1 * randn(total, 1), n)
+
+
+def digits(root=None, n: int = 12_000, n_valid: int = 4000, halved: bool = False) -> Tensors:
+    """The first images of MNIST, (N, 1, 28, 28); `halved`: (N, 1, 14, 14)."""
+    images = _images("mnist", root)
+    x, valid_x = (
+        F.avg_pool2d((part.x[:m].float() / 255 - images.mean[0]) / images.std[0], 1 + halved)
+        for part, m in ((images.train, n), (images.valid, n_valid))
+    )
+    return x, images.train.y[:n], valid_x, images.valid.y[:n_valid]
+
+
+def small_digits(root=None, flat: bool = False) -> Tensors:
+    """MNIST as rows of a sequence, (N, 14, 14), or `flat`, (N, 196)."""
+    x, y, valid_x, valid_y = digits(root, halved=True)
+    return (x.flatten(1), y, valid_x.flatten(1), valid_y) if flat else (x[:, 0], y, valid_x[:, 0], valid_y)
+
+
+def other_digits(root=None) -> Tensors:
+    """2,000 images of MNIST in another look: turned by a quarter, dark on light, with half the contrast."""
+    x, y, valid_x, valid_y = digits(root, 2000)
+    return 1 - 0.5 * x.rot90(1, (2, 3)), y, 1 - 0.5 * valid_x.rot90(1, (2, 3)), valid_y
+
+
+def real_and_fake(root=None) -> Tensors:
+    """Pairs (N, 2, 1, 14, 14) of a digit, and of the upper half of one with the lower half of another; y is (1, 0)."""
+    x, _, valid_x, _ = digits(root, halved=True)
+
+    def pairs(real):
+        others = real.roll(1, 0)
+        fake = torch.cat([others[:, :, :7], others.roll(1, 0)[:, :, 7:]], 2)
+        return torch.stack([real, fake], 1), torch.tensor([1.0, 0.0]).expand(len(real), 2)
+
+    return *pairs(x), *pairs(valid_x)
+
+
+def cifar(root=None, n: int = 8000, n_valid: int = 2000) -> Tensors:
+    """A random part of CIFAR-10, always the same, (N, 3, 32, 32)."""
+    images = _images("cifar10", root)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.mean, images.std))
+
+    def part(data, m):
+        i = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:m]
+        return (data.x[i].float() / 255 - mean) / std, data.y[i]
+
+    return *part(images.train, n), *part(images.valid, n_valid)
