@@ -161,6 +161,8 @@ class Channel:
             try:
                 number = self._store.add("left", 1)
                 self._store.set(f"left/{number}", f"{self.rank} {'~' if caused else '='}{reason}")
+                if not caused:  # then it need not read what others say
+                    self._store.set(f"read/{self.rank}", "")
             except RuntimeError:
                 self._store = None  # it was in a process that is gone
 
