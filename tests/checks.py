@@ -87,30 +87,17 @@ class ClosedForm:
     `step(x, dy)` returns y, dx, dγ, dβ and moves the state: mean, var, count; A, B (sums) and their weight w.
     """
 
-    def __init__(self, nf, weight, bias, eps=1e-5, kappa=0.0, averaged=False):
+    def __init__(self, nf, weight, bias, eps=1e-5, averaged=False):
         self.mean, self.var = torch.zeros(nf, dtype=torch.float64), torch.ones(nf, dtype=torch.float64)
         self.count, self.samples = 0.0, 0
         self.a_sum, self.b_sum, self.w = torch.zeros_like(self.mean), torch.zeros_like(self.mean), 0.0
-        self.weight, self.bias, self.eps, self.kappa, self.averaged = (
-            weight.double(),
-            bias.double(),
-            eps,
-            kappa,
-            averaged,
-        )
+        self.weight, self.bias, self.eps, self.averaged = weight.double(), bias.double(), eps, averaged
 
-    def default_rate(self, x, read=None):
-        """λ of the default recipe for a batch x of which the samples `read` are read, before `step` moves the state."""
-        x, bs = x.detach().double(), len(x)
-        dims = [d for d in range(x.dim()) if d != 1]
-        xr = x if read is None else x[read]
-        n = xr.numel() / x.shape[1]
-        drift = n * ((xr.mean(dims) - self.mean) ** 2 / (self.var + self.eps)).mean().item()
-        most = bs / (bs + max(min(max(bs / 3, 20), 40), min(0.005 * self.samples, 100)))
-        memory = min(max(0.05 * self.samples, 320), 3000)
-        return most if self.count == 0 else min(most, n / memory * max(1, drift) ** 2)
+    def default_rate(self, bs):
+        """λ of the default recipe for a batch of bs, before `step` moves the state."""
+        return bs / (bs + min(max(self.samples / 20, 20), 1000))
 
-    def step(self, x, dy, rate, backward_rate=None, read=None, floor_samples=20, floor=0.01):
+    def step(self, x, dy, rate, read=None, floor_samples=20, floor=0.01):
         x, dy = x.detach().double(), dy.double()
         shape, dims = (1, -1) + (1,) * (x.dim() - 2), [d for d in range(x.dim()) if d != 1]
         ch = lambda t: t.view(shape)  # noqa: E731
@@ -137,10 +124,10 @@ class ClosedForm:
         part[slice(None) if read is None else read] = a * n_all / n
         dx = g * (dy - part * (ch(d_mean) + ch(free) * x_hat * ch(d_proj)))
         if self.averaged:
-            self.w += backward_rate * (1 - self.w)
-            self.a_sum += backward_rate * (d_mean - self.a_sum)
-            self.b_sum += backward_rate * (d_proj - self.b_sum)
-            past = self.kappa * (1 - a) / self.w
+            self.w += rate * (1 - self.w)
+            self.a_sum += rate * (d_mean - self.a_sum)
+            self.b_sum += rate * (d_proj - self.b_sum)
+            past = (1 - a) / self.w
             dx = dx - g * past * (ch(self.a_sum) + x_hat * ch(self.b_sum))
         return y, dx, d_gamma, d_beta
 

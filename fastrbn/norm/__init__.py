@@ -1,9 +1,9 @@
 """Running batch norm: the layer, its recipes and its functional form. Knows nothing of training."""
 
 from .convert import convert_batchnorm, fuse_conv_rbn, to_batchnorm
-from .dispatch import running_batch_norm
+from .functional import running_batch_norm
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
-from .recipes import RECIPES, Clamp, Memory, Recipe, Skip, Steady, get_recipe
+from .recipes import RECIPES, Clamp, Memory, Recipe, Skip, get_recipe
 from .recompute import recompute_statistics
 from .reference import NormState
 
@@ -18,7 +18,6 @@ __all__ = [
     "RunningBatchNorm2d",
     "RunningBatchNorm3d",
     "Skip",
-    "Steady",
     "convert_batchnorm",
     "fuse_conv_rbn",
     "get_recipe",

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .dispatch import BACKENDS, as_leaf, check_input, choose, running_batch_norm
+from .choose import BACKENDS, choose
+from .functional import as_leaf, check_input, running_batch_norm
 from .groups import merge_over_ranks
-from .memory import REMEMBERED
 from .recipes import Recipe, get_recipe, one_of
 from .reference import NormState
+from .replay import REMEMBERED
 
 ADDITIONS = tuple(
     name for name in NormState._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
@@ -31,9 +32,8 @@ class RunningBatchNorm(_BatchNorm):
     - `nf`: C, the number of channels.
     - `mom` (0.1): how fast the statistics move, in PyTorch's sense: 0.1 means that the *new* values weigh a tenth
       (Keras and the papers write 0.9 for it). How a batch size turns it into a rate is the recipe's: `default` takes
-      λ = bs/(bs + memory) with a memory that grows from 2/mom to 10/mom samples (20 to 100): 0.29 at batch 8 at first,
-      0.07 after 20,000 samples, or less (see `Recipe.memory`, `Recipe.steady`); `batch` takes mom itself, like
-      nn.BatchNorm.
+      λ = bs/(bs + memory) with a memory of a twentieth of the samples seen, from 2/mom to 100/mom (20 to 1,000): 0.29 at
+      batch 8 at first, 0.008 after 20,000 samples (see `Memory`); `batch` takes mom itself, like nn.BatchNorm.
     - `eps` (1e-5): added to the variance.
     - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,); with `bias=False` the scale alone.
     - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.
@@ -46,8 +46,8 @@ class RunningBatchNorm(_BatchNorm):
 
     Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
     the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
-    they were. Training and evaluation normalise alike, with the running statistics; not so in the recipes `batch`, where
-    training uses the batch's own, and `leaning`, where it leans towards them.
+    they were. Training and evaluation normalise alike, with the running statistics; not so in the recipe `batch`, where
+    training uses the batch's own.
 
     Under gradient accumulation every micro-batch is a batch: its forward pass moves the statistics, its backward pass
     the averages of the gradient, and the gradients add up as if the micro-batches had been stepped one after the other
@@ -184,9 +184,10 @@ class RunningBatchNorm(_BatchNorm):
         return self
 
     def explain(self, x: Tensor) -> str:
-        """Which backend works on `x`, and why, in a sentence."""
-        name, why = choose(x, self.state, self.process_group, self.backend, self.weight, self.bias)
-        return f"{name}: {why}"
+        """Which backend works on `x` in the layer's present mode, and why, in a sentence."""
+        recipe = self.recipe if self.training and not self.frozen else None
+        choice = choose(x, self.state, self.weight, self.bias, recipe, self.process_group, self.backend)
+        return f"{choice.name}: {choice.why}"
 
     def reset_running_stats(self) -> None:
         """Forget all statistics: mean 0, variance 1, nothing counted. Those of a frozen layer stay."""

@@ -1,7 +1,8 @@
 """The reference's step in C, one call forward and one backward: CPU tensors whose dtype is that of the statistics.
 
 `native_kernels.c` has the arithmetic, `fastrbn/native_build.py` compiles it on first use. Here: when it can serve, what it is
-handed, and what autograd needs. The rare steps are `fused`'s: activation checkpointing, second derivatives, evaluation.
+handed, and what autograd needs. Steps that checkpointing runs again and evaluation are `fused`'s, second derivatives
+`reference`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import ctypes
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch.autograd.graph import increment_version
 
 from fastrbn import native_build
 
-from . import fused
-from .memory import Moment, is_batched, moving, running_again
+from . import fused, reference
 from .recipes import Plan, Recipe
 from .reference import NormState, elements_per_sample
+from .replay import Step, is_batched, moving, running_again
 
 _SOURCE = Path(__file__).with_name("native_kernels.c")
 _REAL = {torch.float32: "float", torch.float64: "double"}
@@ -29,9 +29,9 @@ _FEW_POSITIONS = 64  # elements a channel of a sample below which the sums run o
 _WORTH_A_THREAD = 1 << 16  # elements
 _MOST_THREADS = 64
 # as the structs of native_kernels.c: layout, then numbers, then pointers
-_FORWARD = Struct("7q 2q 10d 5q 10P")
-_BACKWARD = Struct("7q q 2d q 9P")
-_SAVED = 6  # rows a channel: 1/σ, whether off the floor, and a moment's m, v, mean and variance; then its three numbers
+_FORWARD = Struct("7q 2q 4d 10P")
+_BACKWARD = Struct("7q 2q d 9P")
+_SAVED = 6  # rows a channel: 1/σ, whether off the floor, and a step's m, v, mean and variance; then its three numbers
 
 evaluate = fused.evaluate
 
@@ -81,48 +81,40 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, plan):
-        recipe, mom, eps = plan[:3]
-        bs, c = x.shape[:2]
-        layout, read = _layout(x, recipe)
+        recipe, eps, bs, c = plan.recipe, plan.eps, *x.shape[:2]
+        layout = _layout(x, recipe)
         y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 3, dtype=x.dtype)
-        clamp, skip, memory, steady = recipe.clamp, recipe.skip, recipe.memory, recipe.steady
-        floor = 0.0 if clamp is None else clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
-        arguments = _FORWARD.pack(
-            *layout, bs, _threads(x),
-            recipe.rate(mom, bs, read),
-            *((0, 0, 0) if memory is None else memory.bounds(mom)),
-            *((0, 0, 0) if steady is None else (steady.least, steady.most, steady.share)), eps, floor, 0 if clamp is None else clamp.samples,
-            recipe.statistics == "batch", recipe.leaning, *((0, 0) if skip is None else (skip.every, skip.after)), plan.twice,
-            x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias),
-            state[0].data_ptr(), state[1].data_ptr(), state[2].data_ptr(), state[3].data_ptr(), state[4].data_ptr(),
-            saved.data_ptr(),
-        )  # fmt: skip
+        floor, young = (0.0, 0) if recipe.clamp is None else (recipe.clamp.floor(eps), recipe.clamp.samples)
         with moving(state):
+            rate = recipe.rate(plan.mom, bs, state.num_samples_tracked.item())
+            arguments = _FORWARD.pack(
+                *layout, bs, _threads(x), rate, eps, floor, young,
+                x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias),
+                state[0].data_ptr(), state[1].data_ptr(), state[2].data_ptr(), state[3].data_ptr(), state[4].data_ptr(),
+                saved.data_ptr(),
+            )  # fmt: skip
             _call("rbn_forward", x, arguments)
         increment_version(state[:5])  # autograd sees no write of C's: what a graph has saved of the state is stale now
         if plan.twice:
-            plan.recent.append(_moment(saved, c, recipe))
+            plan.recent.append(_step(saved, c, rate, recipe))
         ctx.save_for_backward(x, weight, bias)
-        ctx.saved, ctx.layout, ctx.state, ctx.plan = saved, layout, state, plan
+        ctx.saved, ctx.layout, ctx.rate, ctx.state, ctx.plan = saved, layout, rate, state, plan
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(dy):
-            return *fused._differentiable_backward(_as_fused(ctx), x, weight, bias, dy), None, None
-        recipe, mom, state, c = ctx.plan.recipe, ctx.plan.mom, ctx.state, x.shape[1]
+            step = _step(ctx.saved, x.shape[1], ctx.rate, ctx.plan.recipe)
+            return *reference.gradients(x, weight, bias, dy, step, ctx.state, ctx.plan), None, None
+        averaged, state, c = ctx.plan.recipe.backward == "averaged", ctx.state, x.shape[1]
         if dy.stride() != x.stride() or _is_lazy(dy):
             dy = torch.empty_like(x).copy_(dy)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # of their own, not two views of one: autograd takes such gradients as they are, and copies views
         d_weight, d_bias = torch.empty(c, dtype=x.dtype), torch.empty(c, dtype=x.dtype)
-        averaged, bs = recipe.backward == "averaged", x.shape[0]
         arguments = _BACKWARD.pack(
-            *ctx.layout, _threads(x),
-            recipe.kappa if averaged else -1.0,
-            recipe.backward_rate(mom, bs, bs * elements_per_sample(x)) if averaged else 0.0,
-            recipe.backward == "detached",
+            *ctx.layout, _threads(x), averaged, ctx.rate,
             dy.data_ptr(), x.data_ptr(), _pointer(dx), _pointer(weight), ctx.saved.data_ptr(),
             d_weight.data_ptr(), d_bias.data_ptr(), state[5].data_ptr(), state[6].data_ptr(),
         )  # fmt: skip
@@ -133,17 +125,16 @@ class _Normalize(torch.autograd.Function):
         return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None
 
 
-def _layout(x: Tensor, recipe: Recipe) -> tuple[tuple[int, ...], int]:
-    """The struct Layout of native_kernels.c, and the elements a channel that the statistics read."""
+def _layout(x: Tensor, recipe: Recipe) -> tuple[int, ...]:
+    """The struct Layout of native_kernels.c."""
     bs, c = x.shape[:2]
     positions = elements_per_sample(x)
     k = recipe.samples_read(bs, positions)
     every = bs // k if recipe.order == "strided" else 1
     if not x.is_contiguous():
-        return (bs * positions, c, 1, 1, positions, k, every), k * positions
-    if positions < _FEW_POSITIONS:
-        return (bs, c, positions, 1, 1, k, every), k * positions
-    return (bs, c, positions, 0, 0, k, every), k * positions
+        return bs * positions, c, 1, 1, positions, k, every
+    few = positions < _FEW_POSITIONS
+    return bs, c, positions, few, int(few), k, every
 
 
 def _threads(x: Tensor) -> int:
@@ -165,15 +156,7 @@ def _call(name: str, x: Tensor, arguments: bytes) -> None:
         raise MemoryError(f"no memory left for the sums of a batch of shape {tuple(x.shape)}")
 
 
-def _as_fused(ctx) -> SimpleNamespace:
-    """What `fused`'s differentiable backward looks at."""
-    plan = ctx.plan
-    moment = _moment(ctx.saved, ctx.saved_tensors[0].shape[1], plan.recipe)
-    var = fused._floored(moment.var, moment, plan)[0] if moment.young else moment.var
-    return SimpleNamespace(plan=plan, state=ctx.state, mean=moment.mean, var=var, moment=moment)
-
-
-def _moment(saved: Tensor, c: int, recipe: Recipe) -> Moment:
+def _step(saved: Tensor, c: int, rate: float, recipe: Recipe) -> Step:
     m, v, mean, var = (row.clone() for row in saved[: _SAVED * c].view(_SAVED, c)[2:])
-    share, moves, young = saved[_SAVED * c :].tolist()
-    return Moment(m, v, mean, var, share, bool(moves), None if recipe.clamp is None else bool(young))
+    share, moves, young = saved[_SAVED * c :].clone()
+    return Step(m, v, mean, var, saved.new_tensor(rate), share, moves != 0, None if recipe.clamp is None else young != 0)

@@ -276,15 +276,8 @@ static void map(const Map *a, int threads) {
 typedef struct {
   Layout layout;
   int64_t bs, threads;
-  double rate;
-  double memory_least, memory_most, memory_share; /* `Memory`, samples; most 0: none */
-  double least, most, grows; /* `Steady`, elements; most 0: none */
-  double eps;
-  double clamp, young_until;     /* floor under V while fewer samples were seen; young_until 0: never */
-  int64_t batch;                 /* statistics="batch": normalise with the batch's own */
-  int64_t leaning;               /* only the state moves with the memory */
-  int64_t skip_every, skip_after; /* skip_every 0: never */
-  int64_t twice;                  /* the batch's statistics are wanted on a skipped step too */
+  double rate, eps;
+  double clamp, young_until; /* floor under V while fewer samples were seen; young_until 0: never */
   const REAL *x;
   REAL *y;
   const REAL *weight, *bias; /* (channels) or NULL */
@@ -295,9 +288,8 @@ typedef struct {
 
 typedef struct {
   Layout layout;
-  int64_t threads;
-  double kappa, backward_rate; /* kappa < 0: the backward pass keeps no averages */
-  int64_t detached;
+  int64_t threads, averaged;
+  double rate; /* of the averages */
   const REAL *dy, *x;
   REAL *dx; /* NULL: not wanted, and the averages stay */
   const REAL *weight, *saved;
@@ -335,65 +327,26 @@ static int statistics(const Layout *l, const REAL *x, double *sums, REAL *near, 
   return finite;
 }
 
-/* A share of the samples seen before, between bounds. */
-static double grown(const Forward *f, double share, double least, double most) {
-  const double memory = share * (double)*f->samples;
-  return memory < least ? least : memory > most ? most : memory;
-}
-
-static double steadied(const Forward *f, int64_t c, double n) {
-  double drift = 0;
+/* Whether a move to the batch's m and v in saved overflows nowhere: reference.py's rule. */
+static int usable(const Forward *f, int64_t c) {
   for (int64_t j = 0; j < c; j++) {
     const double shift = (double)f->saved[M * c + j] - f->mean[j];
-    drift += shift * shift / (f->var[j] + f->eps);
+    if (!isfinite((REAL)(f->saved[V * c + j] + shift * shift))) return 0;
   }
-  drift *= n / c;
-  const double calm = n / grown(f, f->grows, f->least, f->most) * (drift > 1 ? drift * drift : 1);
-  return calm < f->rate ? calm : f->rate;
+  return 1;
 }
 
-/* The running count after a batch of n at a rate. */
-static double counted(double rate, double n, double old) { return old < 0 ? n : rate * n + (1 - rate) * old; }
-
-/* Move the running statistics by the batch's in saved, and leave there what normalises; the batch's share of that. */
+/* Move the running statistics by the batch's in saved; the batch's share of them. */
 static double move(const Forward *f, int64_t c, double n) {
-  REAL *m = f->saved + M * c, *v = f->saved + V * c, *mean = f->saved + MEAN * c, *var = f->saved + VAR * c;
-  const double old = *f->count, rate = f->most > 0 && old != 0 ? steadied(f, c, n) : f->rate;
-  if (f->batch) { /* nn.BatchNorm's: the variance unbiased where it can be */
-    const double unbiased = n > 1 ? n / (n - 1) : 1;
-    for (int64_t j = 0; j < c; j++) {
-      f->mean[j] = (REAL)(f->mean[j] + rate * ((double)m[j] - f->mean[j]));
-      f->var[j] = (REAL)(f->var[j] + rate * (unbiased * v[j] - f->var[j]));
-    }
-    *f->count = (REAL)n;
-    return 1;
-  }
-  double kept = rate; /* of the state; but for a leaning recipe also of what normalises */
-  if (f->memory_most > 0) {
-    kept = f->bs / (f->bs + grown(f, f->memory_share, f->memory_least, f->memory_most));
-    kept = kept < rate ? kept : rate;
-  }
-  const double used = f->leaning ? rate : kept;
-  const double moved = counted(kept, n, old), a = used * n / counted(used, n, old), s = kept * n / moved;
+  const REAL *m = f->saved + M * c, *v = f->saved + V * c;
+  const double old = *f->count, moved = old < 0 ? n : f->rate * n + (1 - f->rate) * old, a = f->rate * n / moved;
   for (int64_t j = 0; j < c; j++) {
-    const double d = (double)m[j] - f->mean[j], old_var = f->var[j];
-    mean[j] = (REAL)(f->mean[j] + a * d);
-    var[j] = (REAL)((1 - a) * old_var + a * v[j] + a * (1 - a) * d * d);
-    f->mean[j] = (REAL)(f->mean[j] + s * d);
-    f->var[j] = (REAL)((1 - s) * old_var + s * v[j] + s * (1 - s) * d * d);
+    const double d = (double)m[j] - f->mean[j];
+    f->mean[j] = (REAL)(f->mean[j] + a * d);
+    f->var[j] = (REAL)((1 - a) * f->var[j] + a * v[j] + a * (1 - a) * d * d);
   }
   *f->count = (REAL)moved;
   return a;
-}
-
-/* Whether a move to the batch's m and v in saved overflows nowhere: reference.advance's rule. */
-static int usable(const Forward *f, int64_t c, double n) {
-  const double unbiased = f->batch && n > 1 ? n / (n - 1) : 1;
-  for (int64_t j = 0; j < c; j++) {
-    const double shift = (double)f->saved[M * c + j] - f->mean[j];
-    if (!isfinite((REAL)(unbiased * f->saved[V * c + j] + shift * shift))) return 0;
-  }
-  return 1;
 }
 
 /* 0, or 1 when there is no memory left. */
@@ -405,20 +358,13 @@ int rbn_forward(const Forward *f) {
   if (!sums) return 1;
   REAL *room = (REAL *)(sums + 2 * w * lanes), *scale = room + 3 * w, *shift = scale + c, *saved = f->saved;
 
-  const int64_t seen = *f->samples + f->bs, iteration = *f->batches + 1;
-  const int skips = f->skip_every && seen > f->skip_after && iteration % f->skip_every == 0;
-  int moves = 0;
-  if (skips && !f->twice) { /* nothing of x is looked at */
-    memcpy(saved + M * c, f->mean, (size_t)c * sizeof(REAL));
-    memcpy(saved + V * c, f->var, (size_t)c * sizeof(REAL));
-  } else
-    moves = statistics(l, f->x, sums, scale, room, saved, threads) && usable(f, c, (double)elements_read(l)) && !skips;
-  const double share = moves ? move(f, c, (double)elements_read(l)) : f->batch ? 1 : 0;
-  if (skips || moves) *f->samples = seen, *f->batches = iteration;
+  const double n = (double)elements_read(l);
+  const int moves = statistics(l, f->x, sums, scale, room, saved, threads) && usable(f, c);
+  const double share = moves ? move(f, c, n) : 0;
+  if (moves) *f->samples += f->bs, ++*f->batches;
 
   const int young = *f->samples < f->young_until;
-  const REAL *mean = f->batch ? saved + M * c : moves ? saved + MEAN * c : f->mean, floor = (REAL)f->clamp;
-  const REAL *var = f->batch ? saved + V * c : moves ? saved + VAR * c : f->var;
+  const REAL *mean = f->mean, *var = f->var, floor = (REAL)f->clamp;
   for (int64_t j = 0; j < c; j++) {
     const int held = young && var[j] < floor;
     const REAL inv = (REAL)(1 / sqrt((double)(held ? floor : var[j]) + f->eps));
@@ -441,7 +387,7 @@ int rbn_forward(const Forward *f) {
 int rbn_backward(const Backward *b) {
   const Layout *l = &b->layout;
   const int64_t c = l->channels, w = width(l), lanes = l->columns ? b->threads : 1;
-  const int threads = (int)b->threads, averaged = b->kappa >= 0 && !b->detached;
+  const int threads = (int)b->threads, averaged = (int)b->averaged;
   double *sums = malloc((size_t)(2 * w * lanes) * sizeof(double) + (size_t)(6 * w + 5 * c) * sizeof(REAL));
   if (!sums) return 1;
   REAL *room = (REAL *)(sums + 2 * w * lanes), *p = room + 6 * w, *q = p + c, *r = q + 2 * c, *grad = b->running_grad;
@@ -460,14 +406,14 @@ int rbn_backward(const Backward *b) {
     free(sums);
     return 0;
   }
-  double past = 0, now = b->detached ? 0 : share / (double)elements_read(l);
+  double past = 0, now = share / (double)elements_read(l);
   if (averaged) {
-    const double rate = b->backward_rate, n = (double)elements(l);
+    const double rate = b->rate, n = (double)elements(l);
     if (finite) {
       for (int64_t j = 0; j < 2 * c; j++) grad[j] = (REAL)(grad[j] + rate * (sums[j] / n - grad[j]));
       *b->running_grad_weight = (REAL)(*b->running_grad_weight + rate * (1 - *b->running_grad_weight));
     }
-    past = b->kappa * (1 - share) / (*b->running_grad_weight > 1e-30 ? *b->running_grad_weight : 1e-30);
+    past = (1 - share) / (*b->running_grad_weight > 1e-30 ? *b->running_grad_weight : 1e-30);
   }
   for (int64_t j = 0; j < c; j++) {
     const double scale = b->weight ? (double)inv[j] * b->weight[j] : inv[j];
@@ -480,7 +426,7 @@ int rbn_backward(const Backward *b) {
   }
   Map a = {l, b->x, b->dy, b->dx, mean, spread(l, p, room + w), {NULL, NULL}, {NULL, NULL}};
   for (int read = 0; read < 2; read++)
-    if (averaged || (read && !b->detached)) {
+    if (averaged || read) {
       a.r[read] = spread(l, r + read * c, room + (2 + 2 * read) * w);
       a.q[read] = spread(l, q + read * c, room + (3 + 2 * read) * w);
     }

@@ -10,12 +10,10 @@ M, running variance V, running count c. With the averaging rate λ of this step
 
 which is the moving average of sums, squares and counts of fast.ai's course (part 2, 2019, notebook 07) without its
 cancellation. The gradient goes through m and v, so through the share a of the statistics. `averaged` adds, for the
-share 1−a that lies in the past, κ times what the past would have contributed: running means A of mean(dy) and B of
-mean(dy·x̂) stand in for it (as in Moving Average Batch Normalization, ICLR 2020):
+share 1−a that lies in the past, what the past would have contributed: running means A of mean(dy) and B of mean(dy·x̂)
+stand in for it (as in Moving Average Batch Normalization, ICLR 2020), and move at the rate λ too:
 
-    dx = γ/σ · [ dy − (a·mean(dy) + κ(1−a)·A) − x̂·(a·mean(dy·x̂) + κ(1−a)·B) ]
-
-A `leaning` recipe moves the state at a lower rate than λ; the step normalises with the M and V above all the same.
+    dx = γ/σ · [ dy − (a·mean(dy) + (1−a)·A) − x̂·(a·mean(dy·x̂) + (1−a)·B) ]
 
 `norm/README.md` derives all this.
 """
@@ -29,8 +27,8 @@ import torch
 from torch import Tensor
 
 from .groups import merge_over_ranks, sum_over_ranks
-from .memory import Moment, is_batched, moving, recall, snapshot
-from .recipes import Plan, at_least_one, smaller
+from .recipes import Plan, at_least_one
+from .replay import Step, is_batched, moving, recall, snapshot
 
 
 class NormState(NamedTuple):
@@ -79,44 +77,63 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
     A batch with NaN or Inf in what the statistics read, or so large that its variance or the square of its distance
     from the running mean overflows, leaves the whole state as it was, without asking the device; the result shows it.
     """
-    recipe, bs = plan.recipe, x.shape[0]
     xw = x.to(torch.promote_types(x.dtype, state.running_mean.dtype))
-    m, v, n = batch_statistics(xw, recipe)
+    m, v, n = batch_statistics(xw, plan.recipe)
+    bs = x.shape[0]
     if plan.process_group is not None:
         m, v, n, bs = merge_over_ranks(m, v, n, bs, plan.process_group)
+    step = take_step(state, m, v, n, bs, plan)
+    return normalize_by(step, xw, weight, bias, m, v, state, plan).to(x.dtype)
+
+
+def take_step(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
+    """Move the state by a batch of bs samples with statistics m, v over n elements a channel; or, when checkpointing
+    runs a forward again, what its first run did."""
     with torch.no_grad(), moving(state):
-        moment = recall(plan.recent, m, v)
-        if moment is None:
-            moment = advance(state, m.detach(), v.detach(), n, bs, plan)
+        step = recall(plan.recent, m, v)
+        if step is None:
+            step = _advance(state, m.detach(), v.detach(), n, bs, plan)
             if plan.twice:
-                plan.recent.append(moment)
-    y, x_hat, inv_std = apply(xw, weight, bias, m, v, moment, plan)
-    if recipe.backward == "averaged" and x.requires_grad and torch.is_grad_enabled():
-        scale = inv_std if weight is None else inv_std * weight
-        backward_rate = recipe.backward_rate(plan.mom, bs, bs * elements_per_sample(x))
-        y = _RunningProjection.apply(y, xw, x_hat.detach(), scale.detach(), moment.share, state, backward_rate, plan)
-    return y.to(x.dtype)
+                plan.recent.append(step)
+    return step
 
 
-def apply(x: Tensor, weight, bias, m: Tensor, v: Tensor, moment: Moment, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x with what `moment` left: y, x̂ and 1/σ, differentiable in x, weight, bias and in the batch's
-    statistics m and v as far as the recipe lets the gradient through them."""
+def normalize_by(step: Step, x: Tensor, weight, bias, m: Tensor, v: Tensor, state: NormState, plan: Plan) -> Tensor:
+    """Normalise x by a step that was taken, differentiable in x, weight, bias and in the batch's statistics m and v as
+    far as the recipe lets the gradient through them. A backward pass moves A and B in `state`."""
     batch, detached = plan.recipe.statistics == "batch", plan.recipe.backward == "detached"
     if batch:
-        mean, var = (moment.m, moment.v) if detached else (m, v)
+        mean, var = (step.m, step.v) if detached else (m, v)
     elif detached:
-        mean, var = moment.mean, moment.var
+        mean, var = step.mean, step.var
     else:
-        # the values are the moment's; differences that are zero carry the gradient of M + a(m−M) and
+        # the values are the step's; differences that are zero carry the gradient of M + a(m−M) and
         # (1−a)V + a·v + a(1−a)(m−M)² in m and v, where (1−a)(m−M) is m − the new M
-        a = moment.share
-        dm, dv = (torch.where(moment.moves, t - t.detach(), 0.0) for t in (m, v))
-        mean = moment.mean + a * dm
-        off = torch.where(moment.moves, moment.m - moment.mean, 0.0)
-        var = moment.var + a * dv + a * dm * ((1 - a) * dm + 2 * off)
-    inv_std = inverse_deviation(var, moment.young, plan)
+        a = step.share
+        dm, dv = (torch.where(step.moves, t - t.detach(), 0.0) for t in (m, v))
+        mean = step.mean + a * dm
+        off = torch.where(step.moves, step.m - step.mean, 0.0)
+        var = step.var + a * dv + a * dm * ((1 - a) * dm + 2 * off)
+    inv_std = (floored(var, step, plan) + plan.eps).rsqrt()
     x_hat = (x - per_channel(mean, x)) * per_channel(inv_std, x)
-    return _affine(x_hat, weight, bias), x_hat, inv_std
+    y = _affine(x_hat, weight, bias)
+    if plan.recipe.backward == "averaged" and x.requires_grad and torch.is_grad_enabled():
+        scale = inv_std if weight is None else inv_std * weight
+        y = _RunningProjection.apply(y, x, x_hat.detach(), scale.detach(), step.share, step.rate, state, plan)
+    return y
+
+
+def gradients(x: Tensor, weight, bias, dy: Tensor, step: Step, state: NormState, plan: Plan) -> list[Tensor | None]:
+    """The gradients of a step as a graph of x, weight, bias and dy, for backends whose own have none: second
+    derivatives, and many dy at once. None for what needs no gradient; moves A and B."""
+    with torch.enable_grad():
+        wide = x.to(step.mean.dtype)
+        m, v, _ = batch_statistics(wide, plan.recipe)
+        y = normalize_by(step, wide, weight, bias, m, v, state, plan).to(x.dtype)
+    given = [t if t is not None and t.requires_grad else None for t in (x, weight, bias)]
+    wanted = [t for t in given if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
+    return [None if t is None else next(found) for t in given]
 
 
 def batch_statistics(x: Tensor, recipe) -> tuple[Tensor, Tensor, int]:
@@ -140,9 +157,8 @@ def read(x: Tensor, recipe) -> Tensor:
     return x[:k] if recipe.order == "first" else x[: k * (bs // k)].unflatten(0, (k, -1))[:, 0]
 
 
-def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment:
-    """Move the state by a batch's statistics over n elements a channel of bs samples; call it without a graph."""
-    recipe, rate = plan.recipe, plan.recipe.rate(plan.mom, bs, n)
+def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
+    recipe = plan.recipe
     old_mean, old_var, count, samples = snapshot(
         state.running_mean, state.running_var, state.running_count, state.num_samples_tracked
     )
@@ -152,85 +168,59 @@ def advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Moment
     # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
     seen = (spread + shift.square()).amax().isfinite() & (n > 0)
     moves = seen
-    samples = samples.to(count.dtype)
-    if recipe.steady is not None:
-        drift = n * (shift.square() / (old_var + plan.eps)).mean()
-        calm = recipe.steady.rate(rate, n, drift, samples)
-        rate = torch.where(count == 0, rate, calm)  # nothing drifts from nowhere
-    kept = rate if recipe.memory is None else smaller(rate, recipe.memory.rate(plan.mom, bs, samples))
+    rate = torch.zeros_like(count) + recipe.rate(plan.mom, bs, samples.to(count.dtype))
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
         seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch
     state.num_samples_tracked.add_((seen * bs).to(torch.int64))
     state.num_batches_tracked.add_(seen)
     young = None if recipe.clamp is None else state.num_samples_tracked < recipe.clamp.samples
-
-    def if_it_moves(mean, var):
-        return torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
-
     if recipe.statistics == "batch":  # nn.BatchNorm's: from mean 0, variance 1, the variance unbiased where it can be
         a, moved = torch.ones_like(count), torch.zeros_like(count) + n
-        mean, var = if_it_moves(old_mean + rate * shift, old_var + rate * (spread - old_var))
+        mean, var = old_mean + rate * shift, old_var + rate * (spread - old_var)
     else:
-        a, moved = share_of(kept, n, count, moves)
-        mean, var = if_it_moves(*towards(old_mean, old_var, m, v, a))
+        moved = torch.where(count < 0, n, rate * n + (1 - rate) * count)
+        # a tensor over a tensor: 1 exactly on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
+        a = torch.where(moves, rate * n / moved, 0.0)
+        mean, var = old_mean + a * shift, (1 - a) * old_var + a * v + a * (1 - a) * shift.square()
+    mean, var = torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
     state.running_mean.copy_(mean)
     state.running_var.copy_(var)
-    if recipe.leaning:
-        a = share_of(rate, n, count, moves)[0]
-        mean, var = if_it_moves(*towards(old_mean, old_var, m, v, a))
     # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
-    return Moment(m, v, mean.to(m.dtype), var.to(m.dtype), a.to(m.dtype), moves, young)
+    return Step(m, v, mean.to(m.dtype), var.to(m.dtype), rate.to(m.dtype), a.to(m.dtype), moves, young)
 
 
-def share_of(rate, n, count: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch's share a at an averaging rate, and the running count then."""
-    new = torch.zeros_like(count) + rate * n
-    moved = torch.where(count < 0, n, new + (1 - rate) * count)
-    # a tensor over a tensor: 1 exactly on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
-    return torch.where(moves, new / moved, 0.0), moved
-
-
-def towards(mean: Tensor, var: Tensor, m: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance when a batch with m and v has the share a."""
-    off = m - mean
-    return mean + a * off, (1 - a) * var + a * v + a * (1 - a) * off.square()
-
-
-def inverse_deviation(var: Tensor, young: Tensor | None, plan: Plan) -> Tensor:
-    """1/√(V+ε), with the recipe's floor while the layer is young."""
-    clamp = plan.recipe.clamp
-    if clamp is None:
-        return (var + plan.eps).rsqrt()
-    if clamp.variance is not None:
-        return (torch.where(young, var.clamp_min(clamp.variance), var) + plan.eps).rsqrt()
-    return torch.where(young, (var + plan.eps).clamp_min(clamp.deviation**2), var + plan.eps).rsqrt()
+def floored(var: Tensor, step: Step, plan: Plan) -> Tensor:
+    """The variance that normalises: V, or the recipe's floor where V is below it and the layer young."""
+    if step.young is None:
+        return var
+    return torch.where(step.young, var.clamp_min(plan.recipe.clamp.floor(plan.eps)), var)
 
 
 class _RunningProjection(torch.autograd.Function):
-    """Identity in y; in the backward pass, moves A and B by this batch and gives x the part −γ/σ·κ(1−a)·(A + x̂·B).
+    """Identity in y; in the backward pass, moves A and B by this batch and gives x the part −γ/σ·(1−a)·(A + x̂·B).
 
     A second derivative takes A, B and that part as constants.
     """
 
     @staticmethod
-    def forward(ctx, y, x, x_hat, scale, share, state, rate, plan):
-        ctx.save_for_backward(x_hat, scale, share)
-        ctx.state, ctx.rate, ctx.plan = state, rate, plan
+    def forward(ctx, y, x, x_hat, scale, share, rate, state, plan):
+        ctx.save_for_backward(x_hat, scale, share, rate)
+        ctx.state, ctx.group = state, plan.process_group
         return y.clone()  # a view made here could not be changed in place, as by nn.ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx, dy):
-        x_hat, scale, share = ctx.saved_tensors
+        x_hat, scale, share, rate = ctx.saved_tensors
         with torch.no_grad():
             dims, n = all_but_channel(dy), dy.shape[0] * elements_per_sample(dy)
             sums = torch.stack([dy.sum(dims), (dy * x_hat).sum(dims)])
-            if ctx.plan.process_group is not None:
-                sums, n = sum_over_ranks(sums, n, ctx.plan.process_group)
+            if ctx.group is not None:
+                sums, n = sum_over_ranks(sums, n, ctx.group)
             with moving(ctx.state):
-                average, w = average_gradients(ctx.state, sums / n, ctx.rate)
-            past = ctx.plan.recipe.kappa * (1 - share) * scale / w * average
+                average, w = average_gradients(ctx.state, sums / n, rate)
+            past = (1 - share) * scale / w * average
             extra = per_channel(-past[0], dy) - x_hat * per_channel(past[1], dy)
         return dy, extra, None, None, None, None, None, None
 

@@ -1,8 +1,8 @@
-"""What a training step remembers beyond the state: the moment of the batch, so that it can be computed once more.
+"""What a layer remembers of its last steps, so that one can be computed once more.
 
 Activation checkpointing runs a forward pass again inside the backward pass. The state has moved by then; the second run
-must neither move it again nor normalise with anything but what the first run used. So a layer keeps the moments of
-its last forwards, and a forward that runs inside a backward pass takes back the one that fits its batch.
+must neither move it again nor normalise with anything but what the first run used. So a layer keeps its last steps,
+and a forward that runs inside a backward pass takes back the one that fits its batch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ _LOCKS: tuple[RLock, ...] = ()
 REMEMBERED = 32  # forwards of one layer between a forward and its second run: micro-batches in flight, shared layers
 
 
-class Moment(NamedTuple):
-    """One step of one layer: the batch's statistics m, v, the ones M, V that normalise it, all (C,); its share a of them,
-    whether the statistics moved, whether the layer is young (None: it has no clamp): tensors of shape () or numbers."""
+class Step(NamedTuple):
+    """One training step of one layer: the batch's statistics m, v and the ones M, V that normalise it, all (C,); the
+    averaging rate λ, the batch's share a of M and V, whether these moved, and whether the layer is young (None: it has
+    no clamp), all tensors of shape ()."""
 
     m: Tensor
     v: Tensor
     mean: Tensor
     var: Tensor
-    share: Tensor | float
-    moves: Tensor | bool
-    young: Tensor | bool | None
+    rate: Tensor
+    share: Tensor
+    moves: Tensor
+    young: Tensor | None
 
 
 def moving(state):
@@ -69,8 +71,8 @@ def running_again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def recall(recent: deque | None, m: Tensor, v: Tensor) -> Moment | None:
-    """Inside a backward pass, the remembered moment whose batch had statistics m and v; None in a first run.
+def recall(recent: deque | None, m: Tensor, v: Tensor) -> Step | None:
+    """Inside a backward pass, the remembered step whose batch had statistics m and v; None in a first run.
 
     The nearest one, should a kernel have summed in another order, and the latest of equals; on CUDA found on the
     device, without a sync.
@@ -84,7 +86,7 @@ def recall(recent: deque | None, m: Tensor, v: Tensor) -> Moment | None:
     nearest = distance.nan_to_num(torch.inf).argmin()
     if m.device.type == "cpu":
         return recent[nearest]
-    return Moment(*(None if c[0] is None else torch.stack(c)[nearest] for c in zip(*recent, strict=True)))
+    return Step(*(None if c[0] is None else torch.stack(c)[nearest] for c in zip(*recent, strict=True)))
 
 
 @torch.library.custom_op("fastrbn::snapshot", mutates_args=())

@@ -1,0 +1,115 @@
+"""Which implementation computes a layer's step, and why.
+
+Every backend is a module with `normalize(x, weight, bias, state, plan)` and `evaluate(x, weight, bias, state, eps)`
+as in `reference.py`. A new one is added to `_BACKENDS` and, when it is faster somewhere, to `choose`. Triton's is
+imported when it is chosen, and not before.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from . import fused, native, reference
+from .recipes import Recipe, one_of
+from .reference import NormState
+
+_BACKENDS = {"reference": reference, "fused": fused, "native": native, "triton": None}
+BACKENDS = ("auto", *_BACKENDS)
+# "auto" takes the Triton kernels for CUDA tensors: to be switched on once they are measured to be faster on a device
+_TRITON_BY_DEFAULT = False
+
+
+class Choice(NamedTuple):
+    """A backend's name, and why it was chosen, in words."""
+
+    name: str
+    why: str
+
+    @property
+    def backend(self):
+        """Its module."""
+        if _BACKENDS[self.name] is None:
+            from . import triton_kernels
+
+            _BACKENDS[self.name] = triton_kernels
+        return _BACKENDS[self.name]
+
+
+def choose(
+    x: Tensor,
+    state: NormState,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    recipe: Recipe | None,
+    process_group=None,
+    backend: str = "auto",
+) -> Choice:
+    """The backend for a step of `recipe` on `x`, or for evaluation (None). Raises ValueError for an unknown name, or one
+    that cannot serve."""
+    one_of("backend", backend, BACKENDS)
+    why_not = None
+    if torch.compiler.is_compiling():
+        why_not = "torch.compile fuses the plain formulas itself"
+    elif x.is_meta or isinstance(x, FakeTensor):
+        why_not = "a tensor without values has only the plain formulas"
+    elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        why_not = "torch.func and forward-mode derivatives look into the plain formulas"
+    elif get_proxy_mode() is not None:
+        why_not = "make_fx records the plain formulas"
+    elif recipe is not None and torch.jit.is_tracing():
+        why_not = "torch.jit.trace records the plain formulas"
+    elif recipe is not None and recipe.plain_only:
+        why_not = f"the recipe '{recipe.name}' has only the plain formulas"
+    elif process_group is not None:
+        why_not = "statistics are merged over a process group"
+    elif x.dtype is not (wide := state.running_mean.dtype) and (wide is torch.float64 or x.dtype is torch.float64):
+        why_not = f"{x.dtype} input in a layer with {wide} statistics is computed in the wider one"
+    if backend == "triton" and why_not is None:
+        why_not = _why_not_triton(x, state)
+    if backend == "native" and why_not is None:
+        why_not = native.why_not(x, weight, bias, state)
+    if backend not in ("auto", "reference") and why_not is not None:
+        raise ValueError(f"backend '{backend}' cannot be used here: {why_not}; choose 'auto' or 'reference'")
+    if backend != "auto":
+        return Choice(backend, "asked for by name")
+    if why_not:
+        return Choice("reference", why_not)
+    if torch._C._len_torch_dispatch_stack():
+        why_not = "a TorchDispatchMode sees no call of C"
+    elif x.is_cpu and not torch.jit.is_tracing() and (why_not := native.why_not(x, weight, bias, state)) is None:
+        return Choice("native", "C kernels, one call forward and one backward")
+    why = "PyTorch's fused operators and a backward in closed form"
+    if why_not:
+        why = f"{why}; not the C kernels: {why_not}"
+    if _TRITON_BY_DEFAULT and x.device.type == "cuda":
+        if (why_not := _why_not_triton(x, state)) is None:
+            return Choice("triton", "its kernels for CUDA tensors")
+        why = f"{why}; not Triton's kernels: {why_not}"
+    return Choice("fused", why)
+
+
+def _why_not_triton(x: Tensor, state: NormState) -> str | None:
+    if state.running_mean.dtype is not torch.float32 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return (
+            f"it takes float32, bfloat16 and float16 input and float32 statistics, and got {x.dtype} and "
+            f"{state.running_mean.dtype}"
+        )
+    if not _has_triton():
+        return "the package triton is not installed"
+    if x.device.type == "cuda" or (x.device.type == "cpu" and Choice("triton", "").backend.INTERPRETED):
+        return None
+    return f"it takes CUDA tensors, or CPU ones in a Python started with TRITON_INTERPRET=1; this one is on {x.device}"
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
