@@ -127,8 +127,12 @@ class ClosedForm:
             self.w += rate * (1 - self.w)
             self.a_sum += rate * (d_mean - self.a_sum)
             self.b_sum += rate * (d_proj - self.b_sum)
-            past = (1 - a) / self.w
-            dx = dx - g * past * (ch(self.a_sum) + x_hat * ch(self.b_sum))
+            b = max(a, len(x) / (len(x) + 20))
+            c = (x - ch(m)) * ch(inv)
+            square = torch.maximum(v, self.var) * inv**2
+            z = torch.where(square > 0, (dy * c).mean(dims) / square, 0.0)
+            past = (ch(self.a_sum) + x_hat * ch(self.b_sum)) / self.w
+            dx = g * (dy - b * (ch(d_mean) + c * ch(z)) - (1 - b) * past)
         return y, dx, d_gamma, d_beta
 
 

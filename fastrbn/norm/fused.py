@@ -2,8 +2,8 @@
 
 Forward: statistics of the elements the recipe reads, `reference.take_step`, then one affine map, `native_batch_norm`
 with the running statistics for its own: one read and one write of the activations. Backward:
-`native_batch_norm_backward` gives Σdy and Σdy·x̂ in one read of dy and x; then dx = p·dy + q·x + r with p, q, r a channel,
-where what only the elements read by the statistics carry is added to their rows. No value is read on the host.
+`native_batch_norm_backward` gives Σdy and Σdy·c in one read of dy and x, `reference.projection` what is taken out of dy;
+then dx = p·dy + q·x + r with p, q, r a channel. No value is read on the host.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import reference
 from .recipes import Plan
-from .reference import NormState, average_gradients, elements_per_sample, floored, per_channel, read
-from .replay import is_batched, moving
+from .reference import NormState, elements_per_sample, floored, per_channel, projection, read
+from .replay import is_batched
 
 
 def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, eps: float) -> Tensor:
@@ -48,47 +48,19 @@ class _Normalize(torch.autograd.Function):
         # for second derivatives, PyTorch's operators take the statistics as constants; a batched dy cannot be written to
         if torch.is_grad_enabled() or is_batched(dy):
             return *reference.gradients(x, weight, bias, dy, ctx.step, ctx.state, ctx.plan), None, None
-        w = _as(weight, ctx.var)
+        step, var, eps, w = ctx.step, ctx.var, ctx.plan.eps, _as(weight, ctx.var)
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, w, ctx.step.mean, ctx.var, None, None, False, ctx.plan.eps, [False, True, True]
+            dy, x, w, step.m, var, None, None, False, eps, [False, True, True]
         )
-        dx = _input_gradient(ctx, x, w, dy, torch.stack((d_bias, d_weight))) if ctx.needs_input_grad[0] else None
-        d_weight = None if weight is None else _as(d_weight, weight)
+        inv_std, dx = (var + eps).rsqrt_(), None
+        if ctx.needs_input_grad[0]:
+            means = torch.stack((d_bias, d_weight)).div_(x.numel() // x.shape[1])
+            taken, p = projection(means, inv_std, step, ctx.state), inv_std if w is None else inv_std * w
+            shift, scale = taken.mul_(p).neg_()
+            dx = torch.native_batch_norm(x, scale, shift, step.mean, var, False, 0.0, eps)[0]
+            dx.addcmul_(dy, per_channel(p, x))
+        d_weight = None if weight is None else _as(d_weight.addcmul_(d_bias, (step.m - step.mean) * inv_std), weight)
         return dx, d_weight, None if bias is None else _as(d_bias, bias), None, None
-
-
-def _input_gradient(ctx, x: Tensor, w: Tensor | None, dy: Tensor, sums: Tensor) -> Tensor:
-    """dx = γ/σ·dy − γ/σ·(u + x̂·z), where u and z are the shares of mean(dy) and mean(dy·x̂) as in `reference`."""
-    plan, step, var = ctx.plan, ctx.step, ctx.var
-    bs, positions = x.shape[0], elements_per_sample(x)
-    k = plan.recipe.samples_read(bs, positions)
-    p = (var + plan.eps).rsqrt_()
-    if w is not None:
-        p *= w
-    everywhere = None
-    if plan.recipe.backward == "averaged":
-        with moving(ctx.state):
-            average, weight = average_gradients(ctx.state, sums / (bs * positions), step.rate)
-        everywhere = average * ((1 - step.share) / weight)
-    in_rows = sums.mul_(step.share / (k * positions))
-    if step.young is not None:
-        in_rows[1] *= var == step.var  # none through a variance at its floor
-    if k == bs:
-        everywhere, in_rows = in_rows if everywhere is None else everywhere.add_(in_rows), None
-    p_x = per_channel(p, x)
-    if everywhere is None:
-        dx = torch.mul(dy, p_x, out=torch.empty_like(x))  # laid out as x is, whatever dy is
-    else:
-        dx = _minus(everywhere, p, x, step.mean, var, plan.eps).addcmul_(dy, p_x)
-    if in_rows is not None:
-        read(dx, plan.recipe).add_(_minus(in_rows, p, read(x, plan.recipe), step.mean, var, plan.eps))
-    return dx
-
-
-def _minus(reductions: Tensor, p: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """−p·(u + x̂·z) for reductions (u, z) of shape (2, C), which are used up: the affine map of another γ and β."""
-    shift, scale = reductions.mul_(p).neg_().unbind()
-    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
 
 
 def statistics(x: Tensor, recipe, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:

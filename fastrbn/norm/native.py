@@ -29,9 +29,9 @@ _FEW_POSITIONS = 64  # elements a channel of a sample below which the sums run o
 _WORTH_A_THREAD = 1 << 16  # elements
 _MOST_THREADS = 64
 # as the structs of native_kernels.c: layout, then numbers, then pointers
-_FORWARD = Struct("7q 2q 4d 10P")
-_BACKWARD = Struct("7q 2q d 9P")
-_SAVED = 6  # rows a channel: 1/σ, whether off the floor, and a step's m, v, mean and variance; then its three numbers
+_FORWARD = Struct("7q 2q 5d 10P")
+_BACKWARD = Struct("7q q d 9P")
+_SAVED = 5  # rows a channel: 1/σ and a step's m, v, mean and variance; then its four numbers
 
 evaluate = fused.evaluate
 
@@ -83,12 +83,12 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, x, weight, bias, state, plan):
         recipe, eps, bs, c = plan.recipe, plan.eps, *x.shape[:2]
         layout = _layout(x, recipe)
-        y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 3, dtype=x.dtype)
+        y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 4, dtype=x.dtype)
         floor, young = (0.0, 0) if recipe.clamp is None else (recipe.clamp.floor(eps), recipe.clamp.samples)
         with moving(state):
             rate = recipe.rate(plan.mom, bs, state.num_samples_tracked.item())
             arguments = _FORWARD.pack(
-                *layout, bs, _threads(x), rate, eps, floor, young,
+                *layout, bs, _threads(x), rate, recipe.rate(plan.mom, bs, 0), eps, floor, young,
                 x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias),
                 state[0].data_ptr(), state[1].data_ptr(), state[2].data_ptr(), state[3].data_ptr(), state[4].data_ptr(),
                 saved.data_ptr(),
@@ -107,20 +107,20 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(dy):
             step = _step(ctx.saved, x.shape[1], ctx.rate, ctx.plan.recipe)
             return *reference.gradients(x, weight, bias, dy, step, ctx.state, ctx.plan), None, None
-        averaged, state, c = ctx.plan.recipe.backward == "averaged", ctx.state, x.shape[1]
+        state, c = ctx.state, x.shape[1]
         if dy.stride() != x.stride() or _is_lazy(dy):
             dy = torch.empty_like(x).copy_(dy)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # of their own, not two views of one: autograd takes such gradients as they are, and copies views
         d_weight, d_bias = torch.empty(c, dtype=x.dtype), torch.empty(c, dtype=x.dtype)
         arguments = _BACKWARD.pack(
-            *ctx.layout, _threads(x), averaged, ctx.rate,
+            *ctx.layout, _threads(x), ctx.rate,
             dy.data_ptr(), x.data_ptr(), _pointer(dx), _pointer(weight), ctx.saved.data_ptr(),
             d_weight.data_ptr(), d_bias.data_ptr(), state[5].data_ptr(), state[6].data_ptr(),
         )  # fmt: skip
         with moving(state):
             _call("rbn_backward", x, arguments)
-        if averaged and dx is not None:
+        if dx is not None:
             increment_version(state[5:])
         return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None
 
@@ -157,6 +157,7 @@ def _call(name: str, x: Tensor, arguments: bytes) -> None:
 
 
 def _step(saved: Tensor, c: int, rate: float, recipe: Recipe) -> Step:
-    m, v, mean, var = (row.clone() for row in saved[: _SAVED * c].view(_SAVED, c)[2:])
-    share, moves, young = saved[_SAVED * c :].clone()
-    return Step(m, v, mean, var, saved.new_tensor(rate), share, moves != 0, None if recipe.clamp is None else young != 0)
+    m, v, mean, var = (row.clone() for row in saved[: _SAVED * c].view(_SAVED, c)[1:])
+    share, own, moves, young = saved[_SAVED * c :].clone()
+    young = None if recipe.clamp is None else young != 0
+    return Step(m, v, mean, var, saved.new_tensor(rate), share, own, moves != 0, young)

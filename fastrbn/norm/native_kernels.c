@@ -42,7 +42,6 @@ static void large_pages(void *p, size_t bytes) {
 static int64_t width(const Layout *l) { return l->columns ? l->channels * l->inner : l->channels; }
 static int64_t elements(const Layout *l) { return l->outer * l->inner; }                                   /* a channel */
 static int64_t elements_read(const Layout *l) { return l->k * l->inner * (l->columns ? l->per_sample : 1); } /* a channel */
-static int is_read(const Layout *l, int64_t sample) { return sample % l->every == 0 && sample / l->every < l->k; }
 
 /* ---- sums: of (x − s) and its square, or of dy and dy·(x − s) ---- */
 
@@ -184,53 +183,51 @@ static const REAL *spread(const Layout *l, const REAL *values, REAL *room) {
   return room;
 }
 
-/* ---- maps: y = scale·(x − mean) + shift, or dx = p·dy + q·(x − mean) + r with one q, r for samples that are read ---- */
+/* ---- maps: y = p·(x − mean) + r, or dx = p·dy + q·(x − mean) + r ---- */
 
 typedef struct {
   const Layout *l;
   const REAL *x, *dy; /* dy NULL: the first kind */
   REAL *out;
-  const REAL *mean, *p; /* p: the scale */
-  const REAL *r[2], *q[2]; /* [1]: for samples that were read; a q that is NULL: zero, and so is its r */
+  const REAL *mean, *p, *q, *r; /* a value a channel (rows) or a column (columns) */
 } Map;
 
 /* n values of one channel */
 static void map_channel(int64_t n, const REAL *restrict x, const REAL *restrict dy, REAL *restrict out, REAL mean, REAL p,
                         REAL q, REAL r) {
-  if (!dy) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; j++) out[j] = p * (x[j] - mean) + r;
-  } else if (q == 0 && r == 0) { /* not even read x: what is not finite there is in p or dy too */
-#pragma omp simd
-    for (int64_t j = 0; j < n; j++) out[j] = p * dy[j];
-  } else {
+  if (dy) {
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) out[j] = p * dy[j] + (q * (x[j] - mean) + r);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) out[j] = p * (x[j] - mean) + r;
   }
 }
 
 /* ROWS rows of w columns each: what belongs to a column is loaded once for them */
 #define MAP_ROWS(ROWS)                                                                               \
-  if (!dy) {                                                                                         \
+  if (dy) {                                                                                          \
     _Pragma("omp simd") for (int64_t j = 0; j < w; j++) {                                            \
-      const REAL mean = a->mean[j], p = a->p[j], r = a->r[read][j];                                  \
-      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * (x[i * w + j] - mean) + r;                 \
-    }                                                                                                \
-  } else if (!a->q[read]) {                                                                          \
-    _Pragma("omp simd") for (int64_t j = 0; j < w; j++) {                                            \
-      const REAL p = a->p[j];                                                                        \
-      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * dy[i * w + j];                             \
+      const REAL mean = a->mean[j], p = a->p[j], q = a->q[j], r = a->r[j];                           \
+      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * dy[i * w + j] + (q * (x[i * w + j] - mean) + r); \
     }                                                                                                \
   } else {                                                                                           \
     _Pragma("omp simd") for (int64_t j = 0; j < w; j++) {                                            \
-      const REAL mean = a->mean[j], p = a->p[j], q = a->q[read][j], r = a->r[read][j];               \
-      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * dy[i * w + j] + (q * (x[i * w + j] - mean) + r); \
+      const REAL mean = a->mean[j], p = a->p[j], r = a->r[j];                                        \
+      for (int i = 0; i < ROWS; i++) out[i * w + j] = p * (x[i * w + j] - mean) + r;                 \
     }                                                                                                \
   }
 
-static void map_rows(const Map *a, int64_t begin, int64_t end, int read) {
-  const int64_t w = width(a->l);
+static void map_part(const void *arguments, int64_t begin, int64_t end, int thread) {
+  const Map *a = arguments;
+  const int64_t w = a->l->columns ? width(a->l) : a->l->inner, c = a->l->channels;
   int64_t row = begin;
+  if (!a->l->columns)
+    for (; row < end; row++) {
+      const int64_t j = row % c;
+      map_channel(w, a->x + row * w, a->dy ? a->dy + row * w : NULL, a->out + row * w, a->mean[j], a->p[j],
+                  a->dy ? a->q[j] : 0, a->r[j]);
+    }
   for (; row + 4 <= end; row += 4) {
     const REAL *restrict x = a->x + row * w, *restrict dy = a->dy ? a->dy + row * w : NULL;
     REAL *restrict out = a->out + row * w;
@@ -240,25 +237,6 @@ static void map_rows(const Map *a, int64_t begin, int64_t end, int read) {
     const REAL *restrict x = a->x + row * w, *restrict dy = a->dy ? a->dy + row * w : NULL;
     REAL *restrict out = a->out + row * w;
     MAP_ROWS(1)
-  }
-}
-
-static void map_part(const void *arguments, int64_t begin, int64_t end, int thread) {
-  const Map *a = arguments;
-  const Layout *l = a->l;
-  const int64_t c = l->channels, p = l->inner, rows = l->columns ? l->per_sample : c;
-  for (int64_t i = begin; i < end;) { /* a sample's rows, or what is left of them */
-    const int64_t sample = i / rows, whole = (sample + 1) * rows, stop = whole < end ? whole : end;
-    const int read = is_read(l, sample);
-    if (l->columns)
-      map_rows(a, i, stop, read);
-    else
-      for (int64_t row = i; row < stop; row++) {
-        const int64_t j = row - sample * c;
-        map_channel(p, a->x + row * p, a->dy ? a->dy + row * p : NULL, a->out + row * p, a->mean[j], a->p[j],
-                    a->q[read] ? a->q[read][j] : 0, a->r[read] ? a->r[read][j] : 0);
-      }
-    i = stop;
   }
   (void)thread;
 }
@@ -276,28 +254,28 @@ static void map(const Map *a, int threads) {
 typedef struct {
   Layout layout;
   int64_t bs, threads;
-  double rate, eps;
+  double rate, start, eps; /* λ, and what it is before the first sample */
   double clamp, young_until; /* floor under V while fewer samples were seen; young_until 0: never */
   const REAL *x;
   REAL *y;
   const REAL *weight, *bias; /* (channels) or NULL */
   REAL *mean, *var, *count;
   int64_t *samples, *batches;
-  REAL *saved; /* what the backward pass needs: SAVED rows of (channels), then SHARE, MOVES, YOUNG */
+  REAL *saved; /* what the backward pass needs: SAVED rows of (channels), then SHARE, OWN, MOVES, YOUNG */
 } Forward;
 
 typedef struct {
   Layout layout;
-  int64_t threads, averaged;
-  double rate; /* of the averages */
+  int64_t threads;
+  double rate;
   const REAL *dy, *x;
   REAL *dx; /* NULL: not wanted, and the averages stay */
   const REAL *weight, *saved;
   REAL *d_weight, *d_bias, *running_grad, *running_grad_weight;
 } Backward;
 
-enum { INV, FREE, M, V, MEAN, VAR, SAVED };
-enum { SHARE, MOVES, YOUNG };
+enum { INV, M, V, MEAN, VAR, SAVED };
+enum { SHARE, OWN, MOVES, YOUNG };
 
 /* m and v of the samples read, into saved; 0 when they are not finite */
 static int statistics(const Layout *l, const REAL *x, double *sums, REAL *near, REAL *room, REAL *saved, int threads) {
@@ -366,18 +344,18 @@ int rbn_forward(const Forward *f) {
   const int young = *f->samples < f->young_until;
   const REAL *mean = f->mean, *var = f->var, floor = (REAL)f->clamp;
   for (int64_t j = 0; j < c; j++) {
-    const int held = young && var[j] < floor;
-    const REAL inv = (REAL)(1 / sqrt((double)(held ? floor : var[j]) + f->eps));
+    const REAL inv = (REAL)(1 / sqrt((double)(young && var[j] < floor ? floor : var[j]) + f->eps));
     saved[MEAN * c + j] = mean[j];
     saved[VAR * c + j] = var[j];
     saved[INV * c + j] = inv;
-    saved[FREE * c + j] = !held;
     scale[j] = f->weight ? inv * f->weight[j] : inv;
     shift[j] = f->bias ? f->bias[j] : 0;
   }
-  saved[SAVED * c + SHARE] = (REAL)share, saved[SAVED * c + MOVES] = (REAL)moves, saved[SAVED * c + YOUNG] = (REAL)young;
-  const REAL *r = spread(l, shift, room), *s = spread(l, scale, room + w);
-  const Map a = {l, f->x, NULL, f->y, spread(l, saved + MEAN * c, room + 2 * w), s, {r, r}, {NULL, NULL}};
+  REAL *numbers = saved + SAVED * c;
+  numbers[SHARE] = (REAL)share, numbers[OWN] = (REAL)(!moves ? 0 : share > f->start ? share : f->start);
+  numbers[MOVES] = (REAL)moves, numbers[YOUNG] = (REAL)young;
+  const REAL *p = spread(l, scale, room), *r = spread(l, shift, room + w), *mid = spread(l, saved + MEAN * c, room + 2 * w);
+  const Map a = {l, f->x, NULL, f->y, mid, p, NULL, r};
   map(&a, threads);
   free(sums);
   return 0;
@@ -387,49 +365,44 @@ int rbn_forward(const Forward *f) {
 int rbn_backward(const Backward *b) {
   const Layout *l = &b->layout;
   const int64_t c = l->channels, w = width(l), lanes = l->columns ? b->threads : 1;
-  const int threads = (int)b->threads, averaged = (int)b->averaged;
-  double *sums = malloc((size_t)(2 * w * lanes) * sizeof(double) + (size_t)(6 * w + 5 * c) * sizeof(REAL));
+  const int threads = (int)b->threads;
+  double *sums = malloc((size_t)(2 * w * lanes) * sizeof(double) + (size_t)(4 * w + 3 * c) * sizeof(REAL));
   if (!sums) return 1;
-  REAL *room = (REAL *)(sums + 2 * w * lanes), *p = room + 6 * w, *q = p + c, *r = q + 2 * c, *grad = b->running_grad;
-  const REAL *inv = b->saved + INV * c, *off_floor = b->saved + FREE * c, *mean = spread(l, b->saved + MEAN * c, room);
-  const double share = b->saved[SAVED * c + SHARE];
+  REAL *room = (REAL *)(sums + 2 * w * lanes), *p = room + 4 * w, *q = p + c, *r = q + c, *grad = b->running_grad;
+  const REAL *inv = b->saved + INV * c, *m = b->saved + M * c, *v = b->saved + V * c;
+  const REAL *mean = b->saved + MEAN * c, *var = b->saved + VAR * c, *numbers = b->saved + SAVED * c;
 
-  sum(l, b->x, b->dy, mean, sums, threads);
+  sum(l, b->x, b->dy, spread(l, m, room), sums, threads);
   int finite = 1;
   for (int64_t j = 0; j < c; j++) {
-    sums[c + j] *= inv[j];
+    sums[c + j] *= inv[j]; /* Σdy·c */
     b->d_bias[j] = (REAL)sums[j];
-    b->d_weight[j] = (REAL)sums[c + j];
+    b->d_weight[j] = (REAL)(sums[c + j] + ((double)m[j] - mean[j]) * inv[j] * sums[j]);
     finite &= isfinite(b->d_bias[j]) && isfinite(b->d_weight[j]);
   }
   if (!b->dx) {
     free(sums);
     return 0;
   }
-  double past = 0, now = share / (double)elements_read(l);
-  if (averaged) {
-    const double rate = b->rate, n = (double)elements(l);
-    if (finite) {
-      for (int64_t j = 0; j < 2 * c; j++) grad[j] = (REAL)(grad[j] + rate * (sums[j] / n - grad[j]));
-      *b->running_grad_weight = (REAL)(*b->running_grad_weight + rate * (1 - *b->running_grad_weight));
+  /* reference.py's projection */
+  const double rate = b->rate, n = (double)elements(l), own = numbers[OWN];
+  if (finite) {
+    for (int64_t j = 0; j < c; j++) {
+      grad[j] = (REAL)(grad[j] + rate * (b->d_bias[j] / n - grad[j]));
+      grad[c + j] = (REAL)(grad[c + j] + rate * (b->d_weight[j] / n - grad[c + j]));
     }
-    past = (1 - share) / (*b->running_grad_weight > 1e-30 ? *b->running_grad_weight : 1e-30);
+    *b->running_grad_weight = (REAL)(*b->running_grad_weight + rate * (1 - *b->running_grad_weight));
   }
+  const double past = (1 - own) / (*b->running_grad_weight > 1e-30 ? *b->running_grad_weight : 1e-30);
   for (int64_t j = 0; j < c; j++) {
+    const double off = ((double)m[j] - mean[j]) * inv[j], square = (double)(v[j] > var[j] ? v[j] : var[j]) * inv[j] * inv[j];
+    const double u = sums[j] / n, z = square > 0 ? sums[c + j] / n / square : 0;
     const double scale = b->weight ? (double)inv[j] * b->weight[j] : inv[j];
-    const double u = averaged ? past * grad[j] : 0, z = averaged ? past * grad[c + j] : 0;
     p[j] = (REAL)scale;
-    r[j] = (REAL)(-scale * u);
-    q[j] = (REAL)(-scale * z * inv[j]);
-    r[c + j] = (REAL)(-scale * (u + now * sums[j]));
-    q[c + j] = (REAL)(-scale * (z + now * sums[c + j] * off_floor[j]) * inv[j]);
+    r[j] = (REAL)(-scale * (own * (u - off * z) + past * grad[j]));
+    q[j] = (REAL)(-scale * inv[j] * (own * z + past * grad[c + j]));
   }
-  Map a = {l, b->x, b->dy, b->dx, mean, spread(l, p, room + w), {NULL, NULL}, {NULL, NULL}};
-  for (int read = 0; read < 2; read++)
-    if (averaged || read) {
-      a.r[read] = spread(l, r + read * c, room + (2 + 2 * read) * w);
-      a.q[read] = spread(l, q + read * c, room + (3 + 2 * read) * w);
-    }
+  const Map a = {l, b->x, b->dy, b->dx, spread(l, mean, room), spread(l, p, room + w), spread(l, q, room + 2 * w), spread(l, r, room + 3 * w)};
   map(&a, threads);
   free(sums);
   return 0;

@@ -117,9 +117,9 @@ class Recipe:
       `Memory`.
     - `statistics`: `"running"` normalises with the running statistics in training too; `"batch"` with the batch's own,
       as nn.BatchNorm does, and keeps running ones for evaluation.
-    - `backward`: `"exact"` differentiates through this batch's share a of the statistics; `"averaged"` adds, for the
-      rest 1−a, running averages of mean(dy) and mean(dy·x̂), which move at λ too; `"detached"` treats the statistics as
-      constants.
+    - `backward`: `"exact"` differentiates through this batch's share a of the statistics; `"averaged"` projects as norms
+      over many samples do, with this batch's reductions of dy (a share a of them, at least λ as it is before the first
+      sample) and running averages of past ones, which move at λ too; `"detached"` treats the statistics as constants.
     - `elements`: the statistics read whole samples until they have this many elements a channel, and 16 samples at
       least; None reads all.
     - `order`: which samples those are: `"first"` (contiguous memory; right for shuffled batches) or `"strided"` (spread
@@ -160,9 +160,8 @@ class Recipe:
 
     @property
     def plain_only(self) -> bool:
-        """Whether it has only the plain formulas: what the thread tried, and nn.BatchNorm's way."""
-        by_deviation = self.clamp is not None and self.clamp.variance is None
-        return self.statistics == "batch" or self.backward == "detached" or self.skip is not None or by_deviation
+        """Whether it has only the plain formulas: those of the course and the thread, and nn.BatchNorm's way."""
+        return self.backward != "averaged" or self.statistics == "batch" or self.skip is not None
 
     def samples_read(self, bs: int, positions: int) -> int:
         """How many of a batch's `bs` samples, of `positions` elements a channel each, the statistics read."""

@@ -9,11 +9,17 @@ M, running variance V, running count c. With the averaging rate λ of this step
     x̂ = (x−M)/√(V+ε)             y = γ·x̂ + β
 
 which is the moving average of sums, squares and counts of fast.ai's course (part 2, 2019, notebook 07) without its
-cancellation. The gradient goes through m and v, so through the share a of the statistics. `averaged` adds, for the
-share 1−a that lies in the past, what the past would have contributed: running means A of mean(dy) and B of mean(dy·x̂)
-stand in for it (as in Moving Average Batch Normalization, ICLR 2020), and move at the rate λ too:
+cancellation. `exact` lets the gradient go through m and v, so through the share a of the statistics:
 
-    dx = γ/σ · [ dy − (a·mean(dy) + (1−a)·A) − x̂·(a·mean(dy·x̂) + (1−a)·B) ]
+    dx = γ/σ · [ dy − a·mean(dy) − x̂·a·mean(dy·x̂) ]
+
+`averaged` takes out of dy what a norm over many samples would: the share b from what this batch says, the rest from what
+past ones said, running means A of mean(dy) and B of mean(dy·x̂), which move at λ too:
+
+    c  = x̂ − mean(x̂)             z = mean(dy·c)/mean(c²)           of this batch: dy − mean(dy) − c·z is orthogonal to 1 and c
+    dx = γ/σ · [ dy − b·(mean(dy) + c·z) − (1−b)·(A + x̂·B) ]        b: a, but at least what λ is at the start
+
+At b = 1 it is batch norm's gradient, at b = 0 that of Moving Average Batch Normalization (ICLR 2020).
 
 `norm/README.md` derives all this.
 """
@@ -101,10 +107,10 @@ def take_step(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step
 def normalize_by(step: Step, x: Tensor, weight, bias, m: Tensor, v: Tensor, state: NormState, plan: Plan) -> Tensor:
     """Normalise x by a step that was taken, differentiable in x, weight, bias and in the batch's statistics m and v as
     far as the recipe lets the gradient through them. A backward pass moves A and B in `state`."""
-    batch, detached = plan.recipe.statistics == "batch", plan.recipe.backward == "detached"
-    if batch:
-        mean, var = (step.m, step.v) if detached else (m, v)
-    elif detached:
+    recipe = plan.recipe
+    if recipe.statistics == "batch":
+        mean, var = (step.m, step.v) if recipe.backward == "detached" else (m, v)
+    elif recipe.backward != "exact":
         mean, var = step.mean, step.var
     else:
         # the values are the step's; differences that are zero carry the gradient of M + a(m−M) and
@@ -117,9 +123,8 @@ def normalize_by(step: Step, x: Tensor, weight, bias, m: Tensor, v: Tensor, stat
     inv_std = (floored(var, step, plan) + plan.eps).rsqrt()
     x_hat = (x - per_channel(mean, x)) * per_channel(inv_std, x)
     y = _affine(x_hat, weight, bias)
-    if plan.recipe.backward == "averaged" and x.requires_grad and torch.is_grad_enabled():
-        scale = inv_std if weight is None else inv_std * weight
-        y = _RunningProjection.apply(y, x, x_hat.detach(), scale.detach(), step.share, step.rate, state, plan)
+    if recipe.backward == "averaged" and x.requires_grad and torch.is_grad_enabled():
+        y = _Project.apply(y, x, weight, inv_std, step, state, plan.process_group)
     return y
 
 
@@ -188,7 +193,9 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
     state.running_var.copy_(var)
     # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
-    return Step(m, v, mean.to(m.dtype), var.to(m.dtype), rate.to(m.dtype), a.to(m.dtype), moves, young)
+    # of the projection, what this batch says: never less than what it weighed at the start
+    own = torch.where(moves, a.clamp_min(recipe.rate(plan.mom, bs, 0)), 0.0)
+    return Step(m, v, *(t.to(m.dtype) for t in (mean, var, rate, a, own)), moves, young)
 
 
 def floored(var: Tensor, step: Step, plan: Plan) -> Tensor:
@@ -198,31 +205,46 @@ def floored(var: Tensor, step: Step, plan: Plan) -> Tensor:
     return torch.where(step.young, var.clamp_min(plan.recipe.clamp.floor(plan.eps)), var)
 
 
-class _RunningProjection(torch.autograd.Function):
-    """Identity in y; in the backward pass, moves A and B by this batch and gives x the part −γ/σ·(1−a)·(A + x̂·B).
-
-    A second derivative takes A, B and that part as constants.
-    """
+class _Project(torch.autograd.Function):
+    """Identity in y; in the backward pass, moves A and B by this batch and gives x what the projection takes out of dy:
+    −γ/σ·[b·(mean(dy) + c·z) + (1−b)·(A + x̂·B)]. A second derivative takes A and B as constants."""
 
     @staticmethod
-    def forward(ctx, y, x, x_hat, scale, share, rate, state, plan):
-        ctx.save_for_backward(x_hat, scale, share, rate)
-        ctx.state, ctx.group = state, plan.process_group
+    def forward(ctx, y, x, weight, inv_std, step, state, group):
+        ctx.save_for_backward(x, weight, inv_std)
+        ctx.step, ctx.state, ctx.group = step, state, group
         return y.clone()  # a view made here could not be changed in place, as by nn.ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx, dy):
-        x_hat, scale, share, rate = ctx.saved_tensors
-        with torch.no_grad():
-            dims, n = all_but_channel(dy), dy.shape[0] * elements_per_sample(dy)
-            sums = torch.stack([dy.sum(dims), (dy * x_hat).sum(dims)])
-            if ctx.group is not None:
-                sums, n = sum_over_ranks(sums, n, ctx.group)
-            with moving(ctx.state):
-                average, w = average_gradients(ctx.state, sums / n, rate)
-            past = (1 - share) * scale / w * average
-            extra = per_channel(-past[0], dy) - x_hat * per_channel(past[1], dy)
-        return dy, extra, None, None, None, None, None, None
+        x, weight, inv_std = ctx.saved_tensors
+        step, dims, n = ctx.step, all_but_channel(dy), dy.shape[0] * elements_per_sample(dy)
+        c = (x - per_channel(step.m, x)) * per_channel(inv_std, x)
+        sums = torch.stack([dy.sum(dims), (dy * c).sum(dims)])
+        if ctx.group is not None:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "second derivatives through a process group are refused; got create_graph=True: leave it out, or "
+                    "the process group"
+                )
+            sums, n = sum_over_ranks(sums, n, ctx.group)
+        shift, slope = projection(sums / n, inv_std, step, ctx.state)
+        x_hat = (x - per_channel(step.mean, x)) * per_channel(inv_std, x)
+        scale = inv_std if weight is None else inv_std * weight
+        out = -per_channel(scale, x) * (per_channel(shift, x) + per_channel(slope, x) * x_hat)
+        return dy, out, None, None, None, None, None
+
+
+def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> Tensor:
+    """What is taken out of dy as shift + slope·x̂, (2, C), from the batch's mean(dy) and mean(dy·c), (2, C). Moves A, B."""
+    u, z = means
+    off = (step.m - step.mean) * inv_std  # mean(x̂), and x̂ = c + off
+    square = torch.maximum(step.v, step.var) * inv_std.square()
+    with torch.no_grad(), moving(state):
+        average, weight = average_gradients(state, torch.stack([u, z + off * u]), step.rate)
+    z = torch.where(square > 0, z / square, 0.0)
+    b = step.own
+    return b * torch.stack([u - off * z, z]) + (1 - b) / weight * average
 
 
 def average_gradients(state: NormState, new: Tensor, rate) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ REMEMBERED = 32  # forwards of one layer between a forward and its second run: m
 
 class Step(NamedTuple):
     """One training step of one layer: the batch's statistics m, v and the ones M, V that normalise it, all (C,); the
-    averaging rate λ, the batch's share a of M and V, whether these moved, and whether the layer is young (None: it has
-    no clamp), all tensors of shape ()."""
+    averaging rate λ, the batch's share a of M and V and its share b of the projection, whether M and V moved, and whether
+    the layer is young (None: it has no clamp), all tensors of shape ()."""
 
     m: Tensor
     v: Tensor
@@ -35,6 +35,7 @@ class Step(NamedTuple):
     var: Tensor
     rate: Tensor
     share: Tensor
+    own: Tensor
     moves: Tensor
     young: Tensor | None
 
