@@ -95,7 +95,7 @@ class ClosedForm:
 
     def default_rate(self, bs):
         """λ of the default recipe for a batch of bs, before `step` moves the state."""
-        return bs / (bs + min(max(self.samples / 20, 20), 1000))
+        return bs / (bs + min(max(self.samples / 20, 20), 300))
 
     def step(self, x, dy, rate, read=None, floor_samples=20, floor=0.01):
         x, dy = x.detach().double(), dy.double()

@@ -34,8 +34,8 @@ class RunningBatchNorm(_BatchNorm):
     - `nf`: C, the number of channels.
     - `mom` (0.1): how fast the statistics move, in PyTorch's sense: 0.1 means that the *new* values weigh a tenth
       (Keras and the papers write 0.9 for it). How a batch size turns it into a rate is the recipe's: `default` takes
-      λ = bs/(bs + memory) with a memory of a twentieth of the samples seen, from 2/mom to 100/mom (20 to 1,000): 0.29 at
-      batch 8 at first, 0.008 after 20,000 samples (see `Memory`); `batch` takes mom itself, like nn.BatchNorm.
+      λ = bs/(bs + memory) with a memory of a twentieth of the samples seen, from 2/mom to 30/mom (20 to 300): 0.29 at
+      batch 8 at first, 0.026 after 6,000 samples (see `Memory`); `batch` takes mom itself, like nn.BatchNorm.
     - `eps` (1e-5): added to the variance.
     - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,); with `bias=False` the scale alone.
     - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.

@@ -45,12 +45,12 @@ class Memory:
     """λ = bs/(bs + memory): a batch weighs as many samples as it has, against a memory that grows.
 
     The memory is the share `share` of the samples seen so far, at least `least`/mom and at most `most`/mom of them: at mom
-    0.1 a twentieth, from 20 to 1,000 samples, which 400 and 20,000 seen samples make of it. Weights move fast at the
+    0.1 a twentieth, from 20 to 300 samples, which 400 and 6,000 seen samples make of it. Weights move fast at the
     start, and a long memory would lag behind them; later a long one has less noise. Numbers: norm/README.md.
     """
 
     least: float = 2
-    most: float = 100
+    most: float = 30
     share: float = 0.05
 
     def __post_init__(self):
@@ -126,7 +126,7 @@ class Recipe:
       evenly over the batch; for batches sorted by class or time).
     - `skip`, `clamp`: see `Skip`, `Clamp`; None for never.
 
-    Make variants with `recipe.but(rate=Memory(most=30))`. Raises ValueError for a value outside its rule.
+    Make variants with `recipe.but(rate=Memory(most=100))`. Raises ValueError for a value outside its rule.
     """
 
     name: str
