@@ -158,5 +158,5 @@ def _call(name: str, x: Tensor, arguments: bytes) -> None:
 
 def _step(saved: Tensor, c: int, rate: float, recipe: Recipe) -> Step:
     m, v, mean, var = (row.clone() for row in saved[: _SAVED * c].view(_SAVED, c)[2:])
-    share, moves, young = saved[_SAVED * c :].clone()
+    share, moves, young = (number.clone() for number in saved[_SAVED * c :])
     return Step(m, v, mean, var, saved.new_tensor(rate), share, moves != 0, None if recipe.clamp is None else young != 0)
