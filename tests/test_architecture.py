@@ -250,7 +250,7 @@ def test_what_editors_see_of_the_package_is_what_it_exports():
 
 
 # public in their part only: too general a name for `from fastrbn import *`, or for those who build recipes
-KEPT_INSIDE = {"NAMES", "Clamp", "Memory", "Skip", "Steady", "get_recipe"}
+KEPT_INSIDE = {"NAMES", "Clamp", "Memory", "Skip", "get_recipe"}
 
 
 @pytest.mark.parametrize("home", fastrbn._HOMES)

@@ -16,7 +16,7 @@ from fastrbn.compare import Cell, cells_of, describe, get_norm, grid, run_cell, 
 from fastrbn.compare import cell as cell_module
 from fastrbn.compare import report as report_module
 from fastrbn.data import glyphs
-from fastrbn.norm import RECIPES, RunningBatchNorm
+from fastrbn.norm import RECIPES, Memory, RunningBatchNorm
 from fastrbn.peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm
 
 
@@ -48,8 +48,8 @@ def few(norms=("default", "batchnorm"), bs=(8, 16), **kwargs):
 
 
 def test_a_list_of_norms_keeps_the_settings_with_their_norm():
-    text = "default,batchnorm , default:kappa=0.5,steady=1000,groupnorm:groups=4"
-    assert split_norms(text) == ["default", "batchnorm", "default:kappa=0.5,steady=1000", "groupnorm:groups=4"]
+    text = "default,batchnorm , default:mom=0.05,elements=none,groupnorm:groups=4"
+    assert split_norms(text) == ["default", "batchnorm", "default:mom=0.05,elements=none", "groupnorm:groups=4"]
 
 
 @pytest.mark.parametrize("text", ["", " , ", "frn,frn"])
@@ -84,10 +84,12 @@ def test_settings_reach_the_layer():
     assert get_norm("layernorm")(16).num_groups == 1
     assert get_norm("batchnorm:momentum=0.01")(4).momentum == 0.01
     assert get_norm("frn:learn_eps=none,activate=false")(4).learnt_eps is None
-    layer = get_norm("default:kappa=0.5,elements=none,rate=fixed,clamp=none,mom=0.2")(4)
-    want = dataclasses.replace(RECIPES["default"], kappa=0.5, elements=None, clamp=None, name=layer.recipe.name)
+    layer = get_norm("default:backward=exact,elements=none,rate=fixed,clamp=none,mom=0.2")(4)
+    want = dataclasses.replace(RECIPES["default"], backward="exact", elements=None, clamp=None, name=layer.recipe.name)
     assert dataclasses.replace(layer.recipe, rate=want.rate) == want
     assert layer.mom == 0.2 and layer.recipe.rate(0.2, 8, 64) == 0.2
+    assert get_norm("default:least=3,most=40")(4).recipe.rate == Memory(least=3, most=40)
+    assert get_norm("course:rate=memory,share=0.02")(4).recipe.rate == Memory(share=0.02)
 
 
 def test_batch_renorms_warm_up_and_memory_fit_the_length_of_the_run():
@@ -106,13 +108,16 @@ def test_mabns_warm_up_fits_the_length_of_the_run():
     [
         ("defalt", "a norm is one of default, .*got 'defalt'. Did you mean 'default'?"),
         ("groupnorm:group=4", "groupnorm takes groups; got 'group'.*Did you mean 'groups'?"),
-        ("default:kapa=1", "got 'kapa' in 'default:kapa=1'. Did you mean 'kappa'?"),
-        ("default:kappa=2", "'default:kappa=2': a recipe's kappa is a share from 0 to 1; got 2"),
-        ("default:steady=abc", "'default:steady=abc': "),
-        ("default:rate=fast", "rate is one of .*per_sample.*got 'fast'"),
-        ("default:memory=40", "memory can only be switched off, memory=none; got '40'"),
+        ("default:element=1", "got 'element' in 'default:element=1'. Did you mean 'elements'?"),
+        ("default:elements=0", "'default:elements=0': a recipe reads at least 1 element.*got 0"),
+        ("default:elements=abc", "'default:elements=abc': "),
+        ("default:rate=fast", "rate is one of fixed, course, per_32_samples, memory; got 'fast'"),
+        ("default:rate=none", "rate is one of .*; got 'None'"),
+        ("default:most=1", "'default:most=1': a memory is more than 0, `most` at least `least`.*most=1"),
+        ("default:most=abc", "'default:most=abc': "),
+        ("course:most=30", "most belong to rate=memory; 'course:most=30' has rate=course"),
         ("default:skip=3", "skip can only be switched off, skip=none; got '3'"),
-        ("default:kappa", "written default:name=value,name=value; got 'default:kappa'"),
+        ("default:mom", "written default:name=value,name=value; got 'default:mom'"),
         ("none:eps=1", "none takes no settings; got 'eps'"),
         ("groupnorm:groups=0", "'groupnorm:groups=0' cannot be made: groups must be a whole number from 1; got 0"),
     ],
@@ -123,15 +128,12 @@ def test_a_norm_that_is_none_is_refused_before_anything_is_trained(text, words):
 
 
 def test_a_description_has_every_setting_and_changes_with_a_recipe(monkeypatch):
-    text = describe("default:kappa=0.5")
-    assert "kappa=0.5" in text and "steady=Steady(least=320,most=3000,share=0.05)" in text and "0x" not in text
+    text = describe("default:backward=exact")
+    assert "backward=exact" in text and "rate=Memory(least=2,most=100,share=0.05)" in text and "0x" not in text
+    assert "rate=rate_course" in describe("course:mom=0.2") and describe("course:mom=0.2").endswith("mom=0.2")
     before = describe("default")
-    monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", kappa=0.125))
+    monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", elements=64))
     assert describe("default") != before
-    assert "memory=Memory(least=2,most=10,share=0.005)" in before and "leaning" not in before
-    assert "memory=Memory(least=4,most=40,share=0.02) leaning=True" in describe("leaning")
-    # a recipe without either is described as it was before there were any, so that older results count as its own
-    assert "memory" not in describe("course") and "leaning" not in describe("course")
 
 
 # one cell
@@ -323,7 +325,7 @@ def test_another_version_or_recipe_is_another_cell(here, monkeypatch):
     run(few(["default"], [8]), here)
     monkeypatch.setattr(cell_module, "__version__", "9.9")
     assert run(few(["default"], [8]), here)[1][0] == "1 cell, 0 finished, 1 to train"
-    monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", kappa=0.125))
+    monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", elements=64))
     assert run(few(["default"], [8]), here)[1][0] == "1 cell, 0 finished, 1 to train"
     assert len(table.read_rows(here)) == 3
 
@@ -550,9 +552,9 @@ def test_data_nets_and_devices_do_not_share_a_table_nor_a_title():
 
 
 def test_the_order_is_recipes_with_their_variants_then_peers():
-    names = ["frn", "batchnorm", "default:kappa=0.5", "course", "default"]
+    names = ["frn", "batchnorm", "default:mom=0.05", "course", "default"]
     (group,) = report_module.groups_of([made_row(n) for n in names])
-    assert group.norms == ["default", "default:kappa=0.5", "course", "batchnorm", "frn"]
+    assert group.norms == ["default", "default:mom=0.05", "course", "batchnorm", "frn"]
 
 
 def test_the_picture_has_a_line_a_norm_and_the_lost_in_the_strip_below():

@@ -1,4 +1,4 @@
-"""Norms by text: `batchnorm`, `groupnorm:groups=4`, a recipe such as `default`, a variant `default:kappa=0.5`."""
+"""Norms by text: `batchnorm`, `groupnorm:groups=4`, a recipe such as `default`, a variant `default:mom=0.05`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from ..models import make_norm
-from ..norm import RECIPES, Recipe, RunningBatchNorm
+from ..norm import RECIPES, Memory, Recipe, RunningBatchNorm
 from ..norm import recipes as _recipes
 from ..peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
 
@@ -92,6 +92,8 @@ class _OnImages(nn.Module):
 
 _LAYER = ("mom", "eps", "backend")  # settings of RunningBatchNorm beside its recipe's
 _RATES = {name.removeprefix("rate_"): f for name, f in vars(_recipes).items() if name.startswith("rate_")}
+_RATES["memory"] = Memory()
+_MEMORY = tuple(f.name for f in dataclasses.fields(Memory))
 
 
 def split_norms(text: str) -> list[str]:
@@ -113,7 +115,8 @@ def get_norm(text: str, steps: int = 1) -> Make:
     (N, C, H, W), `dims`, the number of axes after the channels (0 to 3).
 
     - `text`: a name of `PEERS` or `RECIPES`, and after a colon settings: arguments of the peer's layer; fields of
-      `Recipe`, and mom, eps or backend, for a recipe. `rate` and `backward_rate` take the name of a rule.
+      `Recipe`, and mom, eps or backend, for a recipe. `rate` takes the name of a rule; `least`, `most` and `share` are
+      those of its `Memory`.
     - `steps`: the length of the run, which scales batch renormalisation's warm-up.
 
     Raises ValueError for an unknown norm or setting, and suggests the closest.
@@ -160,9 +163,7 @@ def describe(text: str) -> str:
         defaults = {p.name: p.default for p in known if p.name not in _GIVEN}
         return _words({**defaults, **settings})
     recipe, layer = _variant(text, name, settings)
-    # without what is off and was not there at first: results from before stay results of the same recipe
-    silent = ("memory", None), ("leaning", False)
-    return _words({f: v for f, v in _fields(recipe).items() if f != "name" and (f, v) not in silent} | layer)
+    return _words({f: v for f, v in _fields(recipe).items() if f != "name"} | layer)
 
 
 def _fields(recipe):  # dataclasses.asdict would spread skip and clamp
@@ -192,7 +193,7 @@ def _check(text, name, settings):
     if name in PEERS:
         takes = [p for p in inspect.signature(PEERS[name]).parameters if p not in _GIVEN]
     else:
-        takes = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"] + list(_LAYER)
+        takes = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"] + [*_MEMORY, *_LAYER]
     for key in settings:
         if key not in takes:
             raise ValueError(
@@ -214,18 +215,23 @@ def _variant(text, name, settings):
     """The recipe and the layer's own settings."""
     layer = {k: v for k, v in settings.items() if k in _LAYER}
     changes = {k: v for k, v in settings.items() if k not in _LAYER}
-    for key in ("rate", "backward_rate"):
-        if key in changes:
-            if changes[key] not in _RATES:
-                raise ValueError(
-                    f"{key} is one of {', '.join(_RATES)}; got '{changes[key]}' in '{text}'."
-                    f"{_nearest(str(changes[key]), _RATES)}"
-                )
-            changes[key] = _RATES[changes[key]]
-    for key in ("memory", "skip", "clamp"):
+    rate = changes.get("rate")
+    if "rate" in changes:
+        if rate not in _RATES:
+            raise ValueError(
+                f"rate is one of {', '.join(_RATES)}; got '{rate}' in '{text}'.{_nearest(str(rate), _RATES)}"
+            )
+        changes["rate"] = _RATES[rate]
+    for key in ("skip", "clamp"):
         if changes.get(key) is not None:
             raise ValueError(f"as text {key} can only be switched off, {key}=none; got '{changes[key]}' in '{text}'")
+    numbers = {k: changes.pop(k) for k in _MEMORY if k in changes}
+    memory = changes.get("rate", RECIPES[name].rate)
+    if numbers and not isinstance(memory, Memory):
+        raise ValueError(f"{', '.join(numbers)} belong to rate=memory; '{text}' has rate={memory.__name__[5:]}")
     try:
+        if numbers:
+            changes["rate"] = dataclasses.replace(memory, **numbers)
         recipe = RECIPES[name].but(name=text, **changes) if changes else RECIPES[name]
     except (ValueError, TypeError) as e:
         raise ValueError(f"'{text}': {e}") from e

@@ -158,6 +158,6 @@ def _call(name: str, x: Tensor, arguments: bytes) -> None:
 
 def _step(saved: Tensor, c: int, rate: float, recipe: Recipe) -> Step:
     m, v, mean, var = (row.clone() for row in saved[: _SAVED * c].view(_SAVED, c)[1:])
-    share, own, moves, young = saved[_SAVED * c :].clone()
+    share, own, moves, young = (number.clone() for number in saved[_SAVED * c :])
     young = None if recipe.clamp is None else young != 0
     return Step(m, v, mean, var, saved.new_tensor(rate), share, own, moves != 0, young)

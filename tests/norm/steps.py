@@ -5,17 +5,16 @@ import math
 import torch
 from torch import nn
 
-from fastrbn.norm import RunningBatchNorm
+from fastrbn.norm import RECIPES, RunningBatchNorm
 
 FAST = ("fused", "native")  # on the CPU
 ALL = ("reference", *FAST)
 HALF = (torch.bfloat16, torch.float16)
 
 
-def every(recipes):
-    """Each recipe on one backend and the first on each: a law of its own for neither needs all pairs."""
-    first, *others = recipes
-    return [*((first, backend) for backend in ALL), *((recipe, FAST[i % 2]) for i, recipe in enumerate(others))]
+def with_backends(names, recipes=RECIPES):
+    """(name, backend) for each named recipe on each CPU backend that has it."""
+    return [(name, b) for name in names for b in ALL if b == "reference" or not recipes[name].plain_only]
 
 
 def serving(dtype):
@@ -68,7 +67,7 @@ def assert_unmoved(layer, before):
 
 def assert_holds_no_graph(layer):
     """No buffer, and nothing that the layer remembers, requires a gradient or has one's history."""
-    remembered = [t for moment in layer._recent for t in moment if isinstance(t, torch.Tensor)]
+    remembered = [t for taken in layer._recent for t in taken if isinstance(t, torch.Tensor)]
     for t in [*layer.buffers(), *remembered]:
         assert not t.requires_grad and t.grad_fn is None and t._base is None
 

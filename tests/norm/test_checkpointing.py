@@ -11,22 +11,23 @@ from norm.steps import (
     assert_same,
     assert_unmoved,
     buffers,
-    every,
     grads,
     layer_of,
+    with_backends,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from fastrbn.norm import RECIPES
-from fastrbn.norm.memory import REMEMBERED
 from fastrbn.norm.recipes import Skip
+from fastrbn.norm.replay import REMEMBERED
 
 RECIPES_HERE = {
     **RECIPES,
     "few": RECIPES["default"].but(elements=5, order="strided"),
     "skipping": RECIPES["course"].but(skip=Skip(every=2, after=0)),
 }
+SERVED = pytest.mark.parametrize(("recipe", "backend"), with_backends(RECIPES_HERE, RECIPES_HERE))
 MODES = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 
 
@@ -36,7 +37,7 @@ def net_of(recipe, backend, dtype=torch.float64):
     return nn.Sequential(nn.Linear(3, 4, dtype=dtype), norm, nn.ReLU(inplace=True), nn.Linear(4, 4, dtype=dtype))
 
 
-def data(n=8, bs=5, features=3, seed=0, dtype=torch.float64):
+def data(n=8, bs=33, features=3, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(bs, features, generator=g, dtype=dtype) for _ in range(n)]
 
@@ -61,7 +62,7 @@ def compare(net, plain, checked, steps=6, tol=1e-12):
 
 
 @MODES
-@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
+@SERVED
 def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
     compare(
         net_of(recipe, backend),
@@ -71,8 +72,8 @@ def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
 
 
 @MODES
-@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
-def test_a_layer_used_twice_in_a_segment_takes_back_the_right_moment_for_each_use(recipe, backend, reentrant):
+@SERVED
+def test_a_layer_used_twice_in_a_segment_takes_back_the_right_step_for_each_use(recipe, backend, reentrant):
     def twice(net):
         return lambda x: net[1](net[3](net[1](net[0](x)).tanh()))
 
@@ -84,8 +85,8 @@ def test_a_layer_used_twice_in_a_segment_takes_back_the_right_moment_for_each_us
 
 
 @MODES
-@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
-def test_a_layer_shared_by_two_segments_takes_back_the_right_moment_in_each(recipe, backend, reentrant):
+@SERVED
+def test_a_layer_shared_by_two_segments_takes_back_the_right_step_in_each(recipe, backend, reentrant):
     def run(net, x, dy, through):
         head = through(lambda x: net[:3](x), x)
         through(lambda h: net[1](net[3](h)), head).backward(dy)
@@ -98,9 +99,9 @@ def test_a_layer_shared_by_two_segments_takes_back_the_right_moment_in_each(reci
 
 
 @MODES
-@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES_HERE))
+@SERVED
 @pytest.mark.parametrize("order", [1, -1], ids=["first-first", "last-first"])
-def test_micro_batches_in_flight_take_back_their_own_moments(order, recipe, backend, reentrant):
+def test_micro_batches_in_flight_take_back_their_own_steps(order, recipe, backend, reentrant):
     def run(net, x, dy, through):
         flights = [through(net, x * (1 + k / 3) + k / 7) for k in range(5)]
         for y in flights[::order]:
@@ -115,9 +116,8 @@ def test_micro_batches_in_flight_take_back_their_own_moments(order, recipe, back
 
 
 @MODES
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", ["default", "skipping"])
-def test_the_same_batch_in_every_step_takes_back_the_latest_moment(recipe, backend, reentrant):
+@pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "skipping"], RECIPES_HERE))
+def test_the_same_batch_in_every_step_takes_back_the_latest_step(recipe, backend, reentrant):
     net = net_of(recipe, backend)[1:]
     other, x, dy = copy.deepcopy(net), data(1, features=4)[0], data(1, features=4, seed=1)[0]
     for _ in range(6):
@@ -185,7 +185,7 @@ def test_what_is_remembered_is_bounded_and_holds_statistics_only(backend, reentr
         checkpoint(net, x.requires_grad_(), use_reentrant=reentrant).backward(dy)
     kept = net[1]._recent
     assert len(kept) == REMEMBERED
-    assert sum(t.numel() for moment in kept for t in moment if isinstance(t, torch.Tensor)) <= REMEMBERED * (4 * 4 + 3)
+    assert sum(t.numel() for taken in kept for t in taken if isinstance(t, torch.Tensor)) <= REMEMBERED * (4 * 4 + 4)
     assert all(t.untyped_storage().nbytes() <= 2 * 4 * 8 for m in kept for t in m if isinstance(t, torch.Tensor))
     assert len(copy.deepcopy(net)[1]._recent) == 0
 

@@ -12,10 +12,10 @@ from norm.steps import (
     assert_same,
     assert_unmoved,
     buffers,
-    every,
     grads,
     layer_of,
     serving,
+    with_backends,
 )
 from torch import nn
 
@@ -39,39 +39,42 @@ def trained(recipe="default", backend="fused", nf=3, dtype=torch.float64):
     return layer
 
 
-def by_formula(layer, x, dy, moment, recipe):
-    """dx for given statistics after the step, written out; A and B of `moment` are those after this backward."""
-    mean, var, a, past = moment
+def by_formula(layer, x, dy, mean, var, a, grad, rate):
+    """dx for given statistics after the step, and A and B times their weight, moved at `rate` by this backward."""
     ch = lambda t: t.view(1, -1, *(1,) * (x.dim() - 2))  # noqa: E731
     dims = [d for d in range(x.dim()) if d != 1]
     inv = (var + layer.eps).rsqrt()
     x_hat = (x - ch(mean)) * ch(inv)
-    u, z = a * dy.mean(dims) + past[0], a * (dy * x_hat).mean(dims) + past[1]
-    return ch(layer.weight * inv) * (dy - ch(u) - x_hat * ch(z))
+    new = torch.stack([dy.mean(dims), (dy * x_hat).mean(dims)])
+    grad, weight = (old + rate * (value - old) for old, value in zip(grad, (new, 1.0), strict=True))
+    u, z = a * new + (1 - a) * grad / weight
+    return ch(layer.weight * inv) * (dy - ch(u) - x_hat * ch(z)), (grad, weight)
 
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_forwards_before_backwards_in_any_order_use_the_statistics_of_their_own_step(order, backend):
-    layer = trained(RECIPES["default"].but(steady=None), backend)
-    xs = [(x * (i + 1) + i).requires_grad_() for i, x in enumerate(data(4, 3, 5)[:3])]
-    dys = data(4, 3, 5, seed=1)
-    ys, moments = [], []
+def test_forwards_before_backwards_in_any_order_use_statistics_and_rate_of_their_own_step(order, backend):
+    layer = trained("default", backend)
+    xs = [(x[:bs] * (bs + 1) + bs).requires_grad_() for bs, x in zip((4, 2, 13), data(13, 3, 5), strict=False)]
+    dys = [dy[: len(x)] for x, dy in zip(xs, data(13, 3, 5, seed=1), strict=False)]
+    ys, taken = [], []
     for x in xs:
         ys.append(layer(x))
-        n, lam = 20, 4 / (4 + 20)
-        moments.append((layer.running_mean.clone(), layer.running_var.clone(), lam * n / layer.running_count.clone()))
+        rate = len(x) / (len(x) + 20)  # as young as the layer is, its memory is the least
+        a = rate * 5 * len(x) / layer.running_count.clone()
+        taken.append((layer.running_mean.clone(), layer.running_var.clone(), a, rate))
     for i in order:
+        grad = layer.running_grad.clone(), layer.running_grad_weight.clone()
         ys[i].backward(dys[i])
-        mean, var, a = moments[i]
-        past = 0.25 * (1 - a) * layer.running_grad / layer.running_grad_weight
-        want = by_formula(layer, xs[i].detach(), dys[i], (mean, var, a, past), layer.recipe)
-        assert relative_error(xs[i].grad, want) < 1e-6  # the count in the state is what a is read from here
+        *step, rate = taken[i]
+        want, moved = by_formula(layer, xs[i].detach(), dys[i], *step, grad, rate)
+        assert relative_error(xs[i].grad, want) < 1e-10
+        assert relative_error(layer.running_grad, moved[0]) < 1e-10
+        assert relative_error(layer.running_grad_weight, moved[1]) < 1e-10
     assert_holds_no_graph(layer)
 
 
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", ["default", "course", "batch", "skip-alternate", "detached"])
+@pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "course", "batch", "skip-alternate", "detached"]))
 def test_one_backward_through_a_shared_layer_is_the_sum_of_its_uses(recipe, backend):
     layer, x, dy = trained(recipe, backend), data(5, 3, 4), data(5, 3, 4, seed=1)
     other = copy.deepcopy(layer)
@@ -158,8 +161,7 @@ def test_an_evaluation_forward_goes_backward_after_a_training_step(backend):
     assert not torch.equal(before["running_mean"], after["running_mean"])
 
 
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", ["default", "course", "batch"])
+@pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "course", "batch"]))
 def test_retain_graph_gives_the_same_gradient_twice_and_each_backward_moves_its_averages(recipe, backend):
     layer, x, dy = trained(recipe, backend), data(6, 3, 2)[0].requires_grad_(), data(6, 3, 2, seed=1)[0]
     y = layer(x)
@@ -195,25 +197,23 @@ def test_a_gradient_penalty_equals_that_of_the_float64_sums(backend):
 
 
 @pytest.mark.parametrize(("elements", "affine"), [(None, True), (5, False)])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_second_derivatives_of_every_recipe_agree_between_the_backends(recipe, elements, affine):
+@pytest.mark.parametrize("recipe", ["default", "course"])
+def test_second_derivatives_agree_between_the_backends(recipe, elements, affine):
     recipe = RECIPES[recipe].but(elements=elements)
     layers = [layer_of(recipe=recipe, backend=b, dtype=torch.float64, affine=affine) for b in ALL]
-    for x, dy in zip(data(6, 3, 4), data(6, 3, 4, seed=1), strict=True):
+    for x, dy in zip(data(21, 3, 4), data(21, 3, 4, seed=1), strict=True):
         found = []
         for layer in layers:
             layer.zero_grad()
             z, up = x.clone().requires_grad_(), dy.clone().requires_grad_()
             g = torch.autograd.grad(layer(z), z, up, create_graph=True)[0]
             (g.square() * dy).sum().backward()
-            dx = torch.zeros_like(x) if z.grad is None else z.grad  # detached: g does not depend on x
-            found.append({"g": g, "dx": dx, "ddy": up.grad, **grads(layer), **buffers(layer)})
+            found.append({"g": g, "dx": z.grad, "ddy": up.grad, **grads(layer), **buffers(layer)})
         for got in found[1:]:
             assert_same(got, found[0], 1e-9)
 
 
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", ["default", "course", "batch", "detached"])
+@pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "course", "batch", "detached"]))
 def test_each_of_many_gradients_at_once_is_that_of_a_backward_of_its_own(recipe, backend):
     """Every one averages its own gradient into A and B as they were, and all leave them there."""
     layer, x, dys = trained(recipe, backend), data(4, 3, 3, 2)[0], torch.stack(data(4, 3, 3, 2, seed=1))
@@ -255,7 +255,7 @@ def test_second_derivatives_in_half_precision_do_not_overflow(dtype):
     assert_same(*found, 2e-2)
 
 
-@pytest.mark.parametrize(("recipe", "backend"), every(RECIPES))
+@pytest.mark.parametrize(("recipe", "backend"), with_backends(RECIPES))
 def test_training_forwards_without_a_graph_move_the_same_statistics(recipe, backend):
     layer = trained(recipe, backend)
     other = copy.deepcopy(layer)
@@ -271,8 +271,7 @@ def test_training_forwards_without_a_graph_move_the_same_statistics(recipe, back
     assert_holds_no_graph(other)
 
 
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("recipe", ["default", "course", "batch"])
+@pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "course", "batch"]))
 def test_gradient_accumulation_equals_stepping_the_micro_batches_one_after_the_other(recipe, backend):
     together, apart = trained(recipe, backend), trained(recipe, backend)
     total = {}
@@ -292,14 +291,13 @@ def test_every_micro_batch_is_a_batch_of_its_own_for_statistics_and_averages(bac
     batches, w = layer.num_batches_tracked.item(), layer.running_grad_weight.item()
     for x, dy in zip(data(5, 4), data(5, 3, seed=1), strict=True):
         net(x).backward(dy / 8)
-        w += 5 / (5 + 100) * (1 - w)
+        w += 5 / (5 + 20) * (1 - w)
     assert layer.num_batches_tracked == batches + 8
     assert layer.running_grad_weight.item() == pytest.approx(w)
 
 
-@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("off", ["x", "weight", "bias", "weight bias", "x weight", "x bias"])
-@pytest.mark.parametrize("recipe", ["default", "batch"])
+@pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "batch"]))
 def test_any_gradient_can_be_switched_off_and_the_others_stay(recipe, off, backend):
     full, part = (trained(recipe, backend) for _ in range(2))
     x, dy = data(6, 3, 2)[0], data(6, 3, 2, seed=1)[0]

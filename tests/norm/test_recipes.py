@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
-from norm.steps import ALL
+from norm.steps import ALL, layer_of
 
-from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, get_recipe
-from fastrbn.norm.recipes import rate_at_first, rate_backward
+from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, Skip, get_recipe
 
 SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
 
@@ -73,95 +72,66 @@ def test_a_skipped_step_leaves_mean_and_variance_alone_and_sends_no_gradient_thr
     assert torch.allclose(got["dx"], dy * ours.weight * (ours.running_var + ours.eps).rsqrt())
 
 
-@pytest.mark.parametrize("elements", [None, 20])
-@pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
-def test_averaged_backward_equals_the_closed_form(kappa, elements):
-    recipe = RECIPES["default"].but(kappa=kappa, elements=elements)
-    layer = RunningBatchNorm(3, recipe=recipe, dtype=torch.float64)
-    for p in layer.parameters():
-        p.data.normal_()
-    oracle = ClosedForm(3, layer.weight.data, layer.bias.data, kappa=kappa, averaged=True)
-    for i, (x, dy) in enumerate(batches(SHAPES)):
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("elements", [None, 40, 4096])
+def test_the_default_is_the_closed_form_while_its_memory_grows(elements, backend):
+    """Young, in between, and past the 20,000 samples from which the memory stays."""
+    recipe = RECIPES["default"].but(elements=elements)
+    layer = layer_of(recipe=recipe, backend=backend, dtype=torch.float64)
+    oracle = ClosedForm(3, layer.weight.data, layer.bias.data, averaged=True)
+    rates = []
+    for i, (x, dy) in enumerate(batches([*SHAPES, (700, 2, 3), *SHAPES, (20_000, 1, 1), (25, 1, 2), *SHAPES])):
         bs, positions = x.shape[0], x[0, 0].numel()
-        read = None if elements is None else slice(0, min(bs, -(-elements // positions)))
-        want = oracle.step(x, dy, oracle.default_rate(x, read), rate_backward(0.1, bs, bs * positions), read)
-        got = step(layer, x, dy)
+        read = None if elements is None else slice(0, max(16, -(-elements // positions)))
+        rates.append(oracle.default_rate(bs))
+        want, got = oracle.step(x, dy, rates[-1], read), step(layer, x, dy)
         for what, value in zip(got, want, strict=True):
             assert relative_error(got[what], value) < 1e-10, f"{what} at step {i}"
         assert relative_error(layer.running_grad, torch.stack([oracle.a_sum, oracle.b_sum])) < 1e-10, f"step {i}"
-
-
-@pytest.mark.parametrize("backend", ALL)
-def test_a_steady_recipe_remembers_long_until_the_means_drift(backend):
-    recipe = RECIPES["default"].but(steady=1000)
-    layer = RunningBatchNorm(64, recipe=recipe, backend=backend, dtype=torch.float64)
-    g = torch.Generator().manual_seed(0)
-
-    def rate_taken(x):
-        before, n = layer.running_count.item(), len(x)
-        layer(x)
-        return (layer.running_count.item() - before) / (n - before) if n != before else None
-
-    def draw(n):
-        return torch.randn(n, 64, generator=g, dtype=torch.float64)
-
-    layer(draw(16))
-    for _ in range(200):
-        layer(draw(16))
-    calm = [rate_taken(draw(n)) for n in (8, 24) * 20]
-    assert max(calm[0::2]) < 2.6 * 8 / 1000 and max(calm[1::2]) < 2.6 * 24 / 1000
-    assert min(calm[0::2]) >= 8 / 1000 * (1 - 1e-9)
-    layer.num_samples_tracked.fill_(12_000)
-    assert rate_taken(draw(8) + 10) == pytest.approx(8 / (8 + 60))  # what `memory` allows is the most
-
-
-@pytest.mark.parametrize("leaning", [False, True])
-@pytest.mark.parametrize("backend", ALL)
-def test_a_memory_binds_state_and_step_or_in_a_leaning_recipe_the_state_alone(backend, leaning):
-    recipe = RECIPES["leaning"].but(leaning=leaning, backward="exact", elements=None, steady=None, clamp=None)
-    layer = RunningBatchNorm(3, recipe=recipe, backend=backend, dtype=torch.float64)
-    mean, var, count, samples = torch.zeros(3), torch.ones(3), 0.0, 0
-
-    def moved(x, rate):
-        n = x[:, 0].numel()
-        now = rate * n + (1 - rate) * count
-        a, m, v = rate * n / now, x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        return mean + a * (m - mean), (1 - a) * var + a * v + a * (1 - a) * (m - mean) ** 2, now
-
-    for i, (x, dy) in enumerate(batches([*SHAPES, (900, 2, 2), (8, 3, 3), (12_000, 1, 1), (3, 5, 2)])):
-        bs, leaf = len(x), x.clone().requires_grad_()
-        bound = bs / (bs + min(max(0.02 * samples, 40), 400))
-        used_mean, used_var, _ = moved(leaf, bs / (bs + 10) if leaning else bound)
-        want = (leaf - used_mean.view(-1, 1, 1)) / (used_var.view(-1, 1, 1) + layer.eps).sqrt()
-        want.backward(dy)
-        mean, var, count = moved(x, bound)
-        samples += bs
-        got = step(layer, x, dy)
-        for what, ours, theirs in (
-            ("y", got["y"], want),
-            ("dx", got["dx"], leaf.grad),
-            ("running_mean", layer.running_mean, mean),
-            ("running_var", layer.running_var, var),
-        ):
-            assert relative_error(ours, theirs) < 1e-10, f"{what} at step {i}"
-        assert layer.running_count.item() == pytest.approx(count)
+        assert layer.running_grad_weight.item() == pytest.approx(oracle.w, rel=1e-12)
+        assert layer.running_count.item() == pytest.approx(oracle.count, rel=1e-12)
+    assert rates[0] == 2 / 22 and rates[9] == pytest.approx(2 / (2 + 732 / 20)) and rates[-1] == 7 / 1007
 
 
 def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
-    memory = RECIPES["leaning"].memory
-    assert [memory.rate(0.1, 8, seen) for seen in (0, 2000, 10_000, 10**6)] == [8 / 48, 8 / 48, 8 / 208, 8 / 408]
-    assert memory.rate(0.4, 8, 0) == 8 / 18 and memory.rate(0.4, 8, 10**6) == 8 / 108
-    for numbers in ({"least": 0}, {"least": 9, "most": 8}, {"share": -1}):
-        with pytest.raises(ValueError, match="`most` at least `least`"):
+    memory = Memory()
+    for seen, samples in ((0, 20), (400, 20), (2000, 100), (20_000, 1000), (10**9, 1000)):
+        assert memory(0.1, 8, seen) == 8 / (8 + samples)
+        assert memory(0.1, torch.tensor(8), torch.tensor(seen)).item() == pytest.approx(8 / (8 + samples))
+        assert memory(0.1, 8, torch.tensor(seen, dtype=torch.float64)).item() == pytest.approx(8 / (8 + samples))
+    assert memory(0.4, 8, 0) == 8 / 13 and memory(0.4, 8, 10**6) == 8 / 258
+    assert Memory(least=4, most=40, share=0.02)(0.1, 8, 10_000) == 8 / 208
+    assert Memory(least=3, most=3, share=0)(0.1, 1, 10**6) == 1 / 31
+    for numbers in ({"least": 0}, {"least": 9, "most": 8}, {"share": -1}, {"most": float("nan")}):
+        with pytest.raises(ValueError, match="`most` at least `least`.*got Memory"):
             Memory(**numbers)
 
 
-def test_the_defaults_rate_starts_from_a_third_of_the_batch_between_bounds_that_mom_sets():
-    sizes, memories = (1, 8, 60, 90, 120, 512), (20, 20, 20, 30, 40, 40)
-    for bs, memory in zip(sizes, memories, strict=True):
-        assert rate_at_first(0.1, bs, 1) == pytest.approx(bs / (bs + memory))
-        assert rate_at_first(0.1, torch.tensor(bs), 1).item() == pytest.approx(bs / (bs + memory))
-    assert rate_at_first(0.4, 8, 1) == pytest.approx(8 / 13) and rate_at_first(0.4, 512, 1) == pytest.approx(512 / 522)
+@pytest.mark.parametrize("backend", ALL)
+def test_a_recipes_own_rate_moves_statistics_and_averages_alike(backend):
+    """Given what every backend gives it: mom, the batch size, and the samples seen before this batch."""
+    recipe = RECIPES["default"].but(rate=lambda mom, bs, samples: mom * bs / (bs + samples + 1), clamp=None)
+    layer = layer_of(recipe=recipe, backend=backend, dtype=torch.float64)
+    oracle = ClosedForm(3, layer.weight.data, layer.bias.data, averaged=True)
+    for x, dy in batches(SHAPES):
+        want = oracle.step(x, dy, 0.1 * len(x) / (len(x) + oracle.samples + 1), floor_samples=0)
+        got = step(layer, x, dy)
+        assert all(relative_error(got[what], value) < 1e-10 for what, value in zip(got, want, strict=True))
+    assert layer.running_grad_weight.item() == pytest.approx(oracle.w, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_count_minus_1_takes_the_share_of_a_batch_for_its_rate(backend):
+    layer = layer_of(backend=backend, dtype=torch.float64)
+    layer.running_count.fill_(-1)
+    layer.running_mean.fill_(2.0)
+    layer.num_samples_tracked.fill_(4000)
+    x = torch.randn(8, 3, 5, dtype=torch.float64)
+    layer(x)
+    rate, m, v = 8 / (8 + 200), x.mean((0, 2)), x.var((0, 2), correction=0)
+    assert torch.allclose(layer.running_mean, 2 + rate * (m - 2))
+    assert torch.allclose(layer.running_var, 1 - rate + rate * v + rate * (1 - rate) * (m - 2) ** 2)
+    assert layer.running_count == 40 and layer.num_samples_tracked == 4008
 
 
 def test_batch_recipe_is_batchnorm_in_training_and_in_evaluation():
@@ -223,14 +193,12 @@ def test_unknown_recipe_names_the_nearest():
     "bad",
     [
         {"backward": "exakt"},
-        {"kappa": 2.0},
+        {"rate": 0.1},
+        {"rate": "course"},
         {"elements": 0},
         {"statistics": "lagged"},
         {"order": "random"},
-        {"steady": "long"},
-        {"memory": Memory(), "statistics": "batch"},
-        {"memory": 40},
-        {"leaning": True},
+        {"skip": Skip(2, 0), "statistics": "batch"},
     ],
 )
 def test_a_recipe_outside_its_rules_says_what_came(bad):
@@ -247,13 +215,26 @@ def test_recipes_are_hashable_and_survive_pickling():
 
 @pytest.mark.parametrize(
     ("elements", "bs", "positions", "want"),
-    [(None, 8, 4, 8), (4096, 512, 1024, 16), (4096, 512, 64, 64), (10, 8, 4, 3), (99, 8, 4, 8)],
+    [
+        (None, 800, 4, 800),
+        (4096, 512, 1024, 16),
+        (4096, 512, 64, 64),
+        (4096, 512, 63, 66),  # whole samples
+        (4096, 512, 1, 512),  # there are no more
+        (4096, 8, 65536, 8),
+        (10, 512, 400, 16),  # at least 16 samples, however large
+        (10, 7, 4, 7),
+        (1, 40, 0, 16),
+    ],
 )
 def test_statistics_read_whole_samples_until_they_have_enough(elements, bs, positions, want):
     assert RECIPES["default"].but(elements=elements).samples_read(bs, positions) == want
 
 
 def test_strided_order_spreads_the_samples_over_the_batch():
-    layer = RunningBatchNorm(1, recipe=RECIPES["batch"].but(elements=2, order="strided"))
-    layer(torch.tensor([0.0, 10.0, 4.0, 10.0]).view(4, 1))
-    assert layer.running_mean.item() == pytest.approx(0.1 * 2.0)
+    for backend in ALL:
+        recipe = RECIPES["default"].but(elements=2, order="strided")  # 16 samples
+        layer, x = RunningBatchNorm(1, recipe=recipe, backend=backend), torch.full((50, 1), 1e3)
+        x[0:48:3, 0] = torch.arange(16.0)
+        layer(x)
+        assert layer.running_mean.item() == pytest.approx(7.5)
