@@ -97,7 +97,7 @@ class ClosedForm:
         """λ of the default recipe for a batch of bs, before `step` moves the state."""
         return bs / (bs + min(max(self.samples / 20, 20), 300))
 
-    def step(self, x, dy, rate, read=None, floor_samples=20, floor=0.01):
+    def step(self, x, dy, rate, read=None, start=None, floor_samples=20, floor=0.01):
         x, dy = x.detach().double(), dy.double()
         shape, dims = (1, -1) + (1,) * (x.dim() - 2), [d for d in range(x.dim()) if d != 1]
         ch = lambda t: t.view(shape)  # noqa: E731
@@ -127,7 +127,7 @@ class ClosedForm:
             self.w += rate * (1 - self.w)
             self.a_sum += rate * (d_mean - self.a_sum)
             self.b_sum += rate * (d_proj - self.b_sum)
-            b = max(a, len(x) / (len(x) + 20))
+            b = max(a, len(x) / (len(x) + 20) if start is None else start)
             c = (x - ch(m)) * ch(inv)
             square = torch.maximum(v, self.var) * inv**2
             z = torch.where(square > 0, (dy * c).mean(dims) / square, 0.0)

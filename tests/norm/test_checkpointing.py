@@ -185,7 +185,7 @@ def test_what_is_remembered_is_bounded_and_holds_statistics_only(backend, reentr
         checkpoint(net, x.requires_grad_(), use_reentrant=reentrant).backward(dy)
     kept = net[1]._recent
     assert len(kept) == REMEMBERED
-    assert sum(t.numel() for taken in kept for t in taken if isinstance(t, torch.Tensor)) <= REMEMBERED * (4 * 4 + 4)
+    assert sum(t.numel() for taken in kept for t in taken if isinstance(t, torch.Tensor)) <= REMEMBERED * (4 * 4 + 5)
     assert all(t.untyped_storage().nbytes() <= 2 * 4 * 8 for m in kept for t in m if isinstance(t, torch.Tensor))
     assert len(copy.deepcopy(net)[1]._recent) == 0
 

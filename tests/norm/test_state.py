@@ -381,12 +381,11 @@ def test_evaluation_is_one_affine_map_for_every_input(shape, served):
 
 
 @examples
-@given(st.permutations(range(6)), st.integers(1, 5), st.sampled_from(ALL))
-def test_regrouping_two_equal_passes_gives_the_statistics_of_their_weighted_union(order, cut, backend):
+@given(st.permutations(range(6)), st.integers(1, 5))
+def test_regrouping_two_equal_passes_gives_the_statistics_of_their_weighted_union(order, cut):
     """At mom 1 every batch counts alone, at a fixed rate two batches weigh (1−λ) : λ, each by its elements."""
     x = torch.arange(6.0, dtype=torch.float64)[list(order)].view(6, 1).square()
     layer = RunningBatchNorm(1, mom=0.25, recipe=RECIPES["course"].but(rate=lambda m, bs, n: m), dtype=torch.float64)
-    layer.backend = backend
     for part in (x[:cut], x[cut:]):
         layer(part)
     w = torch.cat([torch.full((cut,), 0.75), torch.full((6 - cut,), 1.0)]).double()
