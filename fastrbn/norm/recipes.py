@@ -54,8 +54,11 @@ class Memory:
     share: float = 0.05
 
     def __post_init__(self):
-        if not (0 < self.least <= self.most and 0 <= self.share):
-            raise ValueError(f"a memory is more than 0, `most` at least `least`, and `share` not negative; got {self}")
+        inf = float("inf")
+        if not (0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf):
+            raise ValueError(
+                f"a memory is more than 0, `most` at least `least`, and `share` not negative, and all but `most` are finite; got {self}"
+            )
 
     def bounds(self, mom: float) -> tuple[float, float, float]:
         """The least and the most samples at a mom, and the share."""

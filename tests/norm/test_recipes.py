@@ -102,7 +102,9 @@ def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
     assert memory(0.4, 8, 0) == 8 / 13 and memory(0.4, 8, 10**6) == 8 / 83
     assert Memory(least=4, most=40, share=0.02)(0.1, 8, 10_000) == 8 / 208
     assert Memory(least=3, most=3, share=0)(0.1, 1, 10**6) == 1 / 31
-    for numbers in ({"least": 0}, {"least": 9, "most": 8}, {"share": -1}, {"most": float("nan")}):
+    inf = float("inf")  # a rate of 0 leaves the first batch 0/0
+    wrong = [{"least": 0}, {"least": 9, "most": 8}, {"share": -1}, {"most": float("nan")}]
+    for numbers in (*wrong, {"least": inf, "most": inf}, {"share": inf}):
         with pytest.raises(ValueError, match="`most` at least `least`.*got Memory"):
             Memory(**numbers)
 
