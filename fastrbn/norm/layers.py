@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from .replay import REMEMBERED
 ADDITIONS = tuple(
     name for name in NormState._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
 )
-_IN_ORDER = itemgetter(*NormState._fields)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _OLD_ENOUGH = 20  # samples a layer with a past is taken to have seen at least: no early clamp
 
@@ -105,7 +103,8 @@ class RunningBatchNorm(_BatchNorm):
     @property
     def state(self) -> NormState:
         """The buffers, as the functional form takes them."""
-        return NormState(*_IN_ORDER(self._buffers))
+        buffers = self._buffers
+        return NormState(*[buffers[name] for name in NormState._fields])
 
     @property
     def momentum(self) -> float | None:
