@@ -62,7 +62,7 @@ def choose(
         why_not = "a tensor without values has only the plain formulas"
     elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         why_not = "torch.func and forward-mode derivatives look into the plain formulas"
-    elif (modes := torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None:
+    elif get_proxy_mode() is not None:
         why_not = "make_fx records the plain formulas"
     elif recipe is not None and torch.jit.is_tracing():
         why_not = "torch.jit.trace records the plain formulas"
@@ -82,7 +82,7 @@ def choose(
         return Choice(backend, "asked for by name")
     if why_not:
         return Choice("reference", why_not)
-    if modes:
+    if torch._C._len_torch_dispatch_stack():
         why_not = "a TorchDispatchMode sees no call of C"
     elif x.is_cpu and not torch.jit.is_tracing() and (why_not := native.why_not(x, weight, bias, state)) is None:
         return Choice("native", "C kernels, one call forward and one backward")

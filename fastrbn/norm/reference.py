@@ -124,7 +124,7 @@ def normalize_by(step: Step, x: Tensor, weight, bias, m: Tensor, v: Tensor, stat
     x_hat = (x - per_channel(mean, x)) * per_channel(inv_std, x)
     y = _affine(x_hat, weight, bias)
     if recipe.backward == "averaged" and x.requires_grad and torch.is_grad_enabled():
-        y = _Project.apply(y, x, weight, inv_std, step, state, plan.process_group)
+        y = _Project.apply(y, x, weight, inv_std, state, plan.process_group, *step)
     return y
 
 
@@ -210,15 +210,15 @@ class _Project(torch.autograd.Function):
     −γ/σ·[b·(mean(dy) + c·z) + (1−b)·(A + x̂·B)]. A second derivative takes A and B as constants."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, inv_std, step, state, group):
-        ctx.save_for_backward(x, weight, inv_std)
-        ctx.step, ctx.state, ctx.group = step, state, group
+    def forward(ctx, y, x, weight, inv_std, state, group, *step):
+        ctx.save_for_backward(x, weight, inv_std, *step)  # a step's tensors apart: a tracer takes others for constants
+        ctx.state, ctx.group = state, group
         return y.clone()  # a view made here could not be changed in place, as by nn.ReLU(inplace=True)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, inv_std = ctx.saved_tensors
-        step, dims, n = ctx.step, all_but_channel(dy), dy.shape[0] * elements_per_sample(dy)
+        x, weight, inv_std, *step = ctx.saved_tensors
+        step, dims, n = Step(*step), all_but_channel(dy), dy.shape[0] * elements_per_sample(dy)
         c = (x - per_channel(step.m, x)) * per_channel(inv_std, x)
         sums = torch.stack([dy.sum(dims), (dy * c).sum(dims)])
         if ctx.group is not None:
@@ -232,7 +232,7 @@ class _Project(torch.autograd.Function):
         x_hat = (x - per_channel(step.mean, x)) * per_channel(inv_std, x)
         scale = inv_std if weight is None else inv_std * weight
         out = -per_channel(scale, x) * (per_channel(shift, x) + per_channel(slope, x) * x_hat)
-        return dy, out, None, None, None, None, None
+        return dy, out, *[None] * (4 + len(step))
 
 
 def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> Tensor:
