@@ -1,358 +1,416 @@
 """The reference's step in Triton: CUDA, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
 
-Launches a step, forward + backward (units: one read or write of the activations):
+Three launches forward (3 reads or writes of the activations) and three backward (5): about `PROGRAMS` programs share
+the tensor and leave partial sums; a few merge them and move what the state has for a channel; many write y, or dx, and
+one of these moves the numbers that all channels share. So no launch reads what another program of it writes. There are
+no atomics, and two runs agree to the bit; nothing is read on the host, and a CUDA graph can record a step.
 
-- 1 + 1 where one program can take the whole tensor;
-- 2 + 2 (3 + 5 units) where each program of the second launch can merge what the first left for its channels: planes,
-  and channels last up to medium size. The first launch sums, the second moves the state and writes y, or dx;
-- 3 + 3 (same units) otherwise: a launch between merges, so that it is not done many times over;
-- backward 2 launches (3 units) where dx needs no sums of this batch: `detached`, evaluation.
-
-Few elements in a recipe with `steady` take one launch more, where there are several: λ is by the drift of all channels.
-A step that the recipe skips reads nothing of x but to normalise it: 2 units forward. Nothing is asked of the device,
-so a CUDA graph can record a step. Batches of other sizes compile no new kernels, unless they have fewer rows than a
-tile. The programs are in `triton_forward` and `triton_backward`, how they share the work in `triton_cuts`.
+A tensor x (N, C, *) is read in place as a matrix: N rows of the positions of a channel, for each channel (NCHW), or
+N·positions rows of C channels (channels last, (N, C)). A tile is ROWS by COLS of it. Batches of other sizes compile no
+new kernels.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import lru_cache
+import math
+from collections import namedtuple
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from . import fused
-from . import triton_backward as backward
-from . import triton_cuts as cuts
-from . import triton_forward as forward
-from .memory import Moment, is_batched, recall, running_again
-from .recipes import Plan, Recipe, one_of
+from . import fused, reference
+from .recipes import Memory, Plan, Recipe
 from .reference import NormState, elements_per_sample
-from .triton_forward import Affine, Rule
+from .replay import Step, is_batched, moving, running_again
 
-INTERPRETED = not isinstance(forward.map_kernel, triton.JITFunction)
-RELU = ("none", "before", "after")
-_INTERPRETED_PROCESSORS = 2
+# what only speed depends on; reasoned, not yet measured on a device
+TILE = 4096  # elements of a tile: 16 a thread
+PROGRAMS = 512  # that sum; a merge takes the parts of a channel as one tile, so a power of two
+_MERGED = 4  # channels a merging program
 
-
-def evaluate(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, eps: float, relu: str = "none"
-) -> Tensor:
-    """As `reference.evaluate`; `relu` as in `normalize`."""
-    one_of("relu", relu, RELU)
-    if x.numel() == 0:
-        return fused.evaluate(x, weight, bias, state, eps)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Evaluate.apply(x, weight, bias, state, eps, relu)
-    return _map(*_laid_out(x), weight, bias, state, None, eps, _FROZEN, relu)[0]
+evaluate = fused.evaluate
 
 
-def normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan, relu: str = "none"
-) -> Tensor:
-    """As `reference.normalize`, for batches with at least one element and without a process group.
+# What kernels are compiled for; it stays with a layer and a dtype. PLANES: a row is of one channel. VEC divides a row,
+# so that loads can be this wide. STRIDED: the statistics read every step-th sample; PARTIAL: and not all
+Cut = namedtuple("Cut", "PLANES ROWS COLS VEC STRIDED PARTIAL")
+# sizes that stay with a layer: VEC columns a row, channels, rows a sample
+Shape = namedtuple("Shape", "units channels per_sample")
 
-    `relu`: "before" normalises relu(x), "after" gives relu of the result; neither costs a pass.
-    """
-    one_of("relu", relu, RELU)
-    return _Normalize.apply(x, weight, bias, state, plan, relu)
+
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
+    """As `reference.normalize`, for batches with at least one element, without a process group, and recipes that have
+    more than the plain formulas."""
+    if plan.recent and running_again():
+        return fused.normalize(x, weight, bias, state, plan)
+    if not all(t.is_contiguous() for t in state):
+        raise ValueError("the triton backend needs a contiguous state: make its tensors so with .contiguous()")
+    x, weight, bias = (t if t is None else t.resolve_neg() for t in (x, weight, bias))
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
+    return _Normalize.apply(x, weight, bias, state, plan)
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, state, plan, relu):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.state, ctx.plan, ctx.eps, ctx.relu = state, plan, plan.eps, relu
-        y, ctx.moment, ctx.job, ctx.rule = _step(x, weight, bias, state, plan, relu)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return *_backward(ctx, dy), None, None, None
-
-
-class _Evaluate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, state, eps, relu):
-        ctx.save_for_backward(x, weight, bias)
-        # copies: a training step may move the state before this forward's backward
-        state = state._replace(running_mean=state.running_mean.clone(), running_var=state.running_var.clone())
-        ctx.state, ctx.plan, ctx.eps, ctx.relu = state, None, eps, relu
-        ctx.moment, ctx.rule = None, _FROZEN
-        y, ctx.job = _map(*_laid_out(x), weight, bias, state, None, eps, _FROZEN, relu)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return *_backward(ctx, dy), None, None, None
-
-
-def _backward(ctx, dy):
-    # the kernels have no graph, and take one dy
-    make = _differentiable if torch.is_grad_enabled() or is_batched(dy) else _gradients
-    return make(ctx, *ctx.saved_tensors, dy)
-
-
-class _Numbers(NamedTuple):
-    """Of a forward pass: elements n a channel that the statistics read, λ, λ·n, ε, the recipe's `Steady` and `Memory`."""
-
-    n: float
-    rate: float
-    new: float
-    eps: float
-    least: float
-    most: float
-    share: float
-    memory_least: float
-    memory_most: float
-    memory_share: float
-
-
-class _BackwardNumbers(NamedTuple):
-    """Elements a channel, over those read; λ_b, κ, ε."""
-
-    n_all: float
-    spread: float
-    rate: float
-    kappa: float
-    eps: float
-
-
-def _step(x, weight, bias, state: NormState, plan: Plan, relu: str):
-    """Move the state and normalise: y, the moment, the job and the rule."""
-    recipe, bs, channels = plan.recipe, x.shape[0], x.shape[1]
-    if not all(t.is_contiguous() for t in (state.running_mean, state.running_var, state.running_grad)):
-        raise ValueError("the triton backend needs a contiguous state: make it so with .contiguous()")
-    kept = recipe.samples_read(bs, elements_per_sample(x)) * elements_per_sample(x)
-    rate = float(recipe.rate(plan.mom, bs, kept))
-    # with enough elements the rate is the smaller one at any drift
-    drift = recipe.steady is not None and kept < rate * recipe.steady.most
-    rule = _rule(recipe, plan.eps, plan.twice, drift=drift)
-    if plan.recent and running_again():
-        seen = x.relu() if relu == "before" else x
-        found = recall(plan.recent, *fused._statistics(seen, state, recipe)[:2])
-        if found is not None:
-            moment = _packed(found)
-            y, job = _map(*_laid_out(x), weight, bias, state, moment, plan.eps, rule, relu, recipe)
-            return y, moment, job, rule
-    x, last = _laid_out(x)
-    job = _job(x, last, recipe)
-    y, affine = torch.empty_like(x), _affine(weight, bias)
-    work, moment = _floats(job.forward_work, x), _floats(4 * channels + 3, x)
-    numbers = _Numbers(job.n, rate, rate * job.n, float(plan.eps), *_steady(recipe), *_memory(recipe, plan.mom))
-    s, flags, common = job.statistics, job.statistics.slots * job.blocks, job.common
-    with _on(x.device):
-        if job.one:
-            forward.forward_kernel[(1,)](
-                x, y, affine, state, moment, work, job.shape, numbers, job.rows, job.tiles, job.read_rows,
-                job.read_tiles, job.step, bs, job.cut, rule, relu, job.channels, job.parts, **common,
-            )  # fmt: skip
+    def forward(ctx, x, weight, bias, state, plan):
+        recipe, count, bs, c = plan.recipe, state.running_count, *x.shape[:2]
+        job, y, (eps, floor, until) = _job(x, recipe), torch.empty_like(x), _limits(plan)
+        work, saved = _floats(x, (4 * c + job.blocks) * job.parts_read), _floats(x, 4 * c + 5)
+        rate, bounds = None, (1.0, 1.0, 0.0)
+        if isinstance(recipe.rate, Memory):
+            bounds = map(float, recipe.rate.bounds(plan.mom))
         else:
-            forward.statistics_kernel[(flags,)](
-                x, state, work, job.shape, job.read_rows, job.read_tiles, s.slots, job.step, bs, job.cut, rule, relu,
-                **common,
-            )  # fmt: skip
-            if drift:
-                forward.rate_kernel[(1,)](
-                    work, job.shape, numbers, s.slots, flags, job.cut, job.channels, job.parts, **_MERGING
-                )
-            if not s.inside:
-                forward.advance_kernel[(triton.cdiv(channels, job.channels),)](
-                    state, moment, work, job.shape, numbers, s.slots, flags, bs, job.cut, rule, job.channels,
-                    job.parts, **_MERGING,
-                )  # fmt: skip
-            forward.map_kernel[(s.then * job.blocks,)](
-                x, y, affine, state, moment, work, job.shape, numbers, job.rows, job.tiles, s.then, s.slots, flags, bs,
-                job.cut, rule, relu, s.inside, job.parts_inside, **common,
-            )  # fmt: skip
-    if plan.twice:
-        plan.recent.append(_unpacked(moment, channels, recipe))
-    return y, moment, job, rule
-
-
-def _map(x, last: bool, weight, bias, state, moment, eps: float, rule, relu: str, recipe=None):
-    """y for a moment, or a frozen state, that is known; and the job."""
-    job = _job(x, last, recipe)
-    y, numbers = torch.empty_like(x), _Numbers(0.0, 0.0, 0.0, float(eps), *_NO_BOUNDS, *_NO_BOUNDS)
-    with _on(x.device):
-        forward.map_kernel[(job.tiles * job.blocks,)](
-            x, y, _affine(weight, bias), state, moment, None, job.shape, numbers, job.rows, job.tiles, job.tiles, 0, 0,
-            0, job.cut, rule, relu, False, job.parts_inside, **job.common,
-        )  # fmt: skip
-    return y, job
-
-
-def _gradients(ctx, x, weight, bias, dy):
-    """dx, dγ, dβ, None where not needed; moves the averages of the gradient's reductions. No plan: evaluation."""
-    plan, state, moment, relu, job, rule = ctx.plan, ctx.state, ctx.moment, ctx.relu, ctx.job, ctx.rule
-    (x, last), (need_x, need_weight, need_bias, *_) = _laid_out(x), ctx.needs_input_grad
-    if not (_is_channels_last(dy) if last else dy.is_contiguous()):
-        dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
-    averaged = through = False
-    kappa = rate = 0.0
-    if plan is not None and need_x:
-        through, averaged = plan.recipe.backward != "detached", plan.recipe.backward == "averaged"
-    elif plan is not None:
-        rule = _rule(plan.recipe, ctx.eps, False, False)
-    if averaged:
-        kappa, rate = plan.recipe.kappa, plan.recipe.backward_rate(plan.mom, job.bs, int(job.n_all))
-    numbers = _BackwardNumbers(job.n_all, job.n_all / job.n, float(rate), float(kappa), float(ctx.eps))
-    dx = torch.empty_like(x) if need_x else None
-    grads = Affine(torch.empty_like(weight) if need_weight else None, torch.empty_like(bias) if need_bias else None)
-    affine, work, s, flags = _affine(weight, bias), _floats(job.backward_work, x), job.sums, job.sums.slots * job.blocks
-
-    def sweep(slots, sums, dx_too, projection):
-        backward.sweep_kernel[(slots * job.blocks,)](
-            x, dy, dx, affine, grads, state, moment, work, job.shape, numbers, job.rows, job.tiles, slots, s.slots,
-            flags, job.step, job.kept, job.cut, rule, relu, sums, dx_too, projection, job.parts_inside, **job.common,
-        )  # fmt: skip
-
-    def settle():
-        backward.settle_kernel[(triton.cdiv(x.shape[1], job.channels),)](
-            grads, state, moment, work, job.shape, numbers, s.slots, flags, job.cut, rule, job.channels, job.parts,
-            **_MERGING,
-        )  # fmt: skip
-
-    with _on(x.device):
-        if not (need_weight or need_bias or through):
-            sweep(job.tiles, False, True, "none")
-        elif job.one:
-            backward.backward_kernel[(1,)](
-                x, dy, dx, affine, grads, state, moment, work, job.shape, numbers, job.rows, job.tiles, job.step,
-                job.kept, job.cut, rule, relu, need_x, job.channels, job.parts, **job.common,
-            )  # fmt: skip
-        elif not through:  # dx, if any, waits for no sums of this batch
-            sweep(s.slots, True, need_x, "none")
-            settle()
-        else:
-            sweep(s.slots, True, False, "none")
-            if not s.inside:
-                settle()
-            sweep(s.then, False, True, "merged" if s.inside else "stored")
-    return dx, *grads
-
-
-def _differentiable(ctx, x, weight, bias, dy):
-    """The gradients as a graph of x, weight, bias and dy; the reference's, in float32."""
-    plan, eps, relu, state = ctx.plan, ctx.eps, ctx.relu, ctx.state
-    with torch.enable_grad():
-        given, dy = x.float(), dy.float()
-        given = given.relu() if relu == "before" else given
-    if relu == "after":
-        with torch.no_grad():
-            y, _ = _map(*_laid_out(x), weight, bias, state, ctx.moment, eps, ctx.rule, "none")
-        dy = dy.masked_fill(y <= 0, 0.0)
-    if plan is None:
-        with torch.enable_grad():
-            y = torch.nn.functional.batch_norm(
-                given, state.running_mean, state.running_var, _float(weight), _float(bias), False, 0.0, eps
+            rate = torch.zeros_like(count) + recipe.rate(plan.mom, bs, state.num_samples_tracked.to(count.dtype))
+        with moving(state), torch.cuda.device_of(x):
+            statistics_kernel[job.blocks, job.parts_read](
+                x, state.running_mean, work, *job.read, job.step, job.cut, num_warps=8
             )
-        wanted = [t for t in (given, weight, bias) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
-        dx, *others = (next(found) if t is not None and t.requires_grad else None for t in (given, weight, bias))
+            advance_kernel[triton.cdiv(c, _MERGED),](
+                *(work, state.running_mean, state.running_var, count, state.num_samples_tracked, saved, rate, *bounds),
+                *(c, job.parts_read, job.blocks * job.parts_read, bs, job.n_read, until, PROGRAMS, _MERGED),
+            )
+            map_kernel[job.grid](
+                *(x, y, weight, bias, saved, *state[2:5], *job.all, bs, eps, floor, job.cut), num_warps=8
+            )
+        increment_version(state[:5])  # autograd sees no write of these kernels'
+        if plan.twice:
+            plan.recent.append(_step(saved, c, recipe))
+        ctx.save_for_backward(x, weight, bias)
+        ctx.saved, ctx.job, ctx.state, ctx.plan = saved, job, state, plan
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        saved, job, state, plan, c = ctx.saved, ctx.job, ctx.state, ctx.plan, x.shape[1]
+        if torch.is_grad_enabled() or is_batched(dy):
+            return *reference.gradients(x, weight, bias, dy, _step(saved, c, plan.recipe), state, plan), None, None
+        if dy.stride() != x.stride() or dy.is_neg() or dy._is_zerotensor():
+            dy = torch.empty_like(x).copy_(dy)
+        wanted = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        dx, d_weight, d_bias = (torch.empty_like(t) if needed else None for t, needed in wanted)
+        averaged = plan.recipe.backward == "averaged" and dx is not None
+        averages, (eps, floor, _) = state[5:] if averaged else (None, None), _limits(plan)
+        work, slopes = _floats(x, (2 * c + job.blocks) * job.parts), _floats(x, 5 * c + 1)
+        with moving(state), torch.cuda.device_of(x):
+            sums_kernel[job.blocks, job.parts](x, dy, saved, work, *job.all, eps, floor, job.cut, num_warps=8)
+            settle_kernel[triton.cdiv(c, _MERGED),](
+                *(work, saved, weight, d_weight, d_bias, *averages, slopes, c, job.parts, job.blocks * job.parts),
+                *(job.n, job.n_read, eps, floor, job.cut, PROGRAMS, _MERGED),
+            )
+            if dx is not None:
+                dx_kernel[job.grid](
+                    *(x, dy, dx, saved, slopes, averages[1], *job.all, job.read[1], job.step, job.cut), num_warps=8
+                )
+        if averaged:
+            increment_version(averages)
+        return dx, d_weight, d_bias, None, None
+
+
+def _job(x: Tensor, recipe: Recipe) -> SimpleNamespace:
+    """How programs share tensors of x's size, and what the statistics read of them (`…_read`)."""
+    n, c = x.shape[:2]
+    positions = elements_per_sample(x)
+    kept = recipe.samples_read(n, positions)
+    step = n // kept if recipe.order == "strided" else 1
+    planes = positions > 1 and x.is_contiguous()
+    width, per_sample = (positions, 1) if planes else (c, positions)
+    cols = min(triton.next_power_of_2(width), TILE // 4 if planes else TILE // 64)
+    across, vec = triton.cdiv(width, cols), math.gcd(width, 16 // x.dtype.itemsize)
+    blocks, across = (c, across) if planes else (across, 1)
+    tiles, tiles_read = (triton.cdiv(k * per_sample, TILE // cols) * across for k in (n, kept))
+    shape = Shape(width // vec, c, per_sample)
+    return SimpleNamespace(
+        cut=Cut(*map(tl.constexpr, (planes, TILE // cols, cols, vec, step > 1, kept < n))),
+        all=(shape, n * per_sample, tiles),  # rows, and tiles of a block
+        read=(shape, kept * per_sample, tiles_read),
+        step=step,
+        blocks=blocks,  # of channels
+        parts=min(tiles, max(PROGRAMS // blocks, 1)),  # programs that share a block to sum over it
+        parts_read=min(tiles_read, max(PROGRAMS // blocks, 1)),
+        grid=(blocks, min(tiles, 1 << 15)),  # of a map; a launch takes no more
+        n=float(n * positions),  # elements a channel
+        n_read=float(kept * positions),
+    )
+
+
+def _floats(x: Tensor, number: int) -> Tensor:
+    return x.new_empty(number, dtype=torch.float32)
+
+
+def _limits(plan: Plan) -> tuple[float, float, int]:
+    """ε, the variance's floor, and until how many samples that holds."""
+    clamp = plan.recipe.clamp
+    floor, until = (0.0, 0) if clamp is None else (clamp.floor(plan.eps), clamp.samples)
+    return float(plan.eps), float(floor), until
+
+
+def _step(saved: Tensor, c: int, recipe: Recipe) -> Step:
+    m, v, mean, var = (row.clone() for row in saved[: 4 * c].view(4, c))
+    rate, share, moves, young = (number.clone() for number in saved[4 * c : 4 * c + 4])
+    return Step(m, v, mean, var, rate, share, moves != 0, None if recipe.clamp is None else young != 0)
+
+
+# what changes with the batch: compiling anew for some of its values would stall training
+VARYING = ["rows", "tiles", "rows_read", "step", "parts", "flags", "bs", "until"]
+
+
+@triton.jit
+def load(at, mask):
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def channels_of(block, shape, cut):
+    """The channel of each column of a tile, and whether there is one."""
+    if cut.PLANES:
+        c = tl.zeros((cut.COLS,), tl.int32) + block
     else:
-        moment = _unpacked(ctx.moment, x.shape[1], plan.recipe)
-        mean, var = (moment.m, moment.v) if plan.recipe.statistics == "batch" else (moment.mean, moment.var)
-        if moment.young is not None:
-            var, _ = fused._floored(var, moment, plan)
-        parts = SimpleNamespace(plan=plan, moment=moment, state=state, mean=mean, var=var)
-        dx, *others = fused._differentiable_backward(parts, given, weight, bias, dy)
-    if dx is not None:
-        dx = (dx.masked_fill(given <= 0, 0.0) if relu == "before" else dx).to(x.dtype)
-    return dx, *others
+        c = tl.arange(0, cut.COLS) + block * cut.COLS
+    return c, c < shape.channels
 
 
-_MERGING = {"num_warps": 4, "enable_fp_fusion": True}
-_FROZEN = Rule(*map(tl.constexpr, (True, False, False, False, False, 0, 0, 0, 0.0, False, False, False)))
-_NO_BOUNDS = 1.0, 1.0, 0.0
+@triton.jit
+def tile_at(tile, block, rows, step, shape, cut, STRIDED: tl.constexpr):
+    """A tile's rows (ROWS,), where its elements lie in memory and which are there (ROWS, COLS). STRIDED: its rows are
+    counted in every step-th sample."""
+    width, tile = shape.units * cut.VEC, tl.cast(tile, tl.int64)  # x may have more than 2³¹ elements
+    if cut.PLANES:
+        across = tl.cdiv(width, cut.COLS)
+        row, col = (tile // across) * cut.ROWS, (tile % across) * cut.COLS
+    else:
+        row, col = tile * cut.ROWS, block * cut.COLS
+    row, col = row + tl.arange(0, cut.ROWS), col + tl.arange(0, cut.COLS)
+    mask, at = (row < rows)[:, None] & (col < width)[None, :], row
+    if STRIDED:
+        at = (row // shape.per_sample) * step * shape.per_sample + row % shape.per_sample
+    if cut.PLANES:
+        at = at * shape.channels + block
+    return row, (at * width)[:, None] + col[None, :], mask
 
 
-def _steady(recipe: Recipe) -> tuple[float, float, float]:
-    s = recipe.steady
-    return _NO_BOUNDS if s is None else (float(s.least), float(s.most), float(s.share))
+@triton.jit
+def per_column(tile, cut):
+    """The sum of each column's channel, in every column of it."""
+    total = tl.sum(tile, 0)
+    if cut.PLANES:
+        total = tl.zeros_like(total) + tl.sum(total, 0)
+    return total
 
 
-def _memory(recipe: Recipe, mom: float) -> tuple[float, float, float]:
-    return _NO_BOUNDS if recipe.memory is None else tuple(map(float, recipe.memory.bounds(mom)))
+@triton.jit
+def store_rows(to, stride, values, mask):
+    for i in tl.static_range(len(values)):
+        tl.store(to + i * stride, values[i], mask=mask)
 
 
-@lru_cache(maxsize=256)
-def _rule(recipe: Recipe, eps: float, twice: bool = False, for_x: bool = True, drift: bool = False) -> Rule:
-    """What the recipe's kernels are compiled for; `for_x`: x needs a gradient, so the averages move."""
-    skip, clamp, batch = recipe.skip, recipe.clamp, recipe.statistics == "batch"
-    through, averaged = for_x and recipe.backward != "detached", for_x and recipe.backward == "averaged"
-    every, after = (0, 0) if skip is None else (skip.every, skip.after)
-    young, floor = 0, 0.0
-    if clamp is not None:
-        young, floor = clamp.samples, clamp.deviation**2 - eps if clamp.variance is None else clamp.variance
-    bounds = recipe.memory is not None, recipe.leaning, drift
-    settings = (False, batch, through, averaged, twice, every, after, young, float(floor), *bounds)
-    return Rule(*map(tl.constexpr, settings))
+@triton.jit
+def all_good(at, flags):
+    bad = tl.zeros((1024,), tl.float32)
+    for i in range(0, flags, 1024):
+        flag = tl.arange(0, 1024) + i
+        bad += tl.load(at + flag, mask=flag < flags, other=0.0)
+    return tl.sum(bad, 0) == 0
 
 
-def _job(x: Tensor, last: bool, recipe: Recipe | None) -> cuts.Job:
-    """How programs share x out; no recipe: no statistics are read."""
-    n, c, positions = x.shape[0], x.shape[1], elements_per_sample(x)
-    kept = n if recipe is None else recipe.samples_read(n, positions)
-    step = 1 if recipe is None or recipe.order == "first" else n // kept
-    return cuts.job_for(n, c, positions, last, x.dtype.itemsize, kept, step, _processors(x.device), cuts.TUNING)
+@triton.jit
+def parts_at(work, channels, parts, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The channels of a merging program, whether they exist, and where their parts lie (PARTS, CHANNELS)."""
+    c, part = tl.arange(0, CHANNELS) + tl.program_id(0) * CHANNELS, tl.arange(0, PARTS)
+    at, mask = work + part[:, None] * channels + c[None, :], (part < parts)[:, None] & (c < channels)[None, :]
+    return c, c < channels, at, mask
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
-    """x, contiguous if it is in neither of the two layouts; and whether its channels come last in memory."""
-    if x.is_contiguous():
-        return x, False
-    return (x, True) if _is_channels_last(x) else (x.contiguous(), False)
+@triton.jit
+def normaliser(c, inside, saved, channels, eps, floor):
+    """Mean, 1/σ, and 1 where the variance is free, 0 where it is at its floor, of channels c."""
+    mean = load(saved + 2 * channels + c, inside)
+    var = tl.load(saved + 3 * channels + c, mask=inside, other=1.0)
+    floor = tl.where(tl.load(saved + 4 * channels + 3) != 0, floor, float("-inf"))  # while the layer is young
+    return mean, tl.rsqrt(tl.where(var < floor, floor, var) + eps), tl.where(var < floor, 0.0, 1.0)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+@triton.jit(do_not_specialize=VARYING)
+def statistics_kernel(x, running_mean, work, shape, rows, tiles, step, cut: tl.constexpr):
+    """A part of a channel: elements, the mean of its first tile, mean − that, and the variance. All (parts, C) in
+    `work`, one after the other; then a flag for each program."""
+    block, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    c, inside = channels_of(block, shape, cut)
+    row, at, mask = tile_at(slot, block, rows, step, shape, cut, cut.STRIDED)
+    # sums of x − shift, near the mean: what a large mean has in front of the digits cancels nothing
+    shift = per_column(load(x + at, mask), cut)
+    shift = shift / tl.maximum(per_column(mask.to(tl.float32), cut), 1.0)
+    number = tl.zeros((cut.ROWS, cut.COLS), tl.float32)
+    total, square = number, number
+    for tile in range(slot, tiles, slots):
+        row, at, mask = tile_at(tile, block, rows, step, shape, cut, cut.STRIDED)
+        off = tl.where(mask, load(x + at, mask) - shift[None, :], 0.0)
+        number += mask.to(tl.float32)
+        total += off
+        square += off * off
+    number = per_column(number, cut)
+    mean = per_column(total, cut) / tl.maximum(number, 1.0)
+    var = per_column(square, cut) / tl.maximum(number, 1.0) - mean * mean
+    var = tl.where(var < 0, 0.0, var)  # a NaN stays
+    to, all_parts = work + slot * shape.channels + c, slots * shape.channels
+    store_rows(to, all_parts, (number, shift, mean, var), inside)
+    # the rule of reference._advance, part by part; 4: so that no merge of good parts overflows
+    gap = mean + (shift - load(running_mean + c, inside))
+    bad, flag = inside & ~(4 * (var + gap * gap) < float("inf")), slot * tl.num_programs(0) + block
+    tl.store(work + 4 * all_parts + flag, tl.sum(tl.where(bad, 1.0, 0.0), 0))
 
 
-def _unpacked(moment: Tensor, channels: int, recipe: Recipe) -> Moment:
-    """What the kernels left, in tensors of its own."""
-    fields = [t.clone() for t in moment[: 4 * channels].view(4, channels)]
-    share, moves, young = moment[4 * channels :].clone().unbind()
-    return Moment(*fields, share.clone(), moves != 0, None if recipe.clamp is None else young != 0)
+@triton.jit(do_not_specialize=VARYING)
+def advance_kernel(
+    work, running_mean, running_var, count, samples, saved, rate, least, most, memory, channels, parts, flags, bs, n,
+    until, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts (Chan's formula), move means and variances, and leave in `saved` the batch's m, v, the new mean
+    and variance, (C,) each, and λ, the share, whether the state moves, whether the layer is young, the new count."""
+    c, inside, at, mask = parts_at(work, channels, parts, PARTS, CHANNELS)
+    all_parts = parts * channels
+    number, origin = load(at, mask), load(work + all_parts + c, inside)
+    means = load(at + all_parts, mask) - origin[None, :] + load(at + 2 * all_parts, mask)
+    weight = number / tl.maximum(tl.sum(number, 0), 1.0)[None, :]
+    m = tl.sum(weight * means, 0)
+    means -= m[None, :]
+    v = tl.sum(weight * (load(at + 3 * all_parts, mask) + means * means), 0)
+    m += origin
+    # reference._advance
+    moves = all_good(work + 4 * all_parts, flags)
+    old_mean, old_var = load(running_mean + c, inside), load(running_var + c, inside)
+    old_count, seen = tl.load(count), tl.load(samples)
+    if rate is None:
+        rate = bs / (bs + tl.minimum(tl.maximum(memory * seen.to(tl.float32), least), most))
+    else:
+        rate = tl.load(rate).to(tl.float32)
+    moved = tl.where(old_count < 0, n, rate * n + (1 - rate) * old_count)
+    # rounded right: exactly 1 on the first step
+    a = tl.where(moves, tl.div_rn(rate * n, moved), 0.0)
+    gap = m - old_mean
+    mean = tl.where(moves, old_mean + a * gap, old_mean)
+    var = tl.where(moves, (1 - a) * old_var + a * v + a * (1 - a) * gap * gap, old_var)
+    tl.store(running_mean + c, mean, mask=inside)
+    tl.store(running_var + c, var, mask=inside)
+    store_rows(saved + c, channels, (m, v, mean, var), inside)
+    if tl.program_id(0) == 0:
+        young = seen + tl.where(moves, bs, 0) < until
+        moved = tl.where(moves, moved, old_count)
+        store_rows(saved + 4 * channels, 1, (rate, a, moves.to(tl.float32), young.to(tl.float32), moved), None)
 
 
-def _packed(moment: Moment) -> Tensor:
-    """As the kernels take it."""
-    m, v, mean, var, *scalars = fused._as_tensors(moment)
-    scalars = [torch.zeros_like(scalars[0]) if t is None else t.to(m.dtype) for t in scalars]
-    return torch.cat([m, v, mean, var, torch.stack(scalars)])
+@triton.jit(do_not_specialize=VARYING)
+def map_kernel(
+    x, y, weight, bias, saved, count, samples, batches, shape, rows, tiles, bs, eps, floor, cut: tl.constexpr
+):  # fmt: skip
+    """y = γ·(x−M)/σ + β; one program moves the counts."""
+    block, slot = tl.program_id(0), tl.program_id(1)
+    c, inside = channels_of(block, shape, cut)
+    mean, scale, free = normaliser(c, inside, saved, shape.channels, eps, floor)
+    shift = tl.zeros_like(mean)
+    if weight is not None:
+        scale *= load(weight + c, inside)
+    if bias is not None:
+        shift += load(bias + c, inside)
+    if (block == 0) & (slot == 0):
+        moves = tl.load(saved + 4 * shape.channels + 2) != 0
+        tl.store(count, tl.load(saved + 4 * shape.channels + 4))
+        tl.store(samples, tl.load(samples) + tl.where(moves, bs, 0))
+        tl.store(batches, tl.load(batches) + tl.where(moves, 1, 0))
+    for tile in range(slot, tiles, tl.num_programs(1)):
+        row, at, mask = tile_at(tile, block, rows, 1, shape, cut, False)
+        off = load(x + at, mask) - mean[None, :]
+        tl.store(y + at, off * scale[None, :] + shift[None, :], mask=mask)
 
 
-def _affine(weight: Tensor | None, bias: Tensor | None) -> Affine:
-    return Affine(_contiguous(weight), _contiguous(bias))
+@triton.jit(do_not_specialize=VARYING)
+def sums_kernel(x, dy, saved, work, shape, rows, tiles, eps, floor, cut: tl.constexpr):
+    """A part's sums of dy and of dy·x̂, (parts, C) each in `work`, then a flag for each program."""
+    block, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    c, inside = channels_of(block, shape, cut)
+    mean, inv, free = normaliser(c, inside, saved, shape.channels, eps, floor)
+    sum_dy = tl.zeros((cut.ROWS, cut.COLS), tl.float32)
+    sum_dot = sum_dy
+    for tile in range(slot, tiles, slots):
+        row, at, mask = tile_at(tile, block, rows, 1, shape, cut, False)
+        grad = load(dy + at, mask)
+        sum_dy += grad
+        sum_dot += grad * (load(x + at, mask) - mean[None, :])
+    sum_dy, sum_dot = per_column(sum_dy, cut), per_column(sum_dot, cut) * inv
+    to, all_parts = work + slot * shape.channels + c, slots * shape.channels
+    store_rows(to, all_parts, (sum_dy, sum_dot), inside)
+    bad = inside & ~(slots * (tl.abs(sum_dy) + tl.abs(sum_dot)) < float("inf"))
+    flag = slot * tl.num_programs(0) + block
+    tl.store(work + 2 * all_parts + flag, tl.sum(tl.where(bad, 1.0, 0.0), 0))
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.is_contiguous() else t.contiguous()
+@triton.jit(do_not_specialize=VARYING)
+def settle_kernel(
+    work, saved, weight, d_weight, d_bias, running_grad, running_grad_weight, slopes, channels, parts, flags, n, n_read,
+    eps, floor, cut: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Merge the sums, give γ and β their gradients, move the averages A and B, and leave the `slopes` (C,) of dx in
+    dy, x − M and 1, and the latter two of what rows that were read have beside; then the averages' new weight."""
+    c, inside, at, mask = parts_at(work, channels, parts, PARTS, CHANNELS)
+    all_parts = parts * channels
+    sum_dy, sum_dot = tl.sum(load(at, mask), 0), tl.sum(load(at + all_parts, mask), 0)
+    if d_weight is not None:
+        tl.store(d_weight + c, sum_dot, mask=inside)
+    if d_bias is not None:
+        tl.store(d_bias + c, sum_dy, mask=inside)
+    mean, inv, free = normaliser(c, inside, saved, channels, eps, floor)
+    rate, share = tl.load(saved + 4 * channels), tl.load(saved + 4 * channels + 1)
+    in_rows, in_rows_dot = share * sum_dy / n_read, share * sum_dot * free / n_read
+    everywhere, everywhere_dot = in_rows, in_rows_dot
+    if cut.PARTIAL:
+        everywhere, everywhere_dot = tl.zeros_like(inv), tl.zeros_like(inv)
+    if running_grad is not None:  # reference.average_gradients
+        finite, total = all_good(work + 2 * all_parts, flags), tl.load(running_grad_weight)
+        a, b = load(running_grad + c, inside), load(running_grad + channels + c, inside)
+        a = tl.where(finite, a + rate * (sum_dy / n - a), a)
+        b = tl.where(finite, b + rate * (sum_dot / n - b), b)
+        total = tl.where(finite, total + rate * (1 - total), total)
+        store_rows(running_grad + c, channels, (a, b), inside)
+        if tl.program_id(0) == 0:
+            tl.store(slopes + 5 * channels, total)
+        past = (1 - share) / tl.maximum(total, 1e-30)
+        everywhere += past * a
+        everywhere_dot += past * b
+    p = inv
+    if weight is not None:
+        p *= load(weight + c, inside)
+    values = (p, -p * inv * everywhere_dot, -p * everywhere, -p * inv * in_rows_dot, -p * in_rows)
+    store_rows(slopes + c, channels, values, inside)
 
 
-def _float(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.float()
+@triton.jit(do_not_specialize=VARYING)
+def dx_kernel(x, dy, dx, saved, slopes, total, shape, rows, tiles, rows_read, step, cut: tl.constexpr):
+    """dx from the slopes; one program moves the averages' weight."""
+    block, slot, channels = tl.program_id(0), tl.program_id(1), shape.channels
+    c, inside = channels_of(block, shape, cut)
+    mean, p = load(saved + 2 * channels + c, inside)[None, :], load(slopes + c, inside)[None, :]
+    q, r = load(slopes + channels + c, inside)[None, :], load(slopes + 2 * channels + c, inside)[None, :]
+    q_read, r_read = load(slopes + 3 * channels + c, inside)[None, :], load(slopes + 4 * channels + c, inside)[None, :]
+    if total is not None:
+        if (block == 0) & (slot == 0):
+            tl.store(total, tl.load(slopes + 5 * channels))
+    for tile in range(slot, tiles, tl.num_programs(1)):
+        row, at, mask = tile_at(tile, block, rows, 1, shape, cut, False)
+        off = load(x + at, mask) - mean
+        grad = load(dy + at, mask) * p + off * q + r
+        if cut.PARTIAL:
+            was_read = row < rows_read
+            if cut.STRIDED:
+                sample = row // shape.per_sample
+                was_read = (sample % step == 0) & (sample // step * shape.per_sample < rows_read)
+            grad += tl.where(was_read[:, None], off * q_read + r_read, 0.0)
+        tl.store(dx + at, grad, mask=mask)
 
 
-def _floats(number: int, x: Tensor) -> Tensor:
-    return torch.empty(number, dtype=torch.float32, device=x.device)
-
-
-@lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device):
-    """Triton launches on the current device, whichever its tensors are on."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+INTERPRETED = not isinstance(map_kernel, triton.JITFunction)
