@@ -36,8 +36,8 @@ evaluate = fused.evaluate
 
 
 # What kernels are compiled for; it stays with a layer and a dtype. PLANES: a row is of one channel. VEC divides a row,
-# so that loads can be this wide. STRIDED: the statistics read every step-th sample; PARTIAL: and not all
-Cut = namedtuple("Cut", "PLANES ROWS COLS VEC STRIDED PARTIAL")
+# so that loads can be this wide. STRIDED: the statistics read every step-th sample
+Cut = namedtuple("Cut", "PLANES ROWS COLS VEC STRIDED")
 # sizes that stay with a layer: VEC columns a row, channels, rows a sample
 Shape = namedtuple("Shape", "units channels per_sample")
 
@@ -61,12 +61,13 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, x, weight, bias, state, plan):
         recipe, count, bs, c = plan.recipe, state.running_count, *x.shape[:2]
         job, y, (eps, floor, until) = _job(x, recipe), torch.empty_like(x), _limits(plan)
-        work, saved = _floats(x, (4 * c + job.blocks) * job.parts_read), _floats(x, 4 * c + 5)
+        work, saved = _floats(x, (4 * c + job.blocks) * job.parts_read), _floats(x, 4 * c + 6)
         rate, bounds = None, (1.0, 1.0, 0.0)
         if isinstance(recipe.rate, Memory):
             bounds = map(float, recipe.rate.bounds(plan.mom))
         else:
-            rate = torch.zeros_like(count) + recipe.rate(plan.mom, bs, state.num_samples_tracked.to(count.dtype))
+            seen = state.num_samples_tracked.float(), 0  # λ now, and before the first sample
+            rate = torch.stack([torch.zeros_like(count) + recipe.rate(plan.mom, bs, samples) for samples in seen])
         with moving(state), torch.cuda.device_of(x):
             statistics_kernel[job.blocks, job.parts_read](
                 x, state.running_mean, work, *job.read, job.step, job.cut, num_warps=8
@@ -95,21 +96,17 @@ class _Normalize(torch.autograd.Function):
             dy = torch.empty_like(x).copy_(dy)
         wanted = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
         dx, d_weight, d_bias = (torch.empty_like(t) if needed else None for t, needed in wanted)
-        averaged = plan.recipe.backward == "averaged" and dx is not None
-        averages, (eps, floor, _) = state[5:] if averaged else (None, None), _limits(plan)
-        work, slopes = _floats(x, (2 * c + job.blocks) * job.parts), _floats(x, 5 * c + 1)
+        averages, (eps, floor, _) = (None, None) if dx is None else state[5:], _limits(plan)
+        work, slopes = _floats(x, (2 * c + job.blocks) * job.parts), _floats(x, 3 * c + 1)
         with moving(state), torch.cuda.device_of(x):
             sums_kernel[job.blocks, job.parts](x, dy, saved, work, *job.all, eps, floor, job.cut, num_warps=8)
             settle_kernel[triton.cdiv(c, _MERGED),](
                 *(work, saved, weight, d_weight, d_bias, *averages, slopes, c, job.parts, job.blocks * job.parts),
-                *(job.n, job.n_read, eps, floor, job.cut, PROGRAMS, _MERGED),
+                *(job.n, eps, floor, PROGRAMS, _MERGED),
             )
             if dx is not None:
-                dx_kernel[job.grid](
-                    *(x, dy, dx, saved, slopes, averages[1], *job.all, job.read[1], job.step, job.cut), num_warps=8
-                )
-        if averaged:
-            increment_version(averages)
+                dx_kernel[job.grid](x, dy, dx, saved, slopes, averages[1], *job.all, job.cut, num_warps=8)
+                increment_version(averages)
         return dx, d_weight, d_bias, None, None
 
 
@@ -127,7 +124,7 @@ def _job(x: Tensor, recipe: Recipe) -> SimpleNamespace:
     tiles, tiles_read = (triton.cdiv(k * per_sample, TILE // cols) * across for k in (n, kept))
     shape = Shape(width // vec, c, per_sample)
     return SimpleNamespace(
-        cut=Cut(*map(tl.constexpr, (planes, TILE // cols, cols, vec, step > 1, kept < n))),
+        cut=Cut(*map(tl.constexpr, (planes, TILE // cols, cols, vec, step > 1))),
         all=(shape, n * per_sample, tiles),  # rows, and tiles of a block
         read=(shape, kept * per_sample, tiles_read),
         step=step,
@@ -153,12 +150,12 @@ def _limits(plan: Plan) -> tuple[float, float, int]:
 
 def _step(saved: Tensor, c: int, recipe: Recipe) -> Step:
     m, v, mean, var = (row.clone() for row in saved[: 4 * c].view(4, c))
-    rate, share, moves, young = (number.clone() for number in saved[4 * c : 4 * c + 4])
-    return Step(m, v, mean, var, rate, share, moves != 0, None if recipe.clamp is None else young != 0)
+    rate, share, own, moves, young = (number.clone() for number in saved[4 * c : 4 * c + 5])
+    return Step(m, v, mean, var, rate, share, own, moves != 0, None if recipe.clamp is None else young != 0)
 
 
 # what changes with the batch: compiling anew for some of its values would stall training
-VARYING = ["rows", "tiles", "rows_read", "step", "parts", "flags", "bs", "until"]
+VARYING = ["rows", "tiles", "step", "parts", "flags", "bs", "until"]
 
 
 @triton.jit
@@ -229,11 +226,11 @@ def parts_at(work, channels, parts, PARTS: tl.constexpr, CHANNELS: tl.constexpr)
 
 @triton.jit
 def normaliser(c, inside, saved, channels, eps, floor):
-    """Mean, 1/σ, and 1 where the variance is free, 0 where it is at its floor, of channels c."""
+    """Mean and 1/σ of channels c."""
     mean = load(saved + 2 * channels + c, inside)
     var = tl.load(saved + 3 * channels + c, mask=inside, other=1.0)
-    floor = tl.where(tl.load(saved + 4 * channels + 3) != 0, floor, float("-inf"))  # while the layer is young
-    return mean, tl.rsqrt(tl.where(var < floor, floor, var) + eps), tl.where(var < floor, 0.0, 1.0)
+    floor = tl.where(tl.load(saved + 4 * channels + 4) != 0, floor, float("-inf"))  # while the layer is young
+    return mean, tl.rsqrt(tl.where(var < floor, floor, var) + eps)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -272,7 +269,8 @@ def advance_kernel(
     until, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts (Chan's formula), move means and variances, and leave in `saved` the batch's m, v, the new mean
-    and variance, (C,) each, and λ, the share, whether the state moves, whether the layer is young, the new count."""
+    and variance, (C,) each, and λ, the shares a and b, whether the state moves, whether the layer is young, the new
+    count."""
     c, inside, at, mask = parts_at(work, channels, parts, PARTS, CHANNELS)
     all_parts = parts * channels
     number, origin = load(at, mask), load(work + all_parts + c, inside)
@@ -287,9 +285,11 @@ def advance_kernel(
     old_mean, old_var = load(running_mean + c, inside), load(running_var + c, inside)
     old_count, seen = tl.load(count), tl.load(samples)
     if rate is None:
+        start = bs / (bs + least)
         rate = bs / (bs + tl.minimum(tl.maximum(memory * seen.to(tl.float32), least), most))
     else:
-        rate = tl.load(rate).to(tl.float32)
+        start = tl.load(rate + 1)
+        rate = tl.load(rate)
     moved = tl.where(old_count < 0, n, rate * n + (1 - rate) * old_count)
     # rounded right: exactly 1 on the first step
     a = tl.where(moves, tl.div_rn(rate * n, moved), 0.0)
@@ -302,7 +302,8 @@ def advance_kernel(
     if tl.program_id(0) == 0:
         young = seen + tl.where(moves, bs, 0) < until
         moved = tl.where(moves, moved, old_count)
-        store_rows(saved + 4 * channels, 1, (rate, a, moves.to(tl.float32), young.to(tl.float32), moved), None)
+        own = tl.where(moves, tl.maximum(a, start), 0.0)
+        store_rows(saved + 4 * channels, 1, (rate, a, own, moves.to(tl.float32), young.to(tl.float32), moved), None)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -312,15 +313,15 @@ def map_kernel(
     """y = γ·(x−M)/σ + β; one program moves the counts."""
     block, slot = tl.program_id(0), tl.program_id(1)
     c, inside = channels_of(block, shape, cut)
-    mean, scale, free = normaliser(c, inside, saved, shape.channels, eps, floor)
+    mean, scale = normaliser(c, inside, saved, shape.channels, eps, floor)
     shift = tl.zeros_like(mean)
     if weight is not None:
         scale *= load(weight + c, inside)
     if bias is not None:
         shift += load(bias + c, inside)
     if (block == 0) & (slot == 0):
-        moves = tl.load(saved + 4 * shape.channels + 2) != 0
-        tl.store(count, tl.load(saved + 4 * shape.channels + 4))
+        moves = tl.load(saved + 4 * shape.channels + 3) != 0
+        tl.store(count, tl.load(saved + 4 * shape.channels + 5))
         tl.store(samples, tl.load(samples) + tl.where(moves, bs, 0))
         tl.store(batches, tl.load(batches) + tl.where(moves, 1, 0))
     for tile in range(slot, tiles, tl.num_programs(1)):
@@ -331,17 +332,18 @@ def map_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def sums_kernel(x, dy, saved, work, shape, rows, tiles, eps, floor, cut: tl.constexpr):
-    """A part's sums of dy and of dy·x̂, (parts, C) each in `work`, then a flag for each program."""
+    """A part's sums of dy and of dy·c, (parts, C) each in `work`, then a flag for each program."""
     block, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c, inside = channels_of(block, shape, cut)
-    mean, inv, free = normaliser(c, inside, saved, shape.channels, eps, floor)
+    mean, inv = normaliser(c, inside, saved, shape.channels, eps, floor)
+    m = load(saved + c, inside)
     sum_dy = tl.zeros((cut.ROWS, cut.COLS), tl.float32)
     sum_dot = sum_dy
     for tile in range(slot, tiles, slots):
         row, at, mask = tile_at(tile, block, rows, 1, shape, cut, False)
         grad = load(dy + at, mask)
         sum_dy += grad
-        sum_dot += grad * (load(x + at, mask) - mean[None, :])
+        sum_dot += grad * tl.where(mask, load(x + at, mask) - m[None, :], 0.0)
     sum_dy, sum_dot = per_column(sum_dy, cut), per_column(sum_dot, cut) * inv
     to, all_parts = work + slot * shape.channels + c, slots * shape.channels
     store_rows(to, all_parts, (sum_dy, sum_dot), inside)
@@ -352,65 +354,54 @@ def sums_kernel(x, dy, saved, work, shape, rows, tiles, eps, floor, cut: tl.cons
 
 @triton.jit(do_not_specialize=VARYING)
 def settle_kernel(
-    work, saved, weight, d_weight, d_bias, running_grad, running_grad_weight, slopes, channels, parts, flags, n, n_read,
-    eps, floor, cut: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    work, saved, weight, d_weight, d_bias, running_grad, running_grad_weight, slopes, channels, parts, flags, n, eps,
+    floor, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Merge the sums, give γ and β their gradients, move the averages A and B, and leave the `slopes` (C,) of dx in
-    dy, x − M and 1, and the latter two of what rows that were read have beside; then the averages' new weight."""
+    dy, x − M and 1; then the averages' new weight."""
     c, inside, at, mask = parts_at(work, channels, parts, PARTS, CHANNELS)
     all_parts = parts * channels
+    mean, inv = normaliser(c, inside, saved, channels, eps, floor)
+    off = (load(saved + c, inside) - mean) * inv
     sum_dy, sum_dot = tl.sum(load(at, mask), 0), tl.sum(load(at + all_parts, mask), 0)
+    sum_dot_x_hat = sum_dot + off * sum_dy
     if d_weight is not None:
-        tl.store(d_weight + c, sum_dot, mask=inside)
+        tl.store(d_weight + c, sum_dot_x_hat, mask=inside)
     if d_bias is not None:
         tl.store(d_bias + c, sum_dy, mask=inside)
-    mean, inv, free = normaliser(c, inside, saved, channels, eps, floor)
-    rate, share = tl.load(saved + 4 * channels), tl.load(saved + 4 * channels + 1)
-    in_rows, in_rows_dot = share * sum_dy / n_read, share * sum_dot * free / n_read
-    everywhere, everywhere_dot = in_rows, in_rows_dot
-    if cut.PARTIAL:
-        everywhere, everywhere_dot = tl.zeros_like(inv), tl.zeros_like(inv)
-    if running_grad is not None:  # reference.average_gradients
+    if running_grad is not None:  # reference.projection
         finite, total = all_good(work + 2 * all_parts, flags), tl.load(running_grad_weight)
+        rate, own = tl.load(saved + 4 * channels), tl.load(saved + 4 * channels + 2)
         a, b = load(running_grad + c, inside), load(running_grad + channels + c, inside)
         a = tl.where(finite, a + rate * (sum_dy / n - a), a)
-        b = tl.where(finite, b + rate * (sum_dot / n - b), b)
+        b = tl.where(finite, b + rate * (sum_dot_x_hat / n - b), b)
         total = tl.where(finite, total + rate * (1 - total), total)
         store_rows(running_grad + c, channels, (a, b), inside)
         if tl.program_id(0) == 0:
-            tl.store(slopes + 5 * channels, total)
-        past = (1 - share) / tl.maximum(total, 1e-30)
-        everywhere += past * a
-        everywhere_dot += past * b
-    p = inv
-    if weight is not None:
-        p *= load(weight + c, inside)
-    values = (p, -p * inv * everywhere_dot, -p * everywhere, -p * inv * in_rows_dot, -p * in_rows)
-    store_rows(slopes + c, channels, values, inside)
+            tl.store(slopes + 3 * channels, total)
+        square = tl.maximum(load(saved + channels + c, inside), load(saved + 3 * channels + c, inside)) * inv * inv
+        z = tl.where(square > 0, sum_dot / n / square, 0.0)
+        past = (1 - own) / tl.maximum(total, 1e-30)
+        shift, slope = own * (sum_dy / n - off * z) + past * a, own * z + past * b
+        p = inv
+        if weight is not None:
+            p *= load(weight + c, inside)
+        store_rows(slopes + c, channels, (p, -p * inv * slope, -p * shift), inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def dx_kernel(x, dy, dx, saved, slopes, total, shape, rows, tiles, rows_read, step, cut: tl.constexpr):
+def dx_kernel(x, dy, dx, saved, slopes, total, shape, rows, tiles, cut: tl.constexpr):
     """dx from the slopes; one program moves the averages' weight."""
     block, slot, channels = tl.program_id(0), tl.program_id(1), shape.channels
     c, inside = channels_of(block, shape, cut)
     mean, p = load(saved + 2 * channels + c, inside)[None, :], load(slopes + c, inside)[None, :]
     q, r = load(slopes + channels + c, inside)[None, :], load(slopes + 2 * channels + c, inside)[None, :]
-    q_read, r_read = load(slopes + 3 * channels + c, inside)[None, :], load(slopes + 4 * channels + c, inside)[None, :]
-    if total is not None:
-        if (block == 0) & (slot == 0):
-            tl.store(total, tl.load(slopes + 5 * channels))
+    if (block == 0) & (slot == 0):
+        tl.store(total, tl.load(slopes + 3 * channels))
     for tile in range(slot, tiles, tl.num_programs(1)):
         row, at, mask = tile_at(tile, block, rows, 1, shape, cut, False)
         off = load(x + at, mask) - mean
-        grad = load(dy + at, mask) * p + off * q + r
-        if cut.PARTIAL:
-            was_read = row < rows_read
-            if cut.STRIDED:
-                sample = row // shape.per_sample
-                was_read = (sample % step == 0) & (sample // step * shape.per_sample < rows_read)
-            grad += tl.where(was_read[:, None], off * q_read + r_read, 0.0)
-        tl.store(dx + at, grad, mask=mask)
+        tl.store(dx + at, load(dy + at, mask) * p + off * q + r, mask=mask)
 
 
 INTERPRETED = not isinstance(map_kernel, triton.JITFunction)

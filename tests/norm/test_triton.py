@@ -16,7 +16,7 @@ import torch
 from norm.steps import assert_same, assert_unmoved, buffers, layer_of, step
 
 from fastrbn.norm import RECIPES, NormState, RunningBatchNorm, reference
-from fastrbn.norm.recipes import Plan
+from fastrbn.norm.recipes import Plan, rate_course
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -42,14 +42,14 @@ if INTERPRETED:  # it looks through the language's modules at each call of a fun
 SHAPES = [(5, 3, 4, 5), (17, 3, 2, 2), (40, 3, 1, 3), (1, 3, 1, 37), (2, 3, 1, 1)]
 # of what is rounded to the dtype, relative to its norm; the interpreter cuts bfloat16 off where a device rounds
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 1e-3, torch.float16: 5e-4}
-DEFAULT, COURSE = RECIPES["default"], RECIPES["course"]
+DEFAULT = RECIPES["default"]
 RULES = {
     "default": DEFAULT,
     "all": DEFAULT.but(elements=None),
-    "course": COURSE,
+    "course's rate": DEFAULT.but(rate=rate_course),
     "strided": DEFAULT.but(elements=30, order="strided"),
     "unclamped": DEFAULT.but(clamp=None),
-    "by samples": COURSE.but(rate=lambda mom, bs, samples: 1 - (1 - mom) * 0.5 ** (samples / 64)),
+    "by samples": DEFAULT.but(rate=lambda mom, bs, samples: 1 - (1 - mom) * 0.5 ** (samples / 64)),
 }
 
 
@@ -108,7 +108,7 @@ def test_statistics_keep_their_digits_at_a_large_mean_and_beside_an_outlier():
     x = torch.randn(4, 3, 5, 7, device=DEVICE) * 0.1 + 1e4
     x[:, 1] -= 1e4
     x[0, 1, 0, 0] = 1e3
-    layer = layers(COURSE)[1]
+    layer = layers(DEFAULT)[1]
     layer(x)
     var, mean = torch.var_mean(x.double(), dim=[0, 2, 3], correction=0)
     assert ((layer.running_mean - mean).abs() <= 1e-7 * mean.abs() + 1e-5 * var.sqrt()).all()
@@ -213,7 +213,7 @@ def test_anywhere_every_kernel_compiles_for_a_device(monkeypatch, tmp_path):
     monkeypatch.setattr(triton.runtime.driver, "_active", _NoDevice())
     for shape, last, recipe, dtype in [
         ((8, 16, 24, 24), False, DEFAULT.but(elements=600, order="strided"), torch.bfloat16),
-        ((64, 64, 24, 24), True, COURSE, torch.float16),
+        ((64, 64, 24, 24), True, DEFAULT.but(rate=rate_course), torch.float16),
     ]:
         x, w = torch.zeros(shape, dtype=dtype), torch.ones(shape[1], requires_grad=True)
         x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x).requires_grad_()
