@@ -2,7 +2,7 @@
 
 Forward: statistics of the elements the recipe reads, `reference.take_step`, then one affine map, `native_batch_norm`
 with the running statistics for its own: one read and one write of the activations. Backward:
-`native_batch_norm_backward` gives Σdy and Σdy·c in one read of dy and x, `reference.projection` what is taken out of dy;
+`native_batch_norm_backward` gives Σdy and Σdy·ĉ in one read of dy and x, `reference.projection` what is taken out of dy;
 then dx = p·dy + q·x + r with p, q, r a channel. No value is read on the host.
 """
 

@@ -375,7 +375,7 @@ int rbn_backward(const Backward *b) {
   sum(l, b->x, b->dy, spread(l, m, room), sums, threads);
   int finite = 1;
   for (int64_t j = 0; j < c; j++) {
-    sums[c + j] *= inv[j]; /* Σdy·c */
+    sums[c + j] *= inv[j]; /* Σdy·ĉ */
     b->d_bias[j] = (REAL)sums[j];
     b->d_weight[j] = (REAL)(sums[c + j] + ((double)m[j] - mean[j]) * inv[j] * sums[j]);
     finite &= isfinite(b->d_bias[j]) && isfinite(b->d_weight[j]);

@@ -16,8 +16,9 @@ cancellation. `exact` lets the gradient go through m and v, so through the share
 `averaged` takes out of dy what a norm over many samples would: the share b from what this batch says, the rest from what
 past ones said, running means A of mean(dy) and B of mean(dy·x̂), which move at λ too:
 
-    c  = x̂ − mean(x̂)             z = mean(dy·c)/mean(c²)           of this batch: dy − mean(dy) − c·z is orthogonal to 1 and c
-    dx = γ/σ · [ dy − b·(mean(dy) + c·z) − (1−b)·(A + x̂·B) ]        b: a, but at least what λ is at the start
+    ĉ  = (x−m)/√(V+ε)             z = mean(dy·ĉ)/max(v, V)·(V+ε)     of this batch: dy − mean(dy) − ĉ·z is orthogonal to 1 and,
+                                                                   unless v is below V, to ĉ
+    dx = γ/σ · [ dy − b·(mean(dy) + ĉ·z) − (1−b)·(A + x̂·B) ]        b: a, but at least what λ is at the start
 
 At b = 1 it is batch norm's gradient, at b = 0 that of Moving Average Batch Normalization (ICLR 2020).
 
@@ -207,7 +208,7 @@ def floored(var: Tensor, step: Step, plan: Plan) -> Tensor:
 
 class _Project(torch.autograd.Function):
     """Identity in y; in the backward pass, moves A and B by this batch and gives x what the projection takes out of dy:
-    −γ/σ·[b·(mean(dy) + c·z) + (1−b)·(A + x̂·B)]. A second derivative takes A and B as constants."""
+    −γ/σ·[b·(mean(dy) + ĉ·z) + (1−b)·(A + x̂·B)]. A second derivative takes A and B as constants."""
 
     @staticmethod
     def forward(ctx, y, x, weight, inv_std, state, group, *step):
@@ -236,9 +237,9 @@ class _Project(torch.autograd.Function):
 
 
 def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> Tensor:
-    """What is taken out of dy as shift + slope·x̂, (2, C), from the batch's mean(dy) and mean(dy·c), (2, C). Moves A, B."""
+    """What is taken out of dy as shift + slope·x̂, (2, C), from the batch's mean(dy) and mean(dy·ĉ), (2, C). Moves A, B."""
     u, z = means
-    off = (step.m - step.mean) * inv_std  # mean(x̂), and x̂ = c + off
+    off = (step.m - step.mean) * inv_std  # mean(x̂), and x̂ = ĉ + off
     square = torch.maximum(step.v, step.var) * inv_std.square()
     with torch.no_grad(), moving(state):
         average, weight = average_gradients(state, torch.stack([u, z + off * u]), step.rate)

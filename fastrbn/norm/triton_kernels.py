@@ -332,7 +332,7 @@ def map_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def sums_kernel(x, dy, saved, work, shape, rows, tiles, eps, floor, cut: tl.constexpr):
-    """A part's sums of dy and of dy·c, (parts, C) each in `work`, then a flag for each program."""
+    """A part's sums of dy and of dy·ĉ, (parts, C) each in `work`, then a flag for each program."""
     block, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c, inside = channels_of(block, shape, cut)
     mean, inv = normaliser(c, inside, saved, shape.channels, eps, floor)
