@@ -210,10 +210,13 @@ class _Project(torch.autograd.Function):
     −γ/σ·[b·(mean(dy) + c·z) + (1−b)·(A + x̂·B)]. A second derivative takes A and B as constants."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, inv_std, state, group, *step):
-        ctx.save_for_backward(x, weight, inv_std, *step)  # a step's tensors apart: a tracer takes others for constants
-        ctx.state, ctx.group = state, group
+    def forward(y, *_):
         return y.clone()  # a view made here could not be changed in place, as by nn.ReLU(inplace=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # apart from `forward`, for torch.func
+        _, x, weight, inv_std, ctx.state, ctx.group, *step = inputs
+        ctx.save_for_backward(x, weight, inv_std, *step)  # a step's tensors apart: a tracer takes others for constants
 
     @staticmethod
     def backward(ctx, dy):
