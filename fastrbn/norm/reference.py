@@ -16,7 +16,8 @@ cancellation. `exact` lets the gradient go through m and v, so through the share
 `averaged` takes out of dy what a norm over many samples would: the share b from what this batch says, the rest from what
 past ones said, running means A of mean(dy) and B of mean(dy·x̂), which move at λ too:
 
-    c  = x̂ − mean(x̂)             z = mean(dy·c)/mean(c²)           of this batch: dy − mean(dy) − c·z is orthogonal to 1 and c
+    c  = x̂ − mean(x̂)             z = mean(dy·c)/max(v/σ², 1)       of this batch, v/σ² = mean(c²): dy − mean(dy) − c·z is
+                                                                   orthogonal to 1 and c, or less is taken out than that
     dx = γ/σ · [ dy − b·(mean(dy) + c·z) − (1−b)·(A + x̂·B) ]        b: a, but at least what λ is at the start
 
 At b = 1 it is batch norm's gradient, at b = 0 that of Moving Average Batch Normalization (ICLR 2020).
@@ -242,11 +243,9 @@ def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> 
     """What is taken out of dy as shift + slope·x̂, (2, C), from the batch's mean(dy) and mean(dy·c), (2, C). Moves A, B."""
     u, z = means
     off = (step.m - step.mean) * inv_std  # mean(x̂), and x̂ = c + off
-    square = torch.maximum(step.v, step.var) * inv_std.square()
     with torch.no_grad(), moving(state):
         average, weight = average_gradients(state, torch.stack([u, z + off * u]), step.rate)
-    z = torch.where(square > 0, z / square, 0.0)
-    b = step.own
+    z, b = z / (step.v * inv_std.square()).clamp_min(1), step.own
     return b * torch.stack([u - off * z, z]) + (1 - b) / weight * average
 
 

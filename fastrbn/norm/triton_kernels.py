@@ -379,8 +379,7 @@ def settle_kernel(
         store_rows(running_grad + c, channels, (a, b), inside)
         if tl.program_id(0) == 0:
             tl.store(slopes + 3 * channels, total)
-        square = tl.maximum(load(saved + channels + c, inside), load(saved + 3 * channels + c, inside)) * inv * inv
-        z = tl.where(square > 0, sum_dot / n / square, 0.0)
+        z = sum_dot / n / tl.maximum(load(saved + channels + c, inside) * inv * inv, 1.0)
         past = (1 - own) / tl.maximum(total, 1e-30)
         shift, slope = own * (sum_dy / n - off * z) + past * a, own * z + past * b
         p = inv

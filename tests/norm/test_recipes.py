@@ -241,3 +241,19 @@ def test_strided_order_spreads_the_samples_over_the_batch():
         x[0:48:3, 0] = torch.arange(16.0)
         layer(x)
         assert layer.running_mean.item() == pytest.approx(7.5)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_samples_that_were_read_and_hardly_vary_do_not_multiply_the_gradient_of_the_others(backend):
+    """A channel that is nearly dead: what is taken out of dy is divided by no variance below what normalises."""
+    layer = layer_of(recipe=RECIPES["default"].but(elements=40), backend=backend, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    for spread in (1e-4, 0.0):
+        x, dy = (torch.randn(40, 3, 5, generator=g, dtype=torch.float64) for _ in range(2))
+        x[:16] *= spread
+        got = step(layer, x, dy)
+        inv_std = (layer.running_var + layer.eps).rsqrt().view(1, 3, 1)
+        x_hat = (x - layer.running_mean.view(1, 3, 1)) * inv_std
+        bound = 2 * x_hat.abs().amax() * (dy * x_hat).mean((0, 2)).abs().amax()  # as of the exact backward
+        taken = dy - got["dx"] / (layer.weight.detach().view(1, 3, 1) * inv_std)
+        assert taken.abs().amax() <= bound
