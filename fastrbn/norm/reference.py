@@ -174,7 +174,8 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
     # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
     seen = (spread + shift.square()).amax().isfinite() & (n > 0)
     moves = seen
-    rate = torch.zeros_like(count) + recipe.rate(plan.mom, bs, samples.to(count.dtype))
+    rate, start = recipe.rates(plan.mom, bs, samples.to(count.dtype))
+    rate = torch.zeros_like(count) + rate
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
         seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch
@@ -195,7 +196,7 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
     # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
     # of the projection, what this batch says: never less than what it weighed at the start
-    own = torch.where(moves, a.clamp_min(recipe.rate(plan.mom, bs, 0)), 0.0)
+    own = torch.where(moves, a.clamp_min(start), 0.0)
     return Step(m, v, *(t.to(m.dtype) for t in (mean, var, rate, a, own)), moves, young)
 
 

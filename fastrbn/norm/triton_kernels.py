@@ -66,8 +66,8 @@ class _Normalize(torch.autograd.Function):
         if isinstance(recipe.rate, Memory):
             bounds = map(float, recipe.rate.bounds(plan.mom))
         else:
-            seen = state.num_samples_tracked.float(), 0  # λ now, and before the first sample
-            rate = torch.stack([torch.zeros_like(count) + recipe.rate(plan.mom, bs, samples) for samples in seen])
+            rates = recipe.rates(plan.mom, bs, state.num_samples_tracked.float())
+            rate = torch.stack([torch.zeros_like(count) + r for r in rates])
         with moving(state), torch.cuda.device_of(x):
             statistics_kernel[job.blocks, job.parts_read](
                 x, state.running_mean, work, *job.read, job.step, job.cut, num_warps=8
