@@ -129,8 +129,7 @@ class ClosedForm:
             self.b_sum += rate * (d_proj - self.b_sum)
             b = max(a, len(x) / (len(x) + 20) if start is None else start)
             c = (x - ch(m)) * ch(inv)
-            square = torch.maximum(v, self.var) * inv**2
-            z = torch.where(square > 0, (dy * c).mean(dims) / square, 0.0)
+            z = (dy * c).mean(dims) / (v * inv**2).clamp_min(1)
             past = (ch(self.a_sum) + x_hat * ch(self.b_sum)) / self.w
             dx = g * (dy - b * (ch(d_mean) + c * ch(z)) - (1 - b) * past)
         return y, dx, d_gamma, d_beta

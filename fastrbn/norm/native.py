@@ -86,9 +86,9 @@ class _Normalize(torch.autograd.Function):
         y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 4, dtype=x.dtype)
         floor, young = (0.0, 0) if recipe.clamp is None else (recipe.clamp.floor(eps), recipe.clamp.samples)
         with moving(state):
-            rate = recipe.rate(plan.mom, bs, state.num_samples_tracked.item())
+            rate, start = recipe.rates(plan.mom, bs, state.num_samples_tracked.item())
             arguments = _FORWARD.pack(
-                *layout, bs, _threads(x), rate, recipe.rate(plan.mom, bs, 0), eps, floor, young,
+                *layout, bs, _threads(x), rate, start, eps, floor, young,
                 x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias),
                 state[0].data_ptr(), state[1].data_ptr(), state[2].data_ptr(), state[3].data_ptr(), state[4].data_ptr(),
                 saved.data_ptr(),

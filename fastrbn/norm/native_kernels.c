@@ -370,7 +370,7 @@ int rbn_backward(const Backward *b) {
   if (!sums) return 1;
   REAL *room = (REAL *)(sums + 2 * w * lanes), *p = room + 4 * w, *q = p + c, *r = q + c, *grad = b->running_grad;
   const REAL *inv = b->saved + INV * c, *m = b->saved + M * c, *v = b->saved + V * c;
-  const REAL *mean = b->saved + MEAN * c, *var = b->saved + VAR * c, *numbers = b->saved + SAVED * c;
+  const REAL *mean = b->saved + MEAN * c, *numbers = b->saved + SAVED * c;
 
   sum(l, b->x, b->dy, spread(l, m, room), sums, threads);
   int finite = 1;
@@ -395,8 +395,8 @@ int rbn_backward(const Backward *b) {
   }
   const double past = (1 - own) / (*b->running_grad_weight > 1e-30 ? *b->running_grad_weight : 1e-30);
   for (int64_t j = 0; j < c; j++) {
-    const double off = ((double)m[j] - mean[j]) * inv[j], square = (double)(v[j] > var[j] ? v[j] : var[j]) * inv[j] * inv[j];
-    const double u = sums[j] / n, z = square > 0 ? sums[c + j] / n / square : 0;
+    const double off = ((double)m[j] - mean[j]) * inv[j], u = sums[j] / n;
+    const double z = sums[c + j] / n / fmax((double)v[j] * inv[j] * inv[j], 1);
     const double scale = b->weight ? (double)inv[j] * b->weight[j] : inv[j];
     p[j] = (REAL)scale;
     r[j] = (REAL)(-scale * (own * (u - off * z) + past * grad[j]));

@@ -9,6 +9,7 @@ import difflib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ import torch
 Rate = Callable[[float, int, int], float]
 
 _SAMPLES_AT_LEAST = 16  # that `elements` reads: the positions of one sample tell much the same
+
+
+def _is_number(value, kind=Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def at_least_one(n):
@@ -54,10 +59,11 @@ class Memory:
     share: float = 0.05
 
     def __post_init__(self):
-        inf = float("inf")
-        if not (0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf):
+        inf, numbers = float("inf"), (self.least, self.most, self.share)
+        if not all(map(_is_number, numbers)) or not (0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf):
             raise ValueError(
-                f"a memory is more than 0, `most` at least `least`, and `share` not negative, and all but `most` are finite; got {self}"
+                f"a memory is numbers: more than 0, `most` at least `least`, and `share` not negative, all but `most` "
+                f"finite; got {self}"
             )
 
     def bounds(self, mom: float) -> tuple[float, float, float]:
@@ -154,8 +160,13 @@ class Recipe:
                 f"a skipped step normalises with running statistics, statistics='batch' never does; got both, with "
                 f"{self.skip}: leave one out"
             )
-        if self.elements is not None and self.elements < 1:
-            raise ValueError(f"a recipe reads at least 1 element a channel, or elements=None; got {self.elements}")
+        if self.elements is not None and not (_is_number(self.elements, int) and self.elements >= 1):
+            raise ValueError(
+                f"a recipe reads a whole number of elements a channel, at least 1, or elements=None for all; got {self.elements!r}"
+            )
+        for kind, value in ((Skip, self.skip), (Clamp, self.clamp)):
+            if not isinstance(value, (kind, type(None))):
+                raise ValueError(f"a recipe's {kind.__name__.lower()} is a {kind.__name__} or None; got {value!r}")
 
     def but(self, **changes) -> Recipe:
         """A copy with some fields changed, named after this one unless `name` is given."""
@@ -165,6 +176,19 @@ class Recipe:
     def plain_only(self) -> bool:
         """Whether it has only the plain formulas: those of the course and the thread, and nn.BatchNorm's way."""
         return self.backward != "averaged" or self.statistics == "batch" or self.skip is not None
+
+    def rates(self, mom: float, bs, samples) -> tuple:
+        """λ after so many samples, and what it is before the first. Raises ValueError unless they are in (0, 1]; what
+        tensors hold is not looked at, since that waits for the device."""
+        rates = self.rate(mom, bs, samples), self.rate(mom, bs, 0)
+        if not torch.compiler.is_compiling():
+            for rate, seen in zip(rates, (samples, 0), strict=True):
+                if not (isinstance(rate, (torch.Tensor, torch.SymFloat)) or (_is_number(rate) and 0 < rate <= 1)):
+                    raise ValueError(
+                        f"a recipe's rate must give a number in (0, 1]; that of '{self.name}' gave {rate!r} at mom {mom}, "
+                        f"batch size {bs}, after {seen} samples: for statistics that stay, freeze the layer"
+                    )
+        return rates
 
     def samples_read(self, bs: int, positions: int) -> int:
         """How many of a batch's `bs` samples, of `positions` elements a channel each, the statistics read."""

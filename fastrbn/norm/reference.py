@@ -16,8 +16,8 @@ cancellation. `exact` lets the gradient go through m and v, so through the share
 `averaged` takes out of dy what a norm over many samples would: the share b from what this batch says, the rest from what
 past ones said, running means A of mean(dy) and B of mean(dy·x̂), which move at λ too:
 
-    ĉ  = (x−m)/√(V+ε)             z = mean(dy·ĉ)/max(v, V)·(V+ε)     of this batch: dy − mean(dy) − ĉ·z is orthogonal to 1 and,
-                                                                   unless v is below V, to ĉ
+    ĉ  = (x−m)/σ                  z = mean(dy·ĉ)/max(v/σ², 1)       of this batch, v/σ² = mean(ĉ²): dy − mean(dy) − ĉ·z is
+                                                                   orthogonal to 1 and ĉ, or less is taken out than that
     dx = γ/σ · [ dy − b·(mean(dy) + ĉ·z) − (1−b)·(A + x̂·B) ]        b: a, but at least what λ is at the start
 
 At b = 1 it is batch norm's gradient, at b = 0 that of Moving Average Batch Normalization (ICLR 2020).
@@ -174,7 +174,8 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
     # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
     seen = (spread + shift.square()).amax().isfinite() & (n > 0)
     moves = seen
-    rate = torch.zeros_like(count) + recipe.rate(plan.mom, bs, samples.to(count.dtype))
+    rate, start = recipe.rates(plan.mom, bs, samples.to(count.dtype))
+    rate = torch.zeros_like(count) + rate
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
         seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch
@@ -195,7 +196,7 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
     # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
     # of the projection, what this batch says: never less than what it weighed at the start
-    own = torch.where(moves, a.clamp_min(recipe.rate(plan.mom, bs, 0)), 0.0)
+    own = torch.where(moves, a.clamp_min(start), 0.0)
     return Step(m, v, *(t.to(m.dtype) for t in (mean, var, rate, a, own)), moves, young)
 
 
@@ -211,10 +212,13 @@ class _Project(torch.autograd.Function):
     −γ/σ·[b·(mean(dy) + ĉ·z) + (1−b)·(A + x̂·B)]. A second derivative takes A and B as constants."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, inv_std, state, group, *step):
-        ctx.save_for_backward(x, weight, inv_std, *step)  # a step's tensors apart: a tracer takes others for constants
-        ctx.state, ctx.group = state, group
+    def forward(y, *_):
         return y.clone()  # a view made here could not be changed in place, as by nn.ReLU(inplace=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # apart from `forward`, for torch.func
+        _, x, weight, inv_std, ctx.state, ctx.group, *step = inputs
+        ctx.save_for_backward(x, weight, inv_std, *step)  # a step's tensors apart: a tracer takes others for constants
 
     @staticmethod
     def backward(ctx, dy):
@@ -240,11 +244,9 @@ def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> 
     """What is taken out of dy as shift + slope·x̂, (2, C), from the batch's mean(dy) and mean(dy·ĉ), (2, C). Moves A, B."""
     u, z = means
     off = (step.m - step.mean) * inv_std  # mean(x̂), and x̂ = ĉ + off
-    square = torch.maximum(step.v, step.var) * inv_std.square()
     with torch.no_grad(), moving(state):
         average, weight = average_gradients(state, torch.stack([u, z + off * u]), step.rate)
-    z = torch.where(square > 0, z / square, 0.0)
-    b = step.own
+    z, b = z / (step.v * inv_std.square()).clamp_min(1), step.own
     return b * torch.stack([u - off * z, z]) + (1 - b) / weight * average
 
 

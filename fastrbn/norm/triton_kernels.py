@@ -66,8 +66,8 @@ class _Normalize(torch.autograd.Function):
         if isinstance(recipe.rate, Memory):
             bounds = map(float, recipe.rate.bounds(plan.mom))
         else:
-            seen = state.num_samples_tracked.float(), 0  # λ now, and before the first sample
-            rate = torch.stack([torch.zeros_like(count) + recipe.rate(plan.mom, bs, samples) for samples in seen])
+            rates = recipe.rates(plan.mom, bs, state.num_samples_tracked.float())
+            rate = torch.stack([torch.zeros_like(count) + r for r in rates])
         with moving(state), torch.cuda.device_of(x):
             statistics_kernel[job.blocks, job.parts_read](
                 x, state.running_mean, work, *job.read, job.step, job.cut, num_warps=8
@@ -379,8 +379,7 @@ def settle_kernel(
         store_rows(running_grad + c, channels, (a, b), inside)
         if tl.program_id(0) == 0:
             tl.store(slopes + 3 * channels, total)
-        square = tl.maximum(load(saved + channels + c, inside), load(saved + 3 * channels + c, inside)) * inv * inv
-        z = tl.where(square > 0, sum_dot / n / square, 0.0)
+        z = sum_dot / n / tl.maximum(load(saved + channels + c, inside) * inv * inv, 1.0)
         past = (1 - own) / tl.maximum(total, 1e-30)
         shift, slope = own * (sum_dy / n - off * z) + past * a, own * z + past * b
         p = inv

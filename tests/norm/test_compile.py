@@ -264,15 +264,18 @@ def test_vmap_evaluates_an_ensemble():
 @pytest.mark.parametrize("recipe", ["default", "course", "batch"])
 def test_functional_derivatives_of_a_training_step_take_the_state_as_an_argument(recipe):
     layer, x, dy = layer_of(recipe=recipe), data(1)[0], data(1, seed=1)[0]
-    params, state = dict(layer.named_parameters()), buffers(layer)
+    params, before = dict(layer.named_parameters()), buffers(layer)
 
-    def loss(params, state):
+    def loss(params, x, state):
         return (torch.func.functional_call(layer, (params, state), x) * dy).sum()
 
-    got = torch.func.grad(loss)(params, dict(state))
-    step(layer, layer, x, dy)
-    assert_same({f"d{k}": g for k, g in got.items()}, grads(layer), 1e-5)
-    assert torch.allclose(state["running_mean"], layer.running_mean, rtol=1e-6)  # the given buffers moved
+    want = step(layer, layer, x, dy)
+    for derivative in (torch.func.grad, torch.func.jacrev):
+        state = {name: b.clone() for name, b in before.items()}
+        got, dx = derivative(loss, argnums=(0, 1))(params, x, dict(state))
+        assert_same({f"d{k}": g for k, g in got.items()}, grads(layer), 1e-5)
+        assert relative_error(dx, want["dx"]) < 1e-5
+        assert_same({"running_mean": state["running_mean"]}, {"running_mean": layer.running_mean}, 1e-6)  # the given buffers
 
 
 # torch's own rules for them are scripted

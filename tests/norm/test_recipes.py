@@ -103,7 +103,7 @@ def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
     assert Memory(least=4, most=40, share=0.02)(0.1, 8, 10_000) == 8 / 208
     assert Memory(least=3, most=3, share=0)(0.1, 1, 10**6) == 1 / 31
     inf = float("inf")  # a rate of 0 leaves the first batch 0/0
-    wrong = [{"least": 0}, {"least": 9, "most": 8}, {"share": -1}, {"most": float("nan")}]
+    wrong = [{"least": 0}, {"least": 9, "most": 8}, {"share": -1}, {"most": float("nan")}, {"least": "3"}, {"most": None}]
     for numbers in (*wrong, {"least": inf, "most": inf}, {"share": inf}):
         with pytest.raises(ValueError, match="`most` at least `least`.*got Memory"):
             Memory(**numbers)
@@ -199,6 +199,11 @@ def test_unknown_recipe_names_the_nearest():
         {"rate": 0.1},
         {"rate": "course"},
         {"elements": 0},
+        {"elements": 1.5},
+        {"elements": True},
+        {"elements": "4"},
+        {"clamp": 0.01},
+        {"skip": (2, 1000)},
         {"statistics": "lagged"},
         {"order": "random"},
         {"skip": Skip(2, 0), "statistics": "batch"},
@@ -208,6 +213,17 @@ def test_a_recipe_outside_its_rules_says_what_came(bad):
     value = next(iter(bad.values()))
     with pytest.raises(ValueError, match=re.escape(str(value))):
         Recipe("mine", **bad)
+
+
+@pytest.mark.parametrize("bad", [0, 0.0, 1.5, -0.1, float("nan"), None, "0.1", Memory()], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_a_rate_outside_0_to_1_is_named_and_leaves_the_state(backend, bad):
+    for rate in (lambda mom, bs, samples: bad, lambda mom, bs, samples: bad if samples == 0 else 0.1):
+        layer = layer_of(recipe=RECIPES["default"].but(rate=rate, name="mine"), backend=backend)
+        before = {name: b.clone() for name, b in layer.named_buffers()}
+        with pytest.raises(ValueError, match=rf"number in \(0, 1\]; that of 'mine' gave {re.escape(repr(bad))}"):
+            layer(torch.randn(4, 3, 5))
+        assert all(torch.equal(b, before[name]) for name, b in layer.named_buffers())
 
 
 def test_recipes_are_hashable_and_survive_pickling():
@@ -241,3 +257,19 @@ def test_strided_order_spreads_the_samples_over_the_batch():
         x[0:48:3, 0] = torch.arange(16.0)
         layer(x)
         assert layer.running_mean.item() == pytest.approx(7.5)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_samples_that_were_read_and_hardly_vary_do_not_multiply_the_gradient_of_the_others(backend):
+    """A channel that is nearly dead: what is taken out of dy is divided by no variance below what normalises."""
+    layer = layer_of(recipe=RECIPES["default"].but(elements=40), backend=backend, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    for spread in (1e-4, 0.0):
+        x, dy = (torch.randn(40, 3, 5, generator=g, dtype=torch.float64) for _ in range(2))
+        x[:16] *= spread
+        got = step(layer, x, dy)
+        inv_std = (layer.running_var + layer.eps).rsqrt().view(1, 3, 1)
+        x_hat = (x - layer.running_mean.view(1, 3, 1)) * inv_std
+        bound = 2 * x_hat.abs().amax() * (dy * x_hat).mean((0, 2)).abs().amax()  # as of the exact backward
+        taken = dy - got["dx"] / (layer.weight.detach().view(1, 3, 1) * inv_std)
+        assert taken.abs().amax() <= bound
