@@ -109,11 +109,11 @@ def test_mabns_warm_up_fits_the_length_of_the_run():
         ("defalt", "a norm is one of default, .*got 'defalt'. Did you mean 'default'?"),
         ("groupnorm:group=4", "groupnorm takes groups; got 'group'.*Did you mean 'groups'?"),
         ("default:element=1", "got 'element' in 'default:element=1'. Did you mean 'elements'?"),
-        ("default:elements=0", "'default:elements=0': a recipe reads at least 1 element.*got 0"),
+        ("default:elements=0", "'default:elements=0': a recipe reads a whole number of elements.*got 0"),
         ("default:elements=abc", "'default:elements=abc': "),
         ("default:rate=fast", "rate is one of fixed, course, per_32_samples, memory; got 'fast'"),
         ("default:rate=none", "rate is one of .*; got 'None'"),
-        ("default:most=1", "'default:most=1': a memory is more than 0, `most` at least `least`.*most=1"),
+        ("default:most=1", "'default:most=1': a memory is numbers: more than 0, `most` at least `least`.*most=1"),
         ("default:most=abc", "'default:most=abc': "),
         ("course:most=30", "most belong to rate=memory; 'course:most=30' has rate=course"),
         ("default:skip=3", "skip can only be switched off, skip=none; got '3'"),
@@ -129,7 +129,7 @@ def test_a_norm_that_is_none_is_refused_before_anything_is_trained(text, words):
 
 def test_a_description_has_every_setting_and_changes_with_a_recipe(monkeypatch):
     text = describe("default:backward=exact")
-    assert "backward=exact" in text and "rate=Memory(least=2,most=100,share=0.05)" in text and "0x" not in text
+    assert "backward=exact" in text and "rate=Memory(least=2,most=30,share=0.05)" in text and "0x" not in text
     assert "rate=rate_course" in describe("course:mom=0.2") and describe("course:mom=0.2").endswith("mom=0.2")
     before = describe("default")
     monkeypatch.setitem(RECIPES, "default", RECIPES["default"].but(name="default", elements=64))

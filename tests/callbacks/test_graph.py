@@ -273,8 +273,7 @@ def test_growth_is_reported_alone_and_allowed_with_max_growth(make_learn):
     assert monitored(make_learn, net(Grows()), n=5).report.step == 4, "in the last step too"
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "backend"), [("default", "fused"), *((recipe, "reference") for recipe in RECIPES)])
 def test_no_recipe_of_the_layer_grows_or_holds_anything(make_learn, recipe, backend):
     monitor = monitored(make_learn, net(RunningBatchNorm(8, recipe=recipe, backend=backend)), n=8, epochs=2, every=1)
     assert monitor.report is None

@@ -52,8 +52,7 @@ def has_no_circle(graph):
     return all(a < b for a, b in graph.edges)
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "backend"), [("default", "fused"), *((recipe, "reference") for recipe in RECIPES)])
 def test_every_recipe_and_backend_is_read_completely_and_makes_one_box_a_layer(recipe, backend):
     model = get_cnn_model(SimpleNamespace(c=10, c_in=1), [4, 6], conv_rbn, recipe=recipe, backend=backend)
     for _ in range(2):
