@@ -47,6 +47,17 @@ def numbers(kind):
     return lambda text: [kind(part) for part in text.split(",")]
 
 
+def end(result, cells, report) -> int:
+    """Say how a grid of `cells` ended, with what `report()` writes and returns in words; the exit status."""
+    for cell, words in result.failed.items():
+        print(f"\n{cell} failed:\n{words}", file=sys.stderr)
+    if result.rows:
+        print(f"\n{report()}")
+    if result.todo:
+        print(f"{result.todo} of {len(cells)} cells are left: the same command goes on", file=sys.stderr)
+    return 130 if result.interrupted else int(bool(result.todo))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="quick")
@@ -71,14 +82,12 @@ def main():
     result = run_grid(
         cells, path, args.jobs, args.device, norms_every=args.record_norms, log=lambda line: print(line, flush=True)
     )
-    for cell, words in result.failed.items():
-        print(f"\n{cell} failed:\n{words}", file=sys.stderr)
-    if result.rows:
+
+    def report():
         table, files = write_report(path, path.stem)
-        print(f"\n{table}\n{', '.join(map(str, files))}")
-    if result.todo:
-        print(f"{result.todo} of {len(cells)} cells are left: the same command goes on", file=sys.stderr)
-    return 130 if result.interrupted else int(bool(result.todo))
+        return f"{table}\n{', '.join(map(str, files))}"
+
+    return end(result, cells, report)
 
 
 if __name__ == "__main__":

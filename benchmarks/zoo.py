@@ -18,6 +18,8 @@ import math
 import sys
 from pathlib import Path
 
+from small_batch import end, numbers
+
 from fastrbn.compare import PEERS, TASKS, ZOO, cells_of, get_task, read_rows, run_grid, split_norms
 from fastrbn.compare.report import groups_of, markdown, png, task_figure
 from fastrbn.compare.standing import standing_table
@@ -28,10 +30,6 @@ from fastrbn.files import write_whole
 LEFT_OUT = ("none", "frn", "layernorm")  # frn takes the place of ReLU too; layernorm is groupnorm of one group
 NORMS = ["default", *(name for name in PEERS if name not in LEFT_OUT)]
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"
-
-
-def numbers(kind):
-    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def factors(text):
@@ -95,13 +93,8 @@ def main():
     except ValueError as e:
         parser.error(str(e))
     result = run_grid(in_order(cells), args.csv, args.jobs, args.device, log=lambda line: print(line, flush=True))
-    for cell, words in result.failed.items():
-        print(f"\n{cell} failed:\n{words}", file=sys.stderr)
-    if result.rows:
-        print(f"\n{report(args.csv)}\n\n{args.csv.with_suffix('.md')}, pictures in {args.csv.with_suffix('')}")
-    if result.todo:
-        print(f"{result.todo} of {len(cells)} cells are left: the same command goes on", file=sys.stderr)
-    return 130 if result.interrupted else int(bool(result.todo))
+    where = f"{args.csv.with_suffix('.md')}, pictures in {args.csv.with_suffix('')}"
+    return end(result, cells, lambda: f"{report(args.csv)}\n\n{where}")
 
 
 if __name__ == "__main__":

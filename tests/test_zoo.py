@@ -273,6 +273,7 @@ def test_the_script_runs_goes_on_and_leaves_a_task_without_data_out(tiny, tmp_pa
     monkeypatch.setitem(TASKS, "vgg", dataclasses.replace(TASKS["vgg"], data=missing))
     path = tmp_path / "results" / "zoo.csv"
     words = "--tasks regression,vgg --norms default,batchnorm --bs 2,8 --factors 1/3,1 --seeds 0,1 --jobs 0 --csv"
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does for a script
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split(), str(path)])
     for count in ("16 cells, 0 finished, 16 to train", "16 cells, 16 finished, 0 to train"):
         with pytest.raises(SystemExit) as end:
@@ -293,6 +294,7 @@ def test_the_script_names_an_unknown_task_and_lists_those_there_are(monkeypatch,
     if not SCRIPT.is_file():
         pytest.skip("the tests run outside the repository")
     for args, code in ((["--tasks", "sense"], 2), (["--list"], 0)):
+        monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does for a script
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(SCRIPT), run_name="__main__")
