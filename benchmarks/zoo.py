@@ -25,7 +25,7 @@ from fastrbn.compare.report import groups_of, markdown, png, task_figure
 from fastrbn.compare.standing import standing_table
 from fastrbn.compare.tasks import task_of
 from fastrbn.data import DataError
-from fastrbn.files import write_whole
+from fastrbn.util import write_whole
 
 LEFT_OUT = ("none", "frn", "layernorm")  # frn takes the place of ReLU too; layernorm is groupnorm of one group
 NORMS = ["default", *(name for name in PEERS if name not in LEFT_OUT)]

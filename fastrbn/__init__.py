@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ._version import __version__ as __version__
+from .util import suggestion
 
 __all__ = [  # noqa: RUF022 - in groups
     # the loop
@@ -138,10 +138,18 @@ __all__ = [  # noqa: RUF022 - in groups
 
 # A name is imported when it is first used (PEP 562), and with it torch: `fastrbn --help` does without. The imports
 # below are what editors and type checkers read; tests/test_architecture.py holds them against __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "training", "summary")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary")
 
 if TYPE_CHECKING:
-    from .build import get_learn_run, get_runner, listify, param_groups
+    from .build import (
+        LabelSmoothingCrossEntropy,
+        fit_one_cycle,
+        get_learn_run,
+        get_runner,
+        listify,
+        param_groups,
+        seed_everything,
+    )
     from .callbacks import (
         EMA,
         ActivationStats,
@@ -254,7 +262,6 @@ if TYPE_CHECKING:
         to_batchnorm,
     )
     from .summary import Summary, model_summary
-    from .training import LabelSmoothingCrossEntropy, fit_one_cycle, seed_everything
 
 
 def __getattr__(name):
@@ -266,8 +273,7 @@ def __getattr__(name):
                 return value
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):  # fastrbn.norm, as with plain imports
         return import_module(f".{name}", __name__)
-    near = difflib.get_close_matches(name, __all__, n=1)
-    raise AttributeError(f"fastrbn has no public name '{name}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+    raise AttributeError(f"fastrbn has no public name '{name}'.{suggestion(name, __all__)}")
 
 
 def __dir__():

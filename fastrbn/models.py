@@ -7,7 +7,6 @@ it is said at the place.
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import operator
 import pickle
@@ -16,6 +15,8 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import init
+
+from fastrbn.util import suggestion
 
 from .norm import RunningBatchNorm
 
@@ -134,15 +135,13 @@ def make_norm(norm, nf, **kwargs):
             raise TypeError(f"norm={norm!r} must return an nn.Module (or None); for nf={nf} it returned {made!r}")
         return made
     if norm not in _NORMS:
-        near = difflib.get_close_matches(str(norm), _NORMS, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = suggestion(norm, _NORMS)
         raise ValueError(f"norm must be one of {', '.join(_NORMS)}, or a callable nf → nn.Module; got {norm!r}.{hint}")
     make = _NORMS[norm]
     taken = [] if make is None else list(inspect.signature(make).parameters)[1:]
     for name in kwargs:
         if name not in taken:
-            near = difflib.get_close_matches(name, [*taken, *_RELU], n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
+            hint = suggestion(name, [*taken, *_RELU])
             takes = f"takes {', '.join(taken)}" if taken else "takes no arguments"
             raise TypeError(f"norm '{norm}' {takes} (and GeneralRelu {', '.join(_RELU)}); got '{name}'.{hint}")
     return None if make is None else make(nf, **kwargs)

@@ -9,7 +9,8 @@ import dataclasses
 import torch
 from torch.nn.parameter import is_lazy
 
-from fastrbn.snapshot import RandomState
+from .learn.snapshot import RandomState
+from .util import apply_to
 
 __all__ = ["Summary", "model_summary"]
 
@@ -313,13 +314,7 @@ def _shape(value) -> str:
 
 
 def _to(value, device):
-    if isinstance(value, dict):
-        return type(value)({k: _to(v, device) for k, v in value.items()})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to(v, device) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to(v, device) for v in value)
-    return value.to(device) if isinstance(value, torch.Tensor) and device is not None else value
+    return value if device is None else apply_to(value, torch.Tensor, lambda t: t.to(device))
 
 
 def _bytes(n) -> str:

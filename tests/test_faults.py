@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastrbn import _cli_results, _cli_train, checkpoints, files
+from fastrbn import util as files
 from fastrbn.callbacks import (
     EMA,
     AvgStatsCallback,
@@ -40,8 +40,11 @@ from fastrbn.callbacks import (
     sched_cos,
 )
 from fastrbn.cli import main
+from fastrbn.cli import run_folder as _cli_results
+from fastrbn.cli import train as _cli_train
 from fastrbn.data import BatchLoader, DataBunch, Dataset, glyphs
 from fastrbn.learn import Callback, Learner, Runner
+from fastrbn.learn import checkpoint_file as checkpoints
 from fastrbn.norm import RunningBatchNorm
 
 STEPS, EPOCHS = 5, 3  # an epoch's, the last batch is smaller; a fit's

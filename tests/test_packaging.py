@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastrbn
-from fastrbn import _cli_callbacks
+from fastrbn.cli import plugins as _cli_callbacks
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.cfg").is_file():

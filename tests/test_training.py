@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
+from fastrbn.build import LabelSmoothingCrossEntropy, fit_one_cycle, seed_everything
 from fastrbn.callbacks import Checkpoint, ParamScheduler, Recorder, sched_lin
 from fastrbn.learn import Callback, Learner, Runner
-from fastrbn.training import LabelSmoothingCrossEntropy, fit_one_cycle, seed_everything
 
 
 def make_learn(opt=None, n=10):

@@ -6,7 +6,17 @@ import torch
 from common import BS, LR
 from torch.nn.functional import cross_entropy
 
-from fastrbn import AvgStatsCallback, DataBunch, Dataset, Learner, ProgressCallback, Recorder, Runner, accuracy, get_dls
+from fastrbn import (
+    AvgStatsCallback,
+    DataBunch,
+    Dataset,
+    Learner,
+    ProgressCallback,
+    Recorder,
+    Runner,
+    accuracy,
+    get_dls,
+)
 
 
 def fit(model, train, valid):

@@ -1,23 +1,19 @@
 """Callbacks, by purpose. None of them knows another; what they share, they read from the run."""
 
-from .activations import ActivationStats
-from .checkpoint import Checkpoint, CheckpointError, SaveBest
-from .compiling import CompileCallback
-from .device import BatchTransformXCallback, CudaCallback
-from .distributed import Distributed
-from .ema import EMA
-from .graph import GraphHolder, GraphMonitor, GraphReport
-from .hooks import Hook, Hooks, ListContainer, append_stats, append_stats_hist, children
-from .loggers import CSVLogger, TensorBoardLogger
-from .mixup import MixUp
-from .nonfinite import HaltOnNaN, NonFiniteError, NonFiniteReport
-from .optimise import GradientAccumulation, GradientClip
-from .params import ParamMagnitudes
-from .precision import MixedPrecision
-from .profiling import Profiler
-from .progress import ProgressCallback
-from .record import AvgStats, AvgStatsCallback, EpochMetric, Recorder, accuracy
-from .schedule import (
+from .diagnose.activations import ActivationStats
+from .diagnose.graph import GraphHolder, GraphMonitor, GraphReport
+from .diagnose.hooks import Hook, Hooks, ListContainer, append_stats, append_stats_hist, children
+from .diagnose.magnitudes import ParamMagnitudes
+from .diagnose.nonfinite.halt import HaltOnNaN, NonFiniteError, NonFiniteReport
+from .diagnose.profiling import Profiler
+from .distributed.callback import Distributed
+from .step.compiling import CompileCallback
+from .step.device import BatchTransformXCallback, CudaCallback
+from .step.ema import EMA
+from .step.gradients import GradientAccumulation, GradientClip
+from .step.mixup import MixUp
+from .step.precision import MixedPrecision
+from .step.schedule import (
     LR_Find,
     ParamScheduler,
     annealer,
@@ -28,7 +24,11 @@ from .schedule import (
     sched_lin,
     sched_no,
 )
-from .stopping import EarlyStopping
+from .track.checkpoint import Checkpoint, CheckpointError, SaveBest
+from .track.loggers import CSVLogger, TensorBoardLogger
+from .track.progress import ProgressCallback
+from .track.record import AvgStats, AvgStatsCallback, EpochMetric, Recorder, accuracy
+from .track.stopping import EarlyStopping
 
 __all__ = [
     "ActivationStats",

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from .._version import __version__
-from ..callbacks import ParamMagnitudes, ParamScheduler, Recorder, sched_lin
-from ..data import BatchLoader, DataBunch, ImageData, RandomCrop, RandomFlip, load_dataset
-from ..learn import Callback, CancelTrainException, Learner, Runner
-from ..models import conv_layer, get_cnn_model, init_cnn, resnet9
+from fastrbn._version import __version__
+from fastrbn.callbacks import ParamMagnitudes, ParamScheduler, Recorder, sched_lin
+from fastrbn.data import BatchLoader, DataBunch, ImageData, RandomCrop, RandomFlip, load_dataset
+from fastrbn.learn import Callback, CancelTrainException, Learner, Runner
+from fastrbn.models import conv_layer, get_cnn_model, init_cnn, resnet9
+
 from .norms import describe, get_norm, prepare_model
 from .task_nets import weights
 from .tasks import OPTIMISERS, SCHEDULES, Batches, Task, TaskData, build, score_of, task_of
@@ -120,7 +121,7 @@ def code_of() -> str:
     """Eight digits that change with the code of norms, nets, tasks and this file. Not part of a cell's key."""
     here = Path(__file__).parent
     files = [*sorted((here.parent / "norm").glob("*.[pc]*")), *sorted(here.glob("task*.py"))]
-    files += [here.parent / f"{name}.py" for name in ("peers", "weights", "models")]
+    files += [here / "peers.py", here / "weights.py", here.parent / "models.py"]
     digest = hashlib.sha1(usedforsecurity=False)
     for file in [*files, Path(__file__)]:
         if file.is_file():

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import write_whole
+from fastrbn.util import write_whole
+
 from . import table
 from .cell import LR_RULES, NETS, Cell, code_of, key_of, load_images
 from .norms import describe, get_norm

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
-from ..models import make_norm
-from ..norm import RECIPES, Memory, Recipe, RunningBatchNorm
-from ..norm import recipes as _recipes
-from ..peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
+from fastrbn.models import make_norm
+from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm
+from fastrbn.norm import recipes as _recipes
+from fastrbn.util import suggestion
+
+from .peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
 
 Make = Callable[..., nn.Module]  # a norm for a number of channels, and of `dims` (2) axes after them
 
@@ -178,7 +179,7 @@ def _parse(text):
     name, _, rest = text.partition(":")
     known = [*RECIPES, *PEERS]
     if name not in known:
-        raise ValueError(f"a norm is one of {', '.join(known)}; got '{name}'.{_nearest(name, known)}")
+        raise ValueError(f"a norm is one of {', '.join(known)}; got '{name}'.{suggestion(name, known)}")
     settings = {}
     for piece in filter(None, rest.split(",")):
         key, equals, value = (part.strip() for part in piece.partition("="))
@@ -197,7 +198,7 @@ def _check(text, name, settings):
     for key in settings:
         if key not in takes:
             raise ValueError(
-                f"{name} takes {', '.join(takes) or 'no settings'}; got '{key}' in '{text}'.{_nearest(key, takes)}"
+                f"{name} takes {', '.join(takes) or 'no settings'}; got '{key}' in '{text}'.{suggestion(key, takes)}"
             )
 
 
@@ -219,7 +220,7 @@ def _variant(text, name, settings):
     if "rate" in changes:
         if rate not in _RATES:
             raise ValueError(
-                f"rate is one of {', '.join(_RATES)}; got '{rate}' in '{text}'.{_nearest(str(rate), _RATES)}"
+                f"rate is one of {', '.join(_RATES)}; got '{rate}' in '{text}'.{suggestion(str(rate), _RATES)}"
             )
         changes["rate"] = _RATES[rate]
     for key in ("skip", "clamp"):
@@ -236,8 +237,3 @@ def _variant(text, name, settings):
     except (ValueError, TypeError) as e:
         raise ValueError(f"'{text}': {e}") from e
     return recipe, layer
-
-
-def _nearest(name, names):
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""

@@ -9,9 +9,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import plots
-from ..files import write_whole
-from ..norm import RECIPES
+from fastrbn import plots
+from fastrbn.norm import RECIPES
+from fastrbn.util import write_whole
+
 from .cell import LR_RULES
 from .grid import norms_path
 from .norms import PEERS

@@ -7,7 +7,8 @@ import io
 import os
 from pathlib import Path
 
-from ..files import write_whole
+from fastrbn.util import write_whole
+
 from .cell import KEY
 
 RESULTS = (

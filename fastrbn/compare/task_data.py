@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import load_dataset
+from fastrbn.data import load_dataset
 
 _images = lru_cache(2)(load_dataset)  # several tasks are made from the same
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from ..callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
+from fastrbn.callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
+
 from . import task_data as data
 from . import task_nets as nets
 

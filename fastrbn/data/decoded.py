@@ -10,7 +10,7 @@ from pathlib import Path
 import PIL
 import torch
 
-from ..files import whole_file
+from fastrbn.util import whole_file
 
 __all__ = ["decode_once"]
 

@@ -1,10 +1,11 @@
 """Data sets by name: `load_dataset` for bytes in memory, `get_data` for the course's MNIST rows."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 
 import torch
+
+from fastrbn.util import suggestion
 
 from .batches import Dataset
 from .download import data_root, torchvision_set
@@ -117,7 +118,6 @@ def _bytes(tv, root):
 def _check_path(name):
     if Path(name).is_dir():
         return
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "Pass a name or an existing folder of images."
+    hint = suggestion(name, NAMES) or " Pass a name or an existing folder of images."
     what = "a file, not a folder" if Path(name).exists() else "neither the name of a data set nor a folder"
-    raise DataNotFoundError(f"{name!r} is {what}; the names are {', '.join(NAMES)}. {hint}")
+    raise DataNotFoundError(f"{name!r} is {what}; the names are {', '.join(NAMES)}.{hint}")

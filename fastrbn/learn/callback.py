@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 import weakref
 
 from torch.optim.lr_scheduler import LRScheduler
+
+from fastrbn.util import suggestion
 
 from .events import EVENTS, nearest_event
 
@@ -147,9 +148,9 @@ class Callback:
             return getattr(run, attr)
         except AttributeError:
             known = [*vars(self), *(n for n in dir(type(self)) if not n.startswith("__")), *vars(run)]
-            near = difflib.get_close_matches(attr, known, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise AttributeError(f"neither {cls} nor its run has an attribute '{attr}'.{hint}") from None
+            raise AttributeError(
+                f"neither {cls} nor its run has an attribute '{attr}'.{suggestion(attr, known)}"
+            ) from None
 
     def __setattr__(self, attr, value):
         if attr in RUN_STATE:

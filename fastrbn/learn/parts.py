@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+from fastrbn.util import suggestion
 
 
 def forward(function, *args):
@@ -46,9 +46,9 @@ class Parts:
         """All of `functions` or none. See `Runner.claim`."""
         for name, function in functions.items():
             if name not in PLAIN:
-                near = difflib.get_close_matches(name, PLAIN, n=1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
-                raise ValueError(f"the parts of a step are {', '.join(PLAIN)}; {owner} claims '{name}'.{hint}")
+                raise ValueError(
+                    f"the parts of a step are {', '.join(PLAIN)}; {owner} claims '{name}'.{suggestion(name, PLAIN)}"
+                )
             if not callable(function):
                 raise TypeError(f"{owner} claims '{name}' of the step and must give a function; got {function!r}")
             taken = self.claims.get(name)

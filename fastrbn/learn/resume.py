@@ -12,11 +12,10 @@ import warnings
 import torch
 from torch import nn
 
-from fastrbn import checkpoints
-from fastrbn.checkpoints import CheckpointError
-from fastrbn.snapshot import RandomState, load_plain_state_dict, plain_name, plain_state_dict
-
+from . import checkpoint_file as checkpoints
 from .callback import Callback
+from .checkpoint_file import CheckpointError
+from .snapshot import RandomState, load_plain_state_dict, plain_name, plain_state_dict
 
 PHASES = ("train", "valid", "end")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import traceback
 import warnings
 
 import torch
+
+from fastrbn.util import suggestion
 
 from . import optimiser
 from . import resume as resuming
@@ -316,8 +317,7 @@ class Runner:
         return place
 
     def __getattr__(self, name):
-        near = None if name.startswith("_") else difflib.get_close_matches(name, vars(self), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = "" if name.startswith("_") else suggestion(name, vars(self))
         raise AttributeError(f"the run has no attribute '{name}', and no callback of that name.{hint}")
 
     def __repr__(self):

@@ -17,8 +17,10 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from fastrbn.util import one_of
+
 from . import fused, native, reference
-from .recipes import Recipe, one_of
+from .recipes import Recipe
 from .reference import NormState
 
 _BACKENDS = {"reference": reference, "fused": fused, "native": native, "triton": None}

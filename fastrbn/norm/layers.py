@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastrbn.util import one_of
+
 from .choose import BACKENDS, choose
 from .functional import as_leaf, check_input, running_batch_norm
 from .groups import merge_over_ranks
-from .recipes import Recipe, get_recipe, one_of
+from .recipes import Recipe, get_recipe
 from .reference import NormState
 from .replay import REMEMBERED
 

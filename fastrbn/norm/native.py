@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastrbn import native_build
+from fastrbn import native as native_build
 
 from . import fused, reference
 from .recipes import Plan, Recipe

@@ -5,7 +5,6 @@ A recipe is a handful of numbers; `norm/README.md` derives what they do. `RECIPE
 
 from __future__ import annotations
 
-import difflib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +12,8 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
+
+from fastrbn.util import one_of
 
 # (mom, batch size, samples seen before) -> averaging rate in (0, 1]. The two counts may be tensors of shape (), so that
 # nobody waits for them: rates are plain arithmetic
@@ -76,14 +77,6 @@ class Memory:
         if isinstance(memory, torch.Tensor):
             return bs / (bs + memory.clamp(least, most))
         return bs / (bs + min(max(memory, least), most))
-
-
-def one_of(what: str, value, allowed: tuple) -> None:
-    """Raise ValueError unless `value` is `allowed`, with the nearest one that is."""
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrbn.callbacks import _activations, _nonfinite_native
+from fastrbn.callbacks.diagnose import measure as _activations
+from fastrbn.callbacks.diagnose.nonfinite import native as _nonfinite_native
 from fastrbn.learn import Learner
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from fastrbn.data import BatchLoader, DataBunch, Dataset, get_dls
+from fastrbn.data import DataBunch, Dataset, get_dls
 
 X, Y = torch.arange(20.0).view(10, 2), torch.arange(10) % 4
 

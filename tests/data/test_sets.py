@@ -16,14 +16,7 @@ import pytest
 import torch
 import torchvision
 
-from fastrbn.data import (
-    BadDataError,
-    DataNotFoundError,
-    DownloadError,
-    data_root,
-    get_data,
-    load_dataset,
-)
+from fastrbn.data import BadDataError, DataNotFoundError, DownloadError, data_root, get_data, load_dataset
 from fastrbn.data import download as download_module
 
 REAL = Path(os.environ.get("FASTRBN_DATA") or "/nowhere")

@@ -1,0 +1,131 @@
+"""Mixup: train on mixtures of two samples and their losses."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+
+import torch
+
+from fastrbn.learn.batch import reduction as reduction_of
+from fastrbn.learn.callback import Callback
+
+_REMEMBERED = 32  # batches whose mixture is known: more than HaltOnNaN keeps to go through again
+
+
+class MixUp(Callback):
+    """Mixes each training batch with a shuffled copy of itself: λ·x + (1 − λ)·x′, and likewise the two losses.
+
+    - `alpha`: λ is drawn for each sample from Beta(alpha, alpha), and the larger of λ and 1 − λ is taken, so that a
+      sample is not mixed away: near 0 hardly anything is mixed, at 1 evenly (default 0.4).
+
+    `xb` (N, *) and `yb` (N, *) are tensors, `xb` floating-point. `run.xb` is the mixture; `run.yb` stays the true
+    targets, which is what metrics see. In training `run.loss_func` gives λ·loss(pred, y) + (1 − λ)·loss(pred, y′), for
+    the length of the fit, reduced as the loss function reduces. It must be able to give a loss for each sample: a
+    module with an attribute `reduction` or a function with that parameter, as PyTorch's are. Class weights and
+    `ignore_index` weigh samples within their loss, but the mean is over all of them. Validation is left alone.
+
+    λ and the order come from PyTorch's generator of the batch's device.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; fast.ai course, part 2 (2019),
+    notebook 10b.
+    """
+
+    _order = 60  # after the batch is on its device and transformed, before HaltOnNaN keeps it
+
+    def __init__(self, alpha=0.4):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+            raise ValueError(f"MixUp: alpha is a finite number above 0, such as 0.4; got {alpha!r}")
+        self.alpha = float(alpha)
+        self._clear()
+
+    def _clear(self):
+        self._whole = self._each = self._reduction = self._beta = None
+        self._mixed = collections.deque(maxlen=_REMEMBERED)
+
+    def begin_fit(self):
+        self._clear()
+        self._whole = self.run.loss_func
+        self._each, self._reduction = _for_each_sample(self._whole)
+        self.run.loss_func = self._loss
+
+    def begin_batch(self):
+        run = self.run
+        if not run.in_train:
+            return
+        xb, yb = run.xb, run.yb
+        _check(xb, yb)
+        share = self._draw(xb)
+        order = torch.randperm(len(xb), device=xb.device)
+        run.xb = torch.lerp(xb[order], xb, share.view(-1, *[1] * (xb.dim() - 1)))
+        self._mixed.appendleft((yb, yb[order], share))
+
+    def _draw(self, xb):
+        if self._beta is None or self._beta.concentration1.device != xb.device:
+            alpha = torch.tensor(self.alpha, device=xb.device)
+            self._beta = torch.distributions.Beta(alpha, alpha, validate_args=False)
+        share = self._beta.sample((len(xb),))
+        return torch.maximum(share, 1 - share).to(xb.dtype)
+
+    def _loss(self, pred, yb):
+        if not self.run.in_train:
+            return self._whole(pred, yb)
+        other, share = next((other, share) for own, other, share in self._mixed if own is yb)
+        losses, others = (_by_sample(self._each(pred, y), share, self._reduction) for y in (yb, other))
+        losses = torch.lerp(others, losses, share.to(losses.dtype))
+        return losses.sum() if self._reduction == "sum" else losses.mean()
+
+    def after_fit(self):
+        self._clear()
+
+    def __getstate__(self):
+        return {"alpha": self.alpha}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._clear()
+
+    def __repr__(self):
+        return f"MixUp(alpha={self.alpha})"
+
+
+def _check(xb, yb):
+    if not (isinstance(xb, torch.Tensor) and isinstance(yb, torch.Tensor) and xb.is_floating_point()):
+        got = ", ".join(str(t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__ for t in (xb, yb))
+        raise TypeError(
+            f"MixUp mixes one floating-point tensor with one tensor of targets; got {got}: normalise images to floats "
+            f"before, or leave MixUp out"
+        )
+    if len(xb) != len(yb):
+        raise ValueError(f"MixUp needs a target for each sample; got {len(xb)} samples and {len(yb)} targets")
+
+
+def _for_each_sample(loss_func):
+    """The loss function without reduction, and how it reduces: "mean" or "sum"."""
+    reduction = reduction_of(loss_func)
+    if isinstance(getattr(loss_func, "reduction", None), str):
+        each = copy.copy(loss_func)
+        each.reduction = "none"
+    else:
+        each = functools.partial(loss_func, reduction="none")
+    if reduction not in ("mean", "sum"):
+        name = getattr(loss_func, "__name__", None) or repr(loss_func)
+        raise ValueError(
+            f"MixUp needs a loss function that can give a loss for each sample, and a mean or a sum of them: a module "
+            f"with an attribute reduction, or a function with that parameter, as F.cross_entropy; got {name}"
+            + ("" if reduction is None else f" with reduction={reduction!r}")
+        )
+    return each, reduction
+
+
+def _by_sample(losses, share, reduction):
+    """(N, *) as (N,): of a sample with more than one loss (pixels, labels) their mean or sum, as the loss reduces."""
+    if losses.dim() == 0 or len(losses) != len(share):
+        raise ValueError(
+            f"MixUp asked the loss function for a loss for each of {len(share)} samples (reduction='none'); got shape "
+            f"{tuple(losses.shape)}"
+        )
+    if losses.dim() == 1:
+        return losses
+    return losses.flatten(1).sum(1) if reduction == "sum" else losses.flatten(1).mean(1)

@@ -1,0 +1,1 @@
+"""Callbacks that record a fit: losses, metrics, progress, logs, checkpoints, stopping."""

@@ -1,0 +1,49 @@
+"""The command line: `fastrbn train`, `fastrbn compare`, `fastrbn callbacks`; `python -m fastrbn` is the same.
+
+Exit status: 0 done, 1 error, 2 bad arguments, 3 halted on NaN or Inf, 130 interrupted; each with one sentence that says
+what happened and, once training has begun, where the results are.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .options import DONE, INTERRUPTED, CliError, parser
+from .output import lasting
+from .ranks import is_first
+
+__all__ = ["main"]
+
+
+def main(argv=None) -> int:
+    """Run the command line on `argv` (default: the process's arguments) and return the exit status."""
+    with lasting():
+        return _run(sys.argv[1:] if argv is None else list(argv))
+
+
+def _run(argv) -> int:
+    try:
+        args = parser().parse_args(argv)
+        args.argv = argv
+    except SystemExit as e:  # argparse has printed help, or what is wrong
+        return e.code
+    try:
+        if args.command == "train":  # imported here: --help and wrong arguments need no torch
+            from .train import train
+
+            return train(args)
+        if args.command == "compare":
+            from .compare import compare
+
+            return compare(args)
+        from .plugins import listing
+
+        print("\n".join(listing()))
+        return DONE
+    except CliError as e:
+        if is_first():
+            print(f"fastrbn {args.command}: error: {e}", file=sys.stderr)
+        return e.status
+    except KeyboardInterrupt:
+        print(f"fastrbn {args.command}: interrupted (Ctrl-C)", file=sys.stderr)
+        return INTERRUPTED

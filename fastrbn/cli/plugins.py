@@ -1,0 +1,184 @@
+"""Callbacks by name: what `--cb NAME[:ARG=VALUE,…]` finds, built in or a plug-in, and what `fastrbn callbacks` lists."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+from pathlib import Path
+
+from fastrbn import callbacks as built_in_package
+from fastrbn.learn import Callback
+
+from .options import BAD_ARGUMENTS, CliError, nearest
+
+GROUP = "fastrbn.callbacks"
+
+
+def built_in() -> dict[str, type[Callback]]:
+    """The built-in callbacks by class name."""
+    public = (getattr(built_in_package, name) for name in built_in_package.__all__)
+    return {c.__name__: c for c in public if inspect.isclass(c) and issubclass(c, Callback) and c is not Callback}
+
+
+def plug_ins() -> dict[str, importlib.metadata.EntryPoint]:
+    """The installed plug-ins' entry points by name, not loaded: one that is broken harms only who asks for it. This
+    package registers its own callbacks in the same group, for whoever looks there; they are no plug-ins."""
+    points = importlib.metadata.entry_points(group=GROUP)
+    return {point.name: point for point in points if point.value.partition(":")[0] != "fastrbn.callbacks"}
+
+
+def make_callback(spec: str) -> Callback:
+    """The callback that `NAME[:ARG=VALUE,…]` describes. CliError when there is none such, or not with these arguments."""
+    name, _, rest = spec.partition(":")
+    factory = _find(name.strip(), spec)
+    kwargs = _arguments(rest, spec)
+    signature = _signature(factory)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as e:
+        unknown = [k for k in kwargs if k not in signature.parameters]
+        hint = nearest(unknown[0], signature.parameters) if unknown else ""
+        raise CliError(f"--cb {spec}: {e}; {name} takes {_takes(signature)}.{hint}", BAD_ARGUMENTS) from None
+    try:
+        made = factory(**kwargs)
+    except (TypeError, ValueError, OSError) as e:
+        raise CliError(f"--cb {spec}: {e}", BAD_ARGUMENTS) from e
+    except (Exception, SystemExit) as e:
+        raise CliError(f"--cb {spec}: {name} cannot be made: {_told(e)}") from e
+    if not isinstance(made, Callback):
+        raise CliError(f"--cb {spec}: a callback derives from fastrbn.Callback; {name} made a {type(made).__name__}")
+    return made
+
+
+def outside(spec: str, folder: Path) -> str | None:
+    """Why the callback of `spec` may reach beyond `folder`, in words; None where it cannot: it is built in and its
+    files lie there, or it is a plug-in that is given no text, which may name anything."""
+    name, _, rest = spec.partition(":")
+    factory, kwargs = _built_in(name.strip()), _arguments(rest, spec)
+    if factory is None:
+        return "gives text to a plug-in" if _text_in([*kwargs.values()]) else None
+    default = inspect.signature(factory).parameters.get("path")
+    path = kwargs.get("path", None if default is None else default.default)
+    if path in (None, inspect.Parameter.empty):
+        return None
+    inside = isinstance(path, str) and "\0" not in path and Path(path).resolve().is_relative_to(folder.resolve())
+    return None if inside else f"writes to {path}, which is outside {folder}"
+
+
+def listing() -> list[str]:
+    """Lines that name every callback, its arguments and the first line of its documentation."""
+    lines = ["Built in:"]
+    for name, cls in sorted(built_in().items()):
+        lines += _entry(name, cls)
+    points = plug_ins()
+    lines += ["", f"Plug-ins (entry points of the group {GROUP}):"] if points else ["", "Plug-ins: none installed"]
+    for name, point in sorted(points.items()):
+        try:
+            lines += _entry(name, _load(point))
+        except CliError as e:
+            lines.append(f"  {e}")
+    return lines
+
+
+def _find(name: str, spec: str):
+    if (cls := _built_in(name)) is not None:
+        return cls
+    known, points = built_in(), plug_ins()
+    if name in points:
+        return _load(points[name])
+    names = [*sorted(known), *sorted(points)]
+    raise CliError(
+        f"--cb {spec}: there is no callback '{name}'.{nearest(name, names)} There are: {', '.join(names)}",
+        BAD_ARGUMENTS,
+    )
+
+
+def _built_in(name: str) -> type[Callback] | None:
+    return {form: cls for cls_name, cls in built_in().items() for form in _forms(cls_name)}.get(_plain(name))
+
+
+def _text_in(value) -> bool:
+    """Whether a literal contains text: in a container, or as bytes."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_text_in, value))
+    return isinstance(value, (str, bytes))
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _forms(cls_name: str) -> tuple[str, str]:
+    """AvgStatsCallback goes by that name, avg_stats_callback, AvgStats and avg_stats."""
+    return _plain(cls_name), _plain(cls_name.removesuffix("Callback"))
+
+
+def _load(point):
+    """What the entry point names. A plug-in is somebody else's code: whatever it raises is told with its name."""
+    dist = f" of {point.dist.name} {point.dist.version}" if getattr(point, "dist", None) else ""
+    try:
+        loaded = point.load()
+    except (Exception, SystemExit) as e:
+        raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) cannot be loaded: {_told(e)}") from e
+    if not callable(loaded):
+        raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) must be a callback class; it is {loaded!r}")
+    return loaded
+
+
+def _told(error) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _signature(factory) -> inspect.Signature:
+    try:
+        return inspect.signature(factory)
+    except (TypeError, ValueError):  # some callables have none: they say themselves what they do not take
+        return inspect.signature(lambda **kwargs: None)
+
+
+def _arguments(text: str, spec: str) -> dict:
+    """`every=5,stats=('max','rms')` as a dictionary. Values are Python literals; what is none is taken as text."""
+    kwargs = {}
+    for part in _split(text):
+        name, equals, value = (s.strip() for s in part.partition("="))
+        if not equals or not name.isidentifier():
+            raise CliError(
+                f"--cb {spec}: arguments are written ARG=VALUE, separated by commas; got '{part}'", BAD_ARGUMENTS
+            )
+        if name in kwargs:
+            raise CliError(f"--cb {spec}: '{name}' is given twice", BAD_ARGUMENTS)
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[name] = value
+    return kwargs
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for ch in text:
+        if quote:
+            quote = "" if ch == quote else quote
+        elif ch in "'\"":
+            quote = ch
+        depth += 0 if quote else (ch in "([{") - (ch in ")]}")
+        if ch == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += ch
+    return [part for part in parts if part.strip()]
+
+
+def _takes(signature: inspect.Signature) -> str:
+    return ", ".join(str(p) for p in signature.parameters.values()) or "no arguments"
+
+
+def _entry(name: str, factory) -> list[str]:
+    """One line of name and arguments, one of documentation."""
+    takes = ", ".join(map(str, _signature(factory).parameters.values()))
+    doc = (inspect.getdoc(factory) or "").strip()
+    return [f"  {name}({takes})", *([f"      {doc.splitlines()[0]}"] if doc else [])]

@@ -1,0 +1,203 @@
+"""Checkpoint files: plain data, written whole, told from broken ones when they are read, and never run as code.
+
+A file is what `torch.save` writes, with a checksum of all of it in the zip archive's comment:
+`torch.load(path, weights_only=True)["model"]` is the model's state_dict, with or without this package.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from fastrbn._version import __version__
+from fastrbn.util import write_whole
+
+FORMAT = 1  # counts up when files can no longer be read by what was there before
+_NAME = re.compile(r"checkpoint-(\d+)-step-(\d+)\.pt")
+_LEAVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_PARTS = ("model", "opt", "callbacks", "random", "position")
+_CHECKSUM = "blake2b"
+_MARK = b"fastrbn-blake2b:"  # begins the archive's comment; the hash of all bytes up to here, in hexadecimal, ends the file
+_HASH_BYTES = 32
+_FOOTER = len(_MARK) + 2 * _HASH_BYTES
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or not be used for this run."""
+
+
+def file_name(number: int, step: int) -> str:
+    """`checkpoint-0007-step-1250.pt`: the 7th file of its folder, after 1250 training steps."""
+    return f"checkpoint-{number:04d}-step-{step}.pt"
+
+
+def files(folder) -> list[tuple[int, Path]]:
+    """Number and path of the checkpoints in `folder`, the newest last; their numbers say so, not the file times."""
+    folder = Path(folder)
+    found = ((_NAME.fullmatch(p.name), p) for p in (folder.iterdir() if folder.is_dir() else ()))
+    return sorted((int(m[1]), p) for m, p in found if m)
+
+
+def steps_in(path) -> int:
+    """The number of training steps that the name of a checkpoint's file says."""
+    return int(_NAME.fullmatch(Path(path).name)[2])
+
+
+def write(path, state: dict) -> None:
+    """Write `state` to `path`, whole or not at all. TypeError, with the place, for what is not plain data."""
+    versions = {"format": FORMAT, "checksum": _CHECKSUM, "fastrbn": __version__, "torch": torch.__version__}
+    file = io.BytesIO()
+    torch.save(plain({**versions, **state}), file)
+    file.seek(-2, io.SEEK_END)  # an archive ends with the length of its comment, 0 so far
+    file.write(_FOOTER.to_bytes(2, "little") + _MARK)
+    # not getbuffer(): in a traceback's cycle its memoryview crashes the garbage collector of Python 3.12.1
+    file.write(hashlib.blake2b(file.getvalue(), digest_size=_HASH_BYTES).hexdigest().encode())
+    write_whole(path, file.getvalue())
+
+
+def plain(value, where: str = ""):
+    """`value` with numbers of NumPy and of other classes as Python's own, or a TypeError that says what in it is more
+    than data. Containers are copied, tensors are not."""
+    kind = type(value)
+    if kind in _LEAVES or isinstance(value, torch.Tensor):
+        return value
+    if kind in (dict, collections.OrderedDict, collections.defaultdict):
+        made = collections.OrderedDict() if kind is collections.OrderedDict else {}
+        for k, v in value.items():
+            made[plain(k, f"a key of {where}")] = plain(v, f"{where}.{k}" if where else str(k))
+        if hasattr(value, "_metadata"):  # versions of the modules in a state_dict
+            made._metadata = value._metadata
+        return made
+    if kind in (list, tuple):
+        return kind(plain(v, f"{where}[{i}]") for i, v in enumerate(value))
+    for base in (bool, int, float, str):
+        if isinstance(value, base):
+            return base(value)
+    if kind.__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(
+        f"a checkpoint holds tensors, numbers, strings, lists, tuples and dictionaries only, so that reading it runs "
+        f"no code; {where} is a {kind.__module__}.{kind.__qualname__}: have its state_dict return plain values"
+    )
+
+
+def read(path) -> dict:
+    """The state in the file `path`, tensors on the CPU. CheckpointError, with the reason, if it is missing or damaged.
+
+    UserWarning for a file from before checksums were kept: its tensors are compared with the archive's own CRC-32 only.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        raise CheckpointError(f"the checkpoint {path} cannot be read: it is no file")
+    try:
+        with open(path, "rb") as file:
+            sealed = _is_sealed(file, path)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as e:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {e.strerror or e}") from e
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(
+            f"the checkpoint {path} holds more than plain data, and is not opened: it was not written by Checkpoint"
+        ) from e
+    except Exception as e:  # noqa: BLE001 - damaged bytes lead the readers of zip and pickle to any exception
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise CheckpointError(f"the checkpoint {path} is not whole ({why}): take an earlier one") from e
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run: Checkpoint writes those; weights alone are for model.load_state_dict"
+        )
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {path} has format {state['format']}, of fastrbn {state.get('fastrbn', '(unknown)')}; this "
+            f"version reads format {FORMAT}: resume with the version that wrote it"
+        )
+    if missing := [part for part in _PARTS if part not in state]:
+        raise CheckpointError(f"the checkpoint {path} lacks {', '.join(missing)}: take an earlier one")
+    _check_parts(path, state)
+    if not sealed:
+        if "checksum" in state:
+            raise CheckpointError(f"the checkpoint {path} is not whole (its checksum is missing): take an earlier one")
+        warnings.warn(
+            f"the checkpoint {path} has no checksum: it is from before they were kept, and not all damage would show",
+            stacklevel=2,
+        )
+    return state
+
+
+def _is_sealed(file, path) -> bool:
+    """Whether `file` ends with a checksum; CheckpointError where its content does not match it or, without one, the
+    archive's CRC-32 of each entry. `file` stands at its beginning afterwards."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _FOOTER))
+    footer = file.read()
+    file.seek(0)
+    if not footer.startswith(_MARK):
+        with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}): take an earlier one")
+        file.seek(0)
+        return False
+    found, left = hashlib.blake2b(digest_size=_HASH_BYTES), size - 2 * _HASH_BYTES
+    while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+        found.update(chunk)
+        left -= len(chunk)
+    file.seek(0)
+    if found.hexdigest().encode() != footer[len(_MARK) :]:
+        raise CheckpointError(f"the checkpoint {path} is damaged (its checksum does not match): take an earlier one")
+    return True
+
+
+def _check_parts(path, state) -> None:
+    """CheckpointError for parts of another shape than `write` is given: the file is somebody else's work."""
+    for part in _PARTS:
+        if not isinstance(state[part], dict):
+            raise CheckpointError(f"the checkpoint {path}: '{part}' must be a dict; got {type(state[part]).__name__}")
+    place = state["position"]
+    for name in ("epoch", "n_iter", "epochs"):
+        if type(place.get(name)) is not int:
+            got = repr(place[name]) if name in place else "nothing"
+            raise CheckpointError(f"the checkpoint {path}: position.{name} must be a whole number; got {got}")
+    if place.get("phase") not in ("train", "valid", "end"):
+        raise CheckpointError(
+            f"the checkpoint {path}: position.phase must be train, valid or end; got {place.get('phase')!r}"
+        )
+
+
+def find(path, check=lambda state: None) -> tuple[Path, dict]:
+    """File and state to resume from: `path` itself, or the newest in the folder `path` that is whole and passes.
+
+    `check(state)` raises CheckpointError for a state that cannot be used. In a folder the one before is then tried,
+    with a warning that names both; when none will do, the newest one's error is raised.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"resume needs a checkpoint, or a folder of them; there is no {path}")
+        state = read(path)
+        check(state)
+        return path, state
+    errors = []
+    for _, file in reversed(files(path)):
+        try:
+            state = read(file)
+            check(state)
+        except CheckpointError as e:
+            errors.append(e)
+            continue
+        for e in errors:
+            warnings.warn(f"{e}; resuming from {file} instead", stacklevel=5)
+        return file, state
+    if errors:
+        raise errors[0]
+    raise CheckpointError(f"resume needs a checkpoint, and {path} holds none (checkpoint-….pt): was one written?")

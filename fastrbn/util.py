@@ -1,0 +1,121 @@
+"""Small helpers for every room: error messages, checks of arguments, nested tensors, and files.
+
+Imports neither torch nor anything else of the package, so that `fastrbn --help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+def suggestion(name: object, known: Iterable[str], form: str = " Did you mean '{}'?") -> str:
+    """A sentence naming the closest of `known`, case ignored; empty if none is close. Ends an error message."""
+    by_lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return form.format(by_lower[near[0]]) if near else ""
+
+
+def one_of(what: str, value: Any, allowed: Iterable[str]) -> Any:
+    """Return `value` if it is one of `allowed`; otherwise raise a ValueError that suggests the closest."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {value!r}.{suggestion(value, allowed)}")
+    return value
+
+
+def whole(what: str, value: Any, least: int = 1) -> int:
+    """Return `value` if it is an integer of at least `least`; otherwise raise a ValueError. Booleans are no integers."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{what} must be a whole number, {least} or more; got {value!r}")
+    return int(value)
+
+
+def items_of(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
+    """Every instance of `kind` in nested lists, tuples and dictionaries, in order.
+
+    >>> list(items_of({"a": 1, "b": [2, (3.0,)]}, int))
+    [1, 2]
+    """
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from items_of(item, kind)
+
+
+def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
+    """A copy of nested lists, tuples (named ones too) and dictionaries with `function` applied to each instance of `kind`.
+
+    >>> apply_to({"a": 1, "b": [2, ("c",)]}, int, float)
+    {'a': 1.0, 'b': [2.0, ('c',)]}
+    """
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return type(value)({k: apply_to(v, kind, function) for k, v in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(apply_to(v, kind, function) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(apply_to(v, kind, function) for v in value)
+    return value
+
+
+def write_whole(path, content) -> Path:
+    """Write `content` (str or bytes) to `path` under a temporary name beside it, then rename: whoever reads `path`
+    sees the old file or the new one, never half of one. Folders that are missing are made."""
+    with whole_file(path) as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write into, which is `path` once the block has ended well: `write_whole` for what is too large to
+    hold in memory a second time."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())  # else a power cut may leave the new name on an empty file
+        os.replace(temporary, path)
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno is not None and e.filename is None:
+            e.filename = str(path)  # a full disk does not say which file it was
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep `folder` for this process until the block ends, or the process does, even by kill -9. BlockingIOError if
+    another process has it. Where the file system has no locks (some network ones), nothing is kept."""
+    fd = None
+    try:
+        if fcntl is not None:
+            fd = os.open(folder, os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise BlockingIOError(
+            f"another process is at work in {folder}: wait for its end, or take another folder with --out"
+        ) from e
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)

@@ -1,0 +1,227 @@
+"""CSVLogger: the file is whole after each epoch, whatever happens then. TensorBoardLogger: what it is given."""
+
+import csv
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastrbn.callbacks import AvgStatsCallback, CSVLogger, Recorder, TensorBoardLogger, accuracy
+from fastrbn.learn import Callback, Runner
+from fastrbn.util import write_whole
+
+
+def make_run(path, *cbs, metric=accuracy, **kwargs):
+    run = Runner([CSVLogger(path, **kwargs), AvgStatsCallback(metric), *cbs])
+    run.logger = lambda line: None
+    return run
+
+
+def read(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def check(rows, history):
+    assert [list(r) for r in rows] == [list(h) for h in history]
+    for row, entry in zip(rows, history):
+        assert {k: None if v == "" else float(v) for k, v in row.items()} == entry
+
+
+def test_there_is_a_row_for_each_epoch(make_learn, tmp_path):
+    run = make_run(tmp_path / "runs" / "a" / "history.csv")
+    run.fit(3, make_learn())
+    check(read(tmp_path / "runs" / "a" / "history.csv"), run.avg_stats.history)
+
+
+def test_what_was_not_measured_is_an_empty_cell(make_learn, tmp_path):
+    run = make_run(tmp_path / "h.csv")
+    run.fit(1, make_learn(n_valid=0))
+    assert read(tmp_path / "h.csv")[0]["valid_loss"] == ""
+
+
+def test_the_file_is_complete_after_each_epoch(make_learn, tmp_path):
+    class Reads(Callback):
+        _order = 99
+
+        def after_epoch(self):
+            check(read(tmp_path / "h.csv"), self.run.avg_stats.history)
+            assert os.listdir(tmp_path) == ["h.csv"], "a temporary file is left"
+
+    run = make_run(tmp_path / "h.csv", Reads())
+    run.fit(3, make_learn())
+    assert len(run.avg_stats.history) == 3
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=repr)
+def test_rows_so_far_survive_what_ends_the_fit(make_learn, tmp_path, error):
+    class Ends(Callback):
+        def begin_epoch(self):
+            if self.run.epoch == 2:
+                raise error
+
+    run = make_run(tmp_path / "h.csv", Ends())
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="broken"):
+            run.fit(5, make_learn())
+    else:
+        run.fit(5, make_learn())
+    assert [r["epoch"] for r in read(tmp_path / "h.csv")] == ["0", "1"]
+
+
+@pytest.mark.parametrize(("append", "epochs"), [(False, ["0"]), (True, ["0", "1", "0"])])
+def test_a_second_fit_overwrites_or_appends(make_learn, tmp_path, append, epochs):
+    run, learn = make_run(tmp_path / "h.csv", append=append), make_learn()
+    run.fit(2, learn)
+    run.fit(1, learn)
+    assert [r["epoch"] for r in read(tmp_path / "h.csv")] == epochs
+
+
+def test_appending_to_other_columns_is_an_error_and_leaves_the_file(make_learn, tmp_path):
+    path = tmp_path / "h.csv"
+    make_run(path).fit(1, make_learn())
+    before = path.read_text()
+    with pytest.raises(ValueError, match="needs a file with the columns epoch, train_loss, valid_loss.*has epoch"):
+        make_run(path, metric=None, append=True).fit(1, make_learn())
+    assert path.read_text() == before
+
+
+def test_appending_to_a_file_that_is_not_text_is_an_error_and_leaves_the_file(make_learn, tmp_path):
+    path = tmp_path / "h.csv"
+    path.write_bytes(b"epoch,train_loss\xff\n")
+    with pytest.raises(ValueError, match=r"append=True\) needs a CSV file in UTF-8; .*h.csv is not: 'utf-8' codec"):
+        make_run(path, append=True).fit(1, make_learn())
+    assert path.read_bytes() == b"epoch,train_loss\xff\n"
+
+
+def test_without_averages_the_error_says_what_to_add(make_learn, tmp_path):
+    with pytest.raises(ValueError, match="CSVLogger writes what AvgStatsCallback measures, and the run has none"):
+        Runner([CSVLogger(tmp_path / "h.csv")]).fit(1, make_learn())
+
+
+def test_averages_of_a_subclass_serve_as_well(make_learn, tmp_path):
+    class MyAverages(AvgStatsCallback):
+        pass
+
+    run = Runner([MyAverages(accuracy), CSVLogger(tmp_path / "h.csv")])
+    run.logger = lambda line: None
+    run.fit(1, make_learn())
+    assert len(read(tmp_path / "h.csv")) == 1
+
+
+def test_a_folder_in_place_of_a_file_is_an_error_before_training(make_learn, tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"add a name, history\.csv"):
+        make_run(tmp_path).fit(1, make_learn())
+
+
+# --- files that are written whole
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    path = write_whole(tmp_path / "a" / "b.txt", "old")
+
+    def fails(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize("content", ["größer\n", b"\x00\xff"])
+def test_text_and_bytes_are_written_as_they_are(tmp_path, content):
+    path = write_whole(str(tmp_path / "f"), content)
+    assert isinstance(path, Path)
+    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+
+
+# --- TensorBoard
+
+
+@pytest.fixture
+def writers(monkeypatch):
+    """A stand-in for the package tensorboard; the list of what was made and written."""
+    made = []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step=None):
+            self.path, self.purge_step, self.scalars, self.calls = path, purge_step, [], []
+            made.append(self)
+
+        def add_scalar(self, tag, value, step):
+            self.scalars.append((tag, step, value))
+
+        def flush(self):
+            self.calls.append("flush")
+
+        def close(self):
+            self.calls.append("close")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    return made
+
+
+def test_tensorboard_gets_every_nth_step_and_the_averages_over_the_steps(make_learn, tmp_path, writers):
+    run = Runner([Recorder(), AvgStatsCallback(accuracy), TensorBoardLogger(tmp_path / "tb", every=3)])
+    run.logger = lambda line: None
+    run.fit(2, make_learn())
+    (writer,) = writers
+    assert writer.path == str(tmp_path / "tb") and writer.purge_step is None
+    assert writer.calls == ["flush", "flush", "close"]
+    steps = [(step, value) for tag, step, value in writer.scalars if tag == "loss/step"]
+    assert steps == [(n, run.recorder.losses[n]) for n in (0, 3, 6)]
+    assert [step for tag, step, value in writer.scalars if tag == "lr" and value == 0.1] == [0, 3, 6]
+    for which in ("train", "valid"):
+        for what in ("loss", "accuracy"):
+            found = [(step, value) for tag, step, value in writer.scalars if tag == f"{what}/{which}"]
+            assert found == [(4 * (i + 1), row[f"{which}_{what}"]) for i, row in enumerate(run.avg_stats.history)]
+
+
+def test_tensorboard_keeps_the_steps_before_an_error_and_is_closed(make_learn, tmp_path, writers):
+    class Ends(Callback):
+        def begin_batch(self):
+            if self.run.n_iter == 2:
+                raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        Runner([TensorBoardLogger(tmp_path / "tb", every=1), Ends()]).fit(1, make_learn())
+    assert [step for tag, step, _ in writers[0].scalars if tag == "loss/step"] == [0, 1]
+    assert writers[0].calls == ["close"]
+
+
+def test_without_the_package_tensorboard_the_error_comes_before_training_and_says_what_to_install(
+    make_learn, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    learn = make_learn()
+    before = learn.model[0].weight.clone()
+    with pytest.raises(ImportError, match=r'pip install "fastrbn\[tensorboard\]", or use CSVLogger'):
+        Runner([TensorBoardLogger(tmp_path)]).fit(1, learn)
+    assert torch.equal(before, learn.model[0].weight) and os.listdir(tmp_path) == []
+
+
+def test_tensorboards_arguments_are_checked(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(ValueError, match="needs a folder; got the file"):
+        TensorBoardLogger(tmp_path / "f")
+    with pytest.raises(ValueError, match="every must be a whole number of steps, 1 or more; got 0"):
+        TensorBoardLogger(every=0)
+
+
+def test_the_real_tensorboard_can_read_it(make_learn, tmp_path):
+    pytest.importorskip("tensorboard")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of its dependencies
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        run = Runner([Recorder(), TensorBoardLogger(tmp_path, every=1)])
+        run.fit(1, make_learn())
+        read = EventAccumulator(str(tmp_path))
+        read.Reload()
+    assert [e.value for e in read.Scalars("loss/step")] == pytest.approx(run.recorder.losses)
