@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with python3, venv and make:
 #   make train    set up .venv when needed, install the package, train   (ARGS="fashion --epochs 3": passed on)
 #   make test     the same with what the tests need, run the tests       (ARGS="-k cli": passed on; WORKERS=8: at once)
+# For contributors: make lint (ruff and mypy), make docs (the site, in build/site).
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -8,7 +9,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -18,7 +19,16 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check --line-length 120 --select E,F,I,W,UP --ignore E501,E731 fastrbn tests benchmarks
+	$(BIN)/ruff check fastrbn tests benchmarks
+	$(BIN)/mypy
+
+# The site's pages link to READMEs, results and sources elsewhere in the repository, so it is built from a copy of these.
+docs: $(VENV)/.installed-docs
+	rm -rf build/pages build/site
+	mkdir -p build/pages
+	tar -cf - --exclude __pycache__ --exclude .envs README.md CONTRIBUTING.md CHANGELOG.md LICENSE \
+	    docs fastrbn nbs benchmarks tests/plugin_example | tar -xf - -C build/pages
+	$(BIN)/zensical build --strict
 
 # Stamps: written once pip is through, out of date as soon as the dependencies change. The install is editable, so a
 # changed module needs nothing.
@@ -37,5 +47,10 @@ $(VENV)/.installed-dev: setup.cfg pyproject.toml
 	$(PIP) install -e ".[test,dev]"
 	touch $(VENV)/.installed $(VENV)/.installed-test $@
 
+$(VENV)/.installed-docs: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -e ".[docs]"
+	touch $(VENV)/.installed $@
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -7,8 +7,8 @@ give the weights back; ParamMagnitudes and ActivationStats must have the numbers
 timed before its check has passed, and before fits with and without it have ended with the same parameters, bit for bit.
 Then fits with and without it take turns in one process; reported is the median of the ratios of neighbours, "plain
 again" against "plain" being the noise of the machine. On the CPU the clock is the process's own (time that others take
-does not count). The net is the course's (8, 16, 32, 64, 64 channels) at batch 32 and others, with one thread on the CPU;
-`--device cuda` times the whole fit until the device is done.
+does not count). The net is the course's (8, 16, 32, 64, 64 channels) at batch 32 and others, with one thread on the
+CPU; `--device cuda` times the whole fit until the device is done.
 """
 
 from __future__ import annotations

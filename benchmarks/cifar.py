@@ -71,7 +71,8 @@ class Step:
     def __init__(self, way, model, xb, yb):
         self.model, self.xb, self.yb = model, xb, yb
         self.opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, nesterov=True)
-        self.call = model if way in ("plain", "graph") else torch.compile(model, mode=None if way == "compiled" else way)
+        mode = None if way == "compiled" else way
+        self.call = model if way in ("plain", "graph") else torch.compile(model, mode=mode)
         self.marks = way == "reduce-overhead"
 
     def __call__(self):
@@ -167,7 +168,8 @@ def time_steps(norm, bs, images, args):
 def train(norm, bs, epochs, seed, args):
     """The row, alone in a list, of one run of the command line."""
     with tempfile.TemporaryDirectory() as folder:
-        command = f"train cifar10 --model resnet9 --norm {norm} --bs {bs} --epochs {epochs} --seed {seed} {RECIPE}".split()
+        options = f"--model resnet9 --norm {norm} --bs {bs} --epochs {epochs} --seed {seed} {RECIPE}"
+        command = f"train cifar10 {options}".split()
         command += ["--width", str(args.width), "--device", args.device, "--out", f"{folder}/run"]
         command += ["--compile", args.compile] if args.compile else []
         command += ["--limit", str(args.limit)] if args.limit else []
@@ -178,7 +180,8 @@ def train(norm, bs, epochs, seed, args):
             raise KeyboardInterrupt
         if not Path(f"{folder}/run/config.json").is_file():
             raise SystemExit(f"fastrbn {' '.join(command)} ended with {status} and nothing trained")
-        config, history = json.loads(Path(f"{folder}/run/config.json").read_text()), rows_of(Path(f"{folder}/run/history.csv"))
+        config = json.loads(Path(f"{folder}/run/config.json").read_text())
+        history = rows_of(Path(f"{folder}/run/history.csv"))
     accuracy = [float(row["valid_accuracy"]) * 100 for row in history if row["valid_accuracy"]]
     seconds = [float(row["time"]) for row in history if row["time"]]
     row = {
@@ -242,7 +245,8 @@ def plot(rows, path, title):
                 ax.plot(at, curve, color=f"C{i}", lw=1, alpha=0.5)
                 ax.plot(at[-1:], curve[-1:], "o", color=f"C{i}", ms=4)
             ax.plot([], [], color=f"C{i}", label=norm)
-        ax.set(title=f"batch {bs}", xlabel="seconds, without the first epoch's compiling", ylabel="validation accuracy, %")
+        ax.set(title=f"batch {bs}", ylabel="validation accuracy, %")
+        ax.set_xlabel("seconds, without the first epoch's compiling")
         ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     fig.suptitle(title, fontsize=8)

@@ -3,8 +3,8 @@
     python benchmarks/forces.py                                      # about five minutes on a CPU thread
     python benchmarks/forces.py --tasks dense --bs 2 --norms default,batchnorm
 
-A net whose norms do not see the scale of the weights w before them has ⟨w, ∂L/∂w⟩ = 0. Where it is not, descent grows or
-shrinks ‖w‖ and finds nothing by it. A row a norm, batch size and task, over all weights but the last layer's:
+If the norms of a net do not see the scale of the weights w before them, ⟨w, ∂L/∂w⟩ = 0. If it is not 0, descent grows
+or shrinks ‖w‖ to no purpose. One row per norm, batch size and task, over all weights but the last layer's:
 
 - size: ‖w‖ at the end over ‖w‖ at the start;
 - pull: the mean over the steps of ⟨w, ∂L/∂w⟩/(‖w‖·‖∂L/∂w‖), negative where descent grows w;

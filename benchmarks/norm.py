@@ -120,7 +120,7 @@ def runs(layer, context, x, dy):
 
 
 def clock(run, repeats, cuda):
-    """Seconds a call, after one that is not counted: the first finds memory and caches as another contender left them."""
+    """Seconds a call, after one that is not counted: it finds memory and caches as another contender left them."""
     run()
     if cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,10 +1,11 @@
 """What the frameworks cost, side by side: fastrbn, fastai, Lightning, Ignite, skorch, and plain PyTorch.
 
     python benchmarks/peers.py --install            # once: an environment for each peer in benchmarks/.envs
-    python benchmarks/peers.py [--csv results/peers_cpu.csv] [--rounds 9] [--epochs 3] [--steps 1000] [--only fastai ignite]
+    python benchmarks/peers.py [--csv results/peers_cpu.csv] [--rounds 9] [--epochs 3] [--steps 1000]
+                               [--only fastai ignite]
 
-- A step of a tiny model (nn.Linear(10, 10), batches of 8 that are ready, SGD), `peer_scripts/steps.py`: what is added to
-  a plain loop in the same process, the framework bare, and full: loss and rate of each step kept, average loss and
+- A step of a tiny model (nn.Linear(10, 10), batches of 8 that are ready, SGD), `peer_scripts/steps.py`: what is added
+  to a plain loop in the same process, the framework bare, and full: loss and rate of each step kept, average loss and
   accuracy of the training epoch, a progress bar.
 - One epoch of MNIST at batch 64 with validation, the course's net with nn.BatchNorm2d, the tensors ready:
   `peer_scripts/mnist_*.py`, whose lines of code are counted. Setting up is part of it; importing is not.

@@ -57,7 +57,9 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_every_module_kernel_and_readme_of_the_package_and_nothing_else(wheel):
     tree = wheel.parents[1]
-    kept = {p for p in (tree / "fastrbn").rglob("*") if p.suffix in (".py", ".c", ".h") or p.name == "README.md"}
+    extra = ("README.md", "py.typed")
+    kept = {p for p in (tree / "fastrbn").rglob("*") if p.suffix in (".py", ".c", ".h") or p.name in extra}
+    assert tree / "fastrbn" / "py.typed" in kept
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert names == {p.relative_to(tree).as_posix() for p in kept}
 
@@ -94,7 +96,7 @@ def test_the_metadata_says_what_users_need(installed):
     assert (meta["Name"], meta["Version"], meta["Requires-Python"]) == ("fastrbn", fastrbn.__version__, ">=3.10")
     assert "Apache-2.0" in (meta.get("License"), meta.get("License-Expression"))
     assert list(info.rglob("LICENSE")) != []
-    assert {"test", "notebooks", "dev", "tensorboard"} == set(meta.get_all("Provides-Extra"))
+    assert {"test", "notebooks", "dev", "docs", "tensorboard"} == set(meta.get_all("Provides-Extra"))
     scripts = {e.name: e.value for e in dist.entry_points if e.group == "console_scripts"}
     assert scripts == {"fastrbn": "fastrbn.cli:main"}
     callbacks = {e.name: e for e in dist.entry_points if e.group == "fastrbn.callbacks"}

@@ -1,4 +1,4 @@
-"""What every contender is given: MNIST as tensors, the course's net in plain PyTorch, and batches that keep the time."""
+"""Shared by all contenders: MNIST as tensors, the course's net in plain PyTorch, and batches that keep the time."""
 
 import time
 

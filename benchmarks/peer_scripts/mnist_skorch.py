@@ -1,4 +1,4 @@
-"""MNIST with skorch. Its history keeps the loss of every batch; the training accuracy is that of the batches' outputs."""
+"""MNIST with skorch. Its history keeps each batch's loss; training accuracy is that of the batches' outputs."""
 
 import torch
 from common import BS, LR
