@@ -117,12 +117,13 @@ def test_the_build_file_holds_the_build_system_only():
     assert sections == ["build-system"]
 
 
-def test_make_knows_both_commands_and_installs_before_it_runs(tmp_path):
+def test_make_knows_its_commands_and_installs_before_it_runs(tmp_path):
     if shutil.which("make") is None:
         pytest.skip("there is no make on this machine")
     for target, extra, last in (
         ("train", 'install -e "."', ".venv/bin/fastrbn train glyphs"),
         ("test", 'install -e ".[test]"', ".venv/bin/python -m pytest -n 2 --dist worksteal glyphs"),
+        ("docs", 'install -e ".[docs]"', ".venv/bin/zensical build --strict"),
     ):
         for name in ("Makefile", "setup.cfg", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
@@ -147,5 +148,5 @@ def test_make_sets_up_once(tmp_path):
 def test_continuous_integration_is_a_script_that_can_be_run():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "set -euo pipefail" in script.read_text() and "make test" in script.read_text()
+    assert all(line in script.read_text() for line in ("set -euo pipefail", "make test", "make docs"))
     run("bash", "-n", script, cwd=ROOT)
