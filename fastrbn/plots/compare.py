@@ -207,13 +207,13 @@ def _runs(points: Sequence[Point]) -> Iterator[list[Point]]:
 
 
 def _limits(points: Sequence[Point]) -> tuple[float, float]:
-    """(floor, top) of the axis: all cells when they lie close; else down to four times the way from the best to its
-    lower quartile, so that a net at chance does not press the others into a line."""
+    """(floor, top) of the axis: all cells if they lie close, else down to three times the distance from the best cell to
+    the lower quartile, so that a net at chance does not press the others into a line."""
     trained = sorted((p for p in points if p["mean"] is not None), key=lambda p: p["mean"])
     if not trained:
         return 0.0, 100.0
     best, quartile = trained[-1]["mean"], trained[len(trained) // 4]["mean"]
-    floor = max(trained[0]["mean"], best - max(4 * (best - quartile), 0.5))
+    floor = max(trained[0]["mean"], best - max(3 * (best - quartile), 0.5))
     span = max(best - floor, 0.5)
     shown = [p for p in trained if p["mean"] >= floor]
     low = max(min(p["mean"] - (p["std"] or 0) for p in shown), floor - span / 4)
