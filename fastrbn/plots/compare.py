@@ -207,7 +207,7 @@ def _runs(points: Sequence[Point]) -> Iterator[list[Point]]:
 
 
 def _limits(points: Sequence[Point]) -> tuple[float, float]:
-    """(floor, top) of the axis: all cells if they lie close, else down to three times the distance from the best cell to
+    """(floor, top) of the axis: all cells if they lie close, else down to three times the way from the best cell to
     the lower quartile, so that a net at chance does not press the others into a line."""
     trained = sorted((p for p in points if p["mean"] is not None), key=lambda p: p["mean"])
     if not trained:

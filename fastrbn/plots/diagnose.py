@@ -189,11 +189,13 @@ def plot_activations(
         called = f"{_capital(label)} of each output"
         ax = axes(fig, grid[i // columns, i % columns], called, "step", label)
         exploded = not label.startswith("share") and _scale(ax, table, signed=label == "mean")
-        _draw_statistics(ax, table, steps, exploded, crosses=label == "mean")
+        width = _draw_statistics(ax, table, steps, exploded, crosses=label == "mean")
+        note = f" (light: each, dark: mean of {width})" if width > 1 else ""
         if end is not None and end > 0:
             ax.set_xlim(steps[0], steps[end])  # a line that ends early does so in all panels
             if end < len(steps) - 1:
-                ax.set_xlabel(f"step (nothing is finite from {steps[end + 1]} on)", fontsize=TEXT)
+                note = f" (nothing is finite from {steps[end + 1]} on)"
+        ax.set_xlabel(f"step{note}", fontsize=TEXT)
         if label.startswith("share"):
             ax.set_ylim(-0.03, 1.03)
         elif not exploded and label != "mean":
@@ -202,10 +204,11 @@ def plot_activations(
     return fig
 
 
-def _draw_statistics(ax: Axes, table: torch.Tensor, steps: Sequence[int], exploded: bool, crosses: bool) -> None:
+def _draw_statistics(ax: Axes, table: torch.Tensor, steps: Sequence[int], exploded: bool, crosses: bool) -> int:
+    """Draw a line for each column; the number of steps that its running mean covers."""
     table = torch.where(table.isfinite(), table, torch.nan)
     broken = _broken(table).any(0)
-    mean = None if exploded else smoothed(table)[0]
+    mean, width = (None, 1) if exploded else smoothed(table)
     for column in range(table.shape[1]):
         style, y = line_style(column), table[:, column]
         if mean is not None:
@@ -215,6 +218,7 @@ def _draw_statistics(ax: Axes, table: torch.Tensor, steps: Sequence[int], explod
         last = last_finite(shown)
         if crosses and broken[column] and last is not None:
             _cross(ax, steps[last], float(shown[last]), style["color"])
+    return width
 
 
 def plot_histograms(
