@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from about import in_words, machine
 
-from fastrbn import image_databunch, load_dataset, resnet9
+from fastrbn import image_databunch, load_dataset, plots, resnet9
 from fastrbn.cli import main as fastrbn
+from fastrbn.plots import figure
 
 NORMS = ("batch", "group", "running")
 WAYS = ("plain", "compiled", "reduce-overhead", "graph")
@@ -71,8 +72,7 @@ class Step:
     def __init__(self, way, model, xb, yb):
         self.model, self.xb, self.yb = model, xb, yb
         self.opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, nesterov=True)
-        mode = None if way == "compiled" else way
-        self.call = model if way in ("plain", "graph") else torch.compile(model, mode=mode)
+        self.call = model if way in ("plain", "graph") else torch.compile(model, mode=None if way == "compiled" else way)
         self.marks = way == "reduce-overhead"
 
     def __call__(self):
@@ -168,8 +168,7 @@ def time_steps(norm, bs, images, args):
 def train(norm, bs, epochs, seed, args):
     """The row, alone in a list, of one run of the command line."""
     with tempfile.TemporaryDirectory() as folder:
-        options = f"--model resnet9 --norm {norm} --bs {bs} --epochs {epochs} --seed {seed} {RECIPE}"
-        command = f"train cifar10 {options}".split()
+        command = f"train cifar10 --model resnet9 --norm {norm} --bs {bs} --epochs {epochs} --seed {seed} {RECIPE}".split()
         command += ["--width", str(args.width), "--device", args.device, "--out", f"{folder}/run"]
         command += ["--compile", args.compile] if args.compile else []
         command += ["--limit", str(args.limit)] if args.limit else []
@@ -180,8 +179,7 @@ def train(norm, bs, epochs, seed, args):
             raise KeyboardInterrupt
         if not Path(f"{folder}/run/config.json").is_file():
             raise SystemExit(f"fastrbn {' '.join(command)} ended with {status} and nothing trained")
-        config = json.loads(Path(f"{folder}/run/config.json").read_text())
-        history = rows_of(Path(f"{folder}/run/history.csv"))
+        config, history = json.loads(Path(f"{folder}/run/config.json").read_text()), rows_of(Path(f"{folder}/run/history.csv"))
     accuracy = [float(row["valid_accuracy"]) * 100 for row in history if row["valid_accuracy"]]
     seconds = [float(row["time"]) for row in history if row["time"]]
     row = {
@@ -233,24 +231,22 @@ def flat(rows):
 
 
 def plot(rows, path, title):
-    from matplotlib.figure import Figure
-
     sizes = sorted({int(r["bs"]) for r in rows}, reverse=True)
-    fig = Figure(figsize=(4 * len(sizes), 3.2), layout="constrained")
-    for ax, bs in zip(fig.subplots(1, len(sizes), squeeze=False)[0], sizes):
+    fig = plots.new_figure(4 * len(sizes) + 1.2, 3.4)
+    grid = fig.add_gridspec(1, len(sizes))
+    for column, bs in enumerate(sizes):
+        xlabel = "seconds, without the first epoch's compiling"
+        ax = figure.axes(fig, grid[0, column], f"batch {bs}", xlabel, "validation accuracy, %")
         for i, norm in enumerate(NORMS):
             for r in (r for r in rows if r["norm"] == norm and int(r["bs"]) == bs and r["curve"]):
                 curve = [float(a) for a in str(r["curve"]).split()]
                 at = [(k + 1) * float(r["epoch_seconds"]) for k in range(len(curve))]
-                ax.plot(at, curve, color=f"C{i}", lw=1, alpha=0.5)
-                ax.plot(at[-1:], curve[-1:], "o", color=f"C{i}", ms=4)
-            ax.plot([], [], color=f"C{i}", label=norm)
-        ax.set(title=f"batch {bs}", ylabel="validation accuracy, %")
-        ax.set_xlabel("seconds, without the first epoch's compiling")
-        ax.grid(alpha=0.3)
-    ax.legend(frameon=False)
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(path, dpi=120)
+                ax.plot(at, curve, **figure.line_style(i), lw=1, alpha=0.6)
+                ax.plot(at[-1:], curve[-1:], "o", color=figure.COLORS[i], ms=4)
+    lines = [fig.axes[0].plot([], [], **figure.line_style(i))[0] for i in range(len(NORMS))]
+    figure.outside_legend(fig, lines, NORMS, "norm")
+    fig.suptitle(title, fontsize=figure.SMALL)
+    fig.savefig(path, dpi=figure.DPI)
 
 
 def arguments():

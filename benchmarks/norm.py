@@ -24,7 +24,9 @@ import torch
 from about import in_words, machine, write_csv
 from torch import nn
 
+from fastrbn import plots
 from fastrbn.norm import RECIPES, RunningBatchNorm
+from fastrbn.plots import figure
 
 SHAPES = ["2x8x14x14", "32x64x14x14", "64x64x32x32", "128x64x56x56", "128x256x14x14", "4096x512", "8x32x8x28x28"]
 CUDA_SHAPES = [*SHAPES, "512x64x32x32"]
@@ -187,25 +189,28 @@ def bench(shape, memory_format, dtype, device, options):
 
 
 def plot(rows, path, machine):
-    """Ratios to nn.BatchNorm, a group of bars a shape and format."""
-    from matplotlib.figure import Figure
-
+    """Ratios to nn.BatchNorm, a group of bars a shape and format, each with its number."""
     rows = [dict(zip(COLUMNS, r, strict=True)) for r in rows]
     cases = list(dict.fromkeys((r["shape"], r["format"]) for r in rows))
     names = [n for n in dict.fromkeys(r["layer"] for r in rows) if n not in ("nn.BatchNorm", "thread's form")]
-    fig = Figure(figsize=(max(7, 1.25 * len(cases)), 4), layout="constrained")
-    ax = fig.add_subplot()
-    for i, name in enumerate(names):
-        at = [c + (i + 0.5) / (len(names) + 1) for c in range(len(cases))]
-        by_case = {(r["shape"], r["format"]): float(r["ratio"]) for r in rows if r["layer"] == name}
-        ax.bar(at, [by_case.get(c, 0) for c in cases], width=1 / (len(names) + 1), label=name)
-    ax.axhline(1, color="black", lw=0.8)
-    ax.set_xticks([c + 0.5 for c in range(len(cases))], [f"{s}\n{f}" for s, f in cases], fontsize=7)
     top = 1.05 * max(float(r["ratio"]) for r in rows if r["layer"] in OURS)
-    ax.set(ylabel="forward + backward,\nnn.BatchNorm = 1", ylim=(0, top), xlim=(-0.1, len(cases)), title=machine)
-    ax.title.set_fontsize(8)
-    ax.legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=110)
+    fig = plots.new_figure(max(7, 1.15 * len(cases)), 4)
+    ax = figure.axes(fig, title=machine, ylabel="forward + backward, nn.BatchNorm = 1")
+    bars = []
+    for i, name in enumerate(names):
+        at = [c + (i + 1) / (len(names) + 1) for c in range(len(cases))]
+        by_case = {(r["shape"], r["format"]): float(r["ratio"]) for r in rows if r["layer"] == name}
+        ratios = [by_case.get(c, 0) for c in cases]
+        bars.append(ax.bar(at, ratios, width=0.9 / (len(names) + 1), color=figure.COLORS[i]))
+        for x, ratio in zip(at, ratios):
+            number = ax.text(x, min(ratio, top), f"{ratio:.2f}", fontsize=figure.SMALL, ha="center", va="bottom")
+            number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    ax.axhline(1, color="black", lw=0.8, zorder=0)
+    ax.set_xticks([c + 0.5 for c in range(len(cases))], [f"{s}\n{f}" for s, f in cases])
+    ax.grid(False)
+    ax.set(ylim=(0, top), xlim=(0, len(cases)))
+    figure.outside_legend(fig, bars, names, "layer")
+    fig.savefig(path, dpi=figure.DPI)
 
 
 def main():

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from small_batch import end, numbers
 
+from fastrbn import plots
 from fastrbn.compare import PEERS, TASKS, ZOO, cells_of, get_task, read_rows, run_grid, split_norms
-from fastrbn.compare.report import groups_of, markdown, png, task_figure
+from fastrbn.compare.report import groups_of, markdown, task_figure
 from fastrbn.compare.standing import standing_table
 from fastrbn.compare.tasks import task_of
 from fastrbn.data import DataError
@@ -66,7 +67,7 @@ def report(path) -> str:
     pictures.mkdir(exist_ok=True)
     for group in groups_of(rows):
         name = f"{group.rows[0]['net']}{group.beside}".replace(", ", "-").replace(" ", "_")
-        write_whole(pictures / f"{name}.png", png(task_figure(group)))
+        write_whole(pictures / f"{name}.png", plots.png(task_figure(group)))
     return standing
 
 

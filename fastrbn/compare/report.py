@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import statistics
 from dataclasses import dataclass
@@ -301,11 +300,5 @@ def write_report(path, name=None, rows=None) -> tuple[str, list[Path]]:
     files = []
     for file, content in zip(names, contents):
         if content is not None:
-            files.append(write_whole(path.parent / file, content if isinstance(content, str) else png(content)))
+            files.append(write_whole(path.parent / file, content if isinstance(content, str) else plots.png(content)))
     return text, files
-
-
-def png(figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
-    return file.getvalue()

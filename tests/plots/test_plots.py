@@ -1,6 +1,8 @@
-"""Pictures: what they show, that they work on what training really leaves, and that no window or backend is touched."""
+"""Pictures: what they show, that no text is on another or too small, and that no window or backend is touched."""
 
+import doctest
 import io
+import itertools
 import math
 import os
 import subprocess
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 
-from fastrbn import plots
+from fastrbn import conv_layer, get_learn_run, glyphs, image_databunch, plots
 from fastrbn.callbacks import ActivationStats, LR_Find, ParamMagnitudes, Recorder
 
 
@@ -20,6 +23,28 @@ def png(fig):
     data = out.getvalue()
     assert data.startswith(b"\x89PNG")
     return data
+
+
+def texts(fig):
+    """All texts that are drawn in `fig`, with their extents; `fig` must have been saved."""
+    found = [t for legend in fig.legends for t in (legend.get_title(), *legend.get_texts())]
+    for ax in fig.axes:
+        where = ax.get_window_extent()
+        ticks = [t for t in ax.get_xticklabels() if where.x0 - 2 < _mid(t)[0] < where.x1 + 2]
+        ticks += [t for t in ax.get_yticklabels() if where.y0 - 2 < _mid(t)[1] < where.y1 + 2]
+        names = [ax.xaxis.label, ax.yaxis.label, ax.title, ax._left_title, ax._right_title] if ax.axison else []
+        found += [*(ticks if ax.axison else []), *names, *ax.texts]
+    found += [fig._suptitle] if fig._suptitle else []
+    return [(t, Text.get_window_extent(t)) for t in found if t.get_visible() and t.get_text()]  # without its line
+
+
+def _mid(text):
+    box = text.get_window_extent()
+    return (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+
+
+def labels(ax):
+    return [t.get_text() for t in ax.texts]
 
 
 def line(ax, i=0):
@@ -44,18 +69,32 @@ def test_loss_is_drawn_step_by_step_with_its_mean_when_there_are_many():
     assert all(abs(v - 1.5) < 0.1 for v in line(ax, 1)[20:-20])
 
 
-@pytest.mark.parametrize(("losses", "scale"), [([100.0, 1.0], "log"), ([2.0, 1.0], "linear"), ([100.0, -1.0], "linear")])
+@pytest.mark.parametrize(
+    ("losses", "scale"), [([100.0, 1.0], "log"), ([2.0, 1.0], "linear"), ([100.0, -1.0], "linear")]
+)
 def test_the_loss_axis_is_logarithmic_where_losses_span_decades(losses, scale):
     assert plots.plot_loss(losses).axes[0].get_yscale() == scale
 
 
-def test_the_search_for_a_rate_has_a_logarithmic_axis_and_its_mark():
+def test_the_search_for_a_rate_has_a_logarithmic_axis_and_a_label_for_each_suggestion():
     lrs, losses = [10.0**i for i in range(-6, 1)], [2.0, 2.0, 1.9, 1.5, 1.0, 5.0, 1e9]
     (ax,) = plots.plot_lr_find(lrs, losses, suggestion=1e-3).axes
     assert ax.get_xscale() == "log"
+    assert labels(ax) == ["suggestion: 0.001"]
     assert ax.lines[1].get_xdata()[0] == 1e-3
     assert ax.get_ylim()[1] < 20, "the explosion hides the curve"
-    assert ax.get_xlabel() == "learning rate"
+    (ax,) = plots.plot_lr_find(lrs, losses, {"steepest": 1e-2, "minimum": 1e-3, "valley": None}).axes
+    assert labels(ax) == ["minimum: 0.001", "steepest: 0.01"]
+
+
+def test_the_search_for_a_rate_is_smoothed_up_to_the_explosion():
+    lrs, losses = torch.logspace(-6, 0, 90), torch.ones(90) + torch.rand(90) / 10
+    losses[80:] = torch.logspace(1, 9, 10)
+    (ax,) = plots.plot_lr_find(lrs, losses).axes
+    assert line(ax, 0) == pytest.approx(losses.tolist())
+    mean = torch.tensor(line(ax, 1))
+    assert len(mean) == 80, "what is off the axis has no mean"
+    assert mean.std() < losses[:80].std() / 1.5
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [math.nan] * 3, [1.0, math.inf, math.nan], [0.0, 0.0], torch.rand(80)])
@@ -78,8 +117,24 @@ def test_history_has_a_panel_for_each_measure():
 def test_a_run_at_a_glance_has_steps_above_and_epochs_below():
     fig = plots.plot_run([2.0, 1.0], [0.1, 0.2], history())
     assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "learning rate", "loss", "accuracy"]
-    png(fig)
-    png(plots.plot_run([], [], history(1)))
+    assert labels(fig.axes[2]) == ["train 0.3333", "valid 2.5"]
+
+
+@pytest.mark.parametrize(("valid", "parts"), [(True, ["train", "valid"]), (False, ["train"])])
+def test_a_single_epoch_has_bars_with_their_values_and_no_lone_dots(valid, parts):
+    _, _, loss, accuracy = plots.plot_run([2.0, 1.0], [0.1, 0.2], history(1, valid)).axes
+    assert [len(ax.lines) for ax in (loss, accuracy)] == [0, 0]
+    assert [bar.get_width() for bar in loss.patches] == [1.0, 0.5][: len(parts)]
+    assert [t.get_text() for t in loss.get_yticklabels()] == parts
+    assert labels(loss) == ["1", "0.5"][: len(parts)]
+    assert loss.get_title("left") == "Loss of epoch 0"
+
+
+def test_a_loss_that_breaks_says_from_which_step_on():
+    (ax,) = plots.plot_loss([1.0, 2.0, 3.0, math.nan, math.nan]).axes
+    assert labels(ax) == ["NaN or infinite\nfrom step 3 on"]
+    (cross,) = [line for line in ax.lines if line.get_marker() == "X"]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (2, 3)
 
 
 def test_magnitudes_have_a_row_for_each_parameter_and_a_logarithmic_colour():
@@ -109,14 +164,14 @@ def test_magnitudes_of_nothing_much_are_drawn_all_the_same(values):
     png(plots.plot_magnitudes(values, ["a", "b"], list(range(len(values)))))
 
 
-def test_what_broke_is_red_in_the_map_and_what_was_never_there_is_not():
+def test_what_broke_is_orange_in_the_map_and_what_was_never_there_is_not():
     values = torch.ones(6, 3)
     values[4:, 0], values[:3, 1], values[5, 2] = math.nan, math.nan, 0.0
     fig = plots.plot_magnitudes(values, ["a", "b", "c"], list(range(6)))
     ax, _ = fig.axes
-    red = ax.images[1].get_array()[..., 3]
-    assert red.tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6, [0] * 6]
-    assert "NaN" in ax.get_title(loc="right")
+    orange = ax.images[1].get_array()[..., 3]
+    assert orange.tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6, [0] * 6]
+    assert ax.get_title(loc="right") == "grey: 0 or not there; orange: NaN or infinite"
     assert len(plots.plot_magnitudes(torch.ones(6, 3), ["a", "b", "c"], list(range(6))).axes[0].images) == 1
 
 
@@ -135,15 +190,14 @@ def test_lines_are_named_where_they_grow_most_and_crossed_where_they_break():
     values[12:, 3] = math.inf
     fig = plots.plot_magnitude_lines(values, names, list(range(20)), "rms")
     (ax,) = fig.axes
-    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "rms")
-    (legend,) = fig.legends
-    texts = [t.get_text() for t in legend.get_texts()]
-    assert len(texts) == 10
-    assert {"p3", "p7"} <= set(texts)
-    assert "4 more" in legend.get_title().get_text()
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "rms (logarithmic)")
+    assert len(labels(ax)) == 8
+    assert {"p3", "p7"} <= set(labels(ax))
+    colors = [line.get_color() for line in ax.lines if line.get_marker() != "X"]
+    assert sorted(colors.count(c) for c in set(colors)) == [1] * 8 + [6], "a colour each, and grey"
     (cross,) = [line for line in ax.lines if line.get_marker() == "X"]
     assert cross.get_xdata()[0] == 11
-    png(fig)
+    assert "NaN" in ax.get_title("right")
 
 
 @pytest.mark.parametrize("values", NOTHING_MUCH)
@@ -169,11 +223,27 @@ def test_activations_have_three_panels_and_histograms_one_for_each_module():
     assert [len(ax.lines) for ax in fig.axes] == [3, 3, 3]
     assert [t.get_text() for t in fig.legends[0].get_texts()] == names
     png(fig)
-    fig = plots.plot_histograms(torch.rand(10, 3, 40) * 100, names, steps, (-5.0, 5.0))
-    assert [ax.get_title() for ax in fig.axes] == names
-    assert fig.axes[0].images[0].get_extent() == [-0.5, 9.5, -5.0, 5.0]
-    assert fig.axes[0].images[0].get_array().shape == (40, 10)
-    png(fig)
+    counts = torch.rand(10, 3, 40) * 100
+    fig = plots.plot_histograms(counts, names, steps, (-5.0, 5.0))
+    *images, bar = fig.axes
+    assert [ax.get_title("left") for ax in images] == names
+    assert images[0].images[0].get_extent() == [-0.5, 9.5, -5.0, 5.0]
+    assert images[0].images[0].get_array().sum(0).tolist() == pytest.approx([100] * 10, rel=1e-3), "percent of a step"
+    assert len({image.images[0].get_clim() for image in images}) == 1, "one scale for all"
+    assert bar.get_ylabel().startswith("% of the step's values")
+
+
+def test_what_training_leaves_is_drawn_with_the_type_of_each_module_and_every_suggestion():
+    data = image_databunch(glyphs(256, 64), 8)
+    learn, run = get_learn_run([4, 8], data, 0.1, conv_layer, cbs=[ActivationStats])
+    run.fit(1, learn)
+    titles = [ax.get_title("left") for ax in run.activation_stats.plot_hist().axes[:-1]]
+    assert titles == [f"{name} {type(module).__name__}" for name, module in learn.model.named_children()]
+    assert [t.get_text() for t in run.activation_stats.plot().legends[0].get_texts()] == titles
+    learn, run = get_learn_run([4, 8], data, 0.1, conv_layer, cbs=[LR_Find])
+    run.fit(5, learn)
+    rules = [text.split(":")[0] for text in labels(run.lr_find.plot().axes[0])]
+    assert {"steepest", "minimum"} <= set(rules)
 
 
 def test_nothing_recorded_is_drawn_as_nothing():
@@ -204,7 +274,7 @@ def test_in_a_notebook_a_figure_shows_itself_once(monkeypatch):
     import matplotlib.pyplot as plt
 
     shown = []
-    monkeypatch.setattr(plots, "in_notebook", lambda: True)
+    monkeypatch.setattr(plots.figure, "in_notebook", lambda: True)
     monkeypatch.setattr(IPython.display, "display", shown.append)
     fig = plots.plot_loss([1.0, 2.0])
     assert plt.get_fignums() != [], "the end of the cell would not show it"
@@ -213,6 +283,78 @@ def test_in_a_notebook_a_figure_shows_itself_once(monkeypatch):
     assert [type(s).__name__ for s in shown] == ["Image"]
     fig._ipython_display_()  # and it can be shown again
     assert len(shown) == 2
+
+
+def history_of_activations(steps, modules):
+    return [torch.rand(steps, modules) for _ in range(3)]
+
+
+def comparison(columns, norms):
+    def point(x, i):
+        counts = {"at chance": i % 3 == 1, "diverged": 2 * (i % 4 == 1), "refused": 3 * (i == 6 and x < 4)}
+        mean = None if sum(counts.values()) == 3 else 98 - 9 * (i == 5) - i / 10
+        return {"x": x, "mean": mean, "std": 0.2, "total": 3, **counts}
+
+    lines = {f"norm-{i}": [point(x, i) for x in (1, 2, 4, 8, 32, 512)] for i in range(norms)}
+    return [(f"mnist, cnn, 50000 images, 3 to 6 seeds, batch size {i}, lr×0.333", lines) for i in range(columns)]
+
+
+WALK = torch.randn(200, 20).div(9).cumsum(0).exp()
+NAMES = [f"layers.{i}.weight" for i in range(20)]
+BOXES = [
+    {"x": 1.5, "y": y, "width": w, "height": h, "title": title, "detail": "16×64, 3 KiB saved", "kind": kind}
+    for y, title, kind in ((3.0, "0 Conv2d", "module"), (2.0, "AddBackward0", "op"), (1.0, "MeanBackward0", "root"))
+    for w, h in [plots.box_size(title, "16×64, 3 KiB saved")]
+]
+CURVES = {f"norm-{i}": (list(range(50)), [20 + i * s for s in range(50)]) for i in range(6)}
+PICTURES = {
+    "one epoch": lambda: plots.plot_run(torch.rand(500) + 1, torch.rand(500), history(1)),
+    "one epoch, two steps": lambda: plots.plot_run([2.0, 1.0], [0.1, 0.1], history(1, valid=False)),
+    "two epochs": lambda: plots.plot_run([2.0, 1.0], [0.1, 0.1], history(2)),
+    "twenty epochs": lambda: plots.plot_run(torch.rand(7000) * 1e-3, torch.ones(7000), history(20)),
+    "broken": lambda: plots.plot_run([2.0, 1e9, math.inf], [0.1] * 3, history(1)),
+    "equal ends": lambda: plots.plot_history([{"epoch": i, "train_a": 1.0, "valid_a": 1.0} for i in range(3)]),
+    "rates": lambda: plots.plot_lr_find(
+        torch.logspace(-6, 1, 100), torch.rand(100) + 1, {"steepest": 0.1, "minimum": 0.09, "valley": 0.08}
+    ),
+    "map": lambda: plots.plot_magnitudes(WALK, NAMES, list(range(200)), "root mean square"),
+    "lines": lambda: plots.plot_magnitude_lines(WALK, NAMES, list(range(200)), "root mean square"),
+    "equal lines": lambda: plots.plot_magnitude_lines(torch.ones(9, 20), NAMES, list(range(9)), "rms"),
+    "activations": lambda: plots.plot_activations(*history_of_activations(200, 9), NAMES[:9], list(range(200))),
+    "explosion": lambda: plots.plot_activations(*[WALK[:, :8] ** 20] * 3, NAMES[:8], range(200)),
+    "forty modules": lambda: plots.plot_activations(*history_of_activations(9, 40), 2 * NAMES, list(range(9))),
+    "histograms": lambda: plots.plot_histograms(torch.rand(50, 6, 40), NAMES[:6], list(range(50)), (-5.0, 5.0)),
+    "two histograms": lambda: plots.plot_histograms(torch.rand(50, 2, 40), NAMES[:2], list(range(50)), (-5.0, 5.0)),
+    "comparison": lambda: plots.plot_comparison(comparison(1, 10), dashed=["norm-1", "norm-5"]),
+    "three comparisons": lambda: plots.plot_comparison(comparison(3, 4)),
+    "weights": lambda: plots.plot_weight_norms([(f"mnist, cnn, 50000 images, batch size {i}", CURVES) for i in (2, 8)]),
+    "graph": lambda: plots.plot_graph(BOXES, [[(1.5, 2.8), (1.5, 2.2)], [(1.5, 1.8), (1.5, 1.2)]]),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_texts_are_large_enough_inside_the_picture_and_not_on_one_another_nor_on_data(name):
+    fig = PICTURES[name]()
+    png(fig)
+    found = texts(fig)
+    assert len(found) > 2
+    for text, box in found:
+        assert text.get_fontsize() >= 8, text
+        assert fig.bbox.x0 - 1 <= box.x0 and box.x1 <= fig.bbox.x1 + 1, text
+        assert fig.bbox.y0 - 1 <= box.y0 and box.y1 <= fig.bbox.y1 + 1, text
+    for (a, box), (b, other) in itertools.combinations(found, 2):
+        assert not box.padded(-1).overlaps(other.padded(-1)), (a, b)
+    for legend in fig.legends if name != "graph" else []:
+        assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in fig.axes)
+    assert not any(ax.get_legend() for ax in fig.axes)
+
+
+@pytest.mark.parametrize("module", ["figure", "training", "diagnose", "compare", "graph"])
+def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch}
+    found = doctest.testmod(getattr(plots, module), extraglobs=names)
+    assert found.failed == 0 and found.attempted > 0
 
 
 def test_a_plain_interpreter_is_no_notebook():

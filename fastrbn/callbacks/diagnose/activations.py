@@ -43,6 +43,7 @@ class ActivationStats(Callback):
         self.modules, self.hist, self.bins, self.value_range, self.near = modules, hist, bins, (low, high), near
         self.every, self.keep = every, keep
         self._clear([])
+        self._types = []
 
     @property
     def _bins(self) -> int:
@@ -56,6 +57,7 @@ class ActivationStats(Callback):
     def begin_fit(self):
         found = _modules_of(self.run.model, self.modules)
         self._clear(list(found))
+        self._types = [type(module).__name__ for module in found.values()]
         self._hook(found)
 
     def begin_epoch(self):
@@ -161,7 +163,7 @@ class ActivationStats(Callback):
         matplotlib Figure."""
         from fastrbn import plots
 
-        return plots.plot_activations(self.means, self.stds, self.near_zero, self.names, self.steps, self.dead)
+        return plots.plot_activations(self.means, self.stds, self.near_zero, self._titles(), self.steps, self.dead)
 
     def plot_hist(self):
         """Histograms over the steps, an image for each module. Returns the matplotlib Figure."""
@@ -169,7 +171,11 @@ class ActivationStats(Callback):
 
         if not self.hist:
             raise ValueError("ActivationStats kept no histograms: make it with hist=True")
-        return plots.plot_histograms(self.hists, self.names, self.steps, self.value_range)
+        return plots.plot_histograms(self.hists, self._titles(), self.steps, self.value_range)
+
+    def _titles(self) -> list[str]:
+        """Qualified name and type of each module."""
+        return [f"{name} {kind}" for name, kind in zip(self.names, self._types)]
 
     def __getstate__(self):
         # the hooks are the model's; a copy of it takes copies of them along, which look at nothing

@@ -307,11 +307,11 @@ class LR_Find(Callback):
         return RULES[rule](self.lrs, losses) if len(losses) >= 10 else None
 
     def plot(self, skip_last=0):
-        """Loss against learning rate, with the suggestion. Returns the matplotlib Figure."""
+        """Loss against learning rate, with what each rule suggests. Returns the matplotlib Figure."""
         from fastrbn import plots
 
         n = max(len(self.lrs) - skip_last, 0)
-        return plots.plot_lr_find(self.lrs[:n], self.losses[:n], self.suggestion)
+        return plots.plot_lr_find(self.lrs[:n], self.losses[:n], {rule: self.suggest(rule) for rule in RULES})
 
     def __getstate__(self):
         return {**super().__getstate__(), "_snapshot": None}  # it holds the model
