@@ -161,7 +161,7 @@ def test_explain_names_the_backend_and_says_why():
     x = torch.randn(4, 3, 2, 2)
     assert RunningBatchNorm(3).explain(x).startswith("native: C kernels")
     assert RunningBatchNorm(3).explain(x.bfloat16()).startswith("fused: PyTorch's fused operators")
-    assert "asked for by name" in RunningBatchNorm(3, backend="reference").explain(x)
+    assert "requested by name" in RunningBatchNorm(3, backend="reference").explain(x)
     assert RunningBatchNorm(3).explain(x.double()).startswith("reference: torch.float64 input")
     assert RunningBatchNorm(3, dtype=torch.float64).explain(x).startswith("reference: torch.float32 input")
 
@@ -181,11 +181,11 @@ PLAIN += [recipe for recipe in RECIPES.values() if recipe.plain_only]
 @pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.name)
 def test_recipes_of_the_thread_and_batchnorms_way_run_on_the_plain_formulas_alone(recipe):
     x = torch.randn(4, 3, 2, 2)
-    assert RunningBatchNorm(3, recipe=recipe).explain(x) == f"reference: the recipe '{recipe.name}' has only the plain formulas"
+    assert RunningBatchNorm(3, recipe=recipe).explain(x) == f"reference: only the plain formulas implement the recipe '{recipe.name}'"
     for backend in ("fused", "native"):
         layer = layer_of(recipe=recipe, backend=backend)
         before = buffers(layer)
-        with pytest.raises(ValueError, match=f"'{backend}' cannot be used here: the recipe '{recipe.name}' has only.*'auto'"):
+        with pytest.raises(ValueError, match=f"'{backend}' cannot be used here: only the plain.*'{recipe.name}'.*'auto'"):
             layer(x)
         assert_unmoved(layer, before)
         want = torch.nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)

@@ -302,7 +302,7 @@ def test_bad_input_is_named_with_the_rule_and_the_way_out_in_both_modes(kind, sh
 
 
 BAD_SETTINGS = [
-    ({"nf": 0}, "needs a number of channels, 1 or more; got 0"),
+    ({"nf": 0}, "the number of channels must be a whole number, 1 or more; got 0"),
     ({"nf": -2}, "got -2"),
     ({"nf": 2.5}, "got 2.5"),
     ({"nf": True}, "got True"),
@@ -338,7 +338,7 @@ def test_batchnorms_keyword_arguments_are_taken_by_every_kind_or_refused_with_th
     assert kind(3, momentum=None).momentum == 0.1  # as convert_batchnorm takes it
     with pytest.raises(ValueError, match=f"{kind.__name__} normalises with its running.*track_running_stats=False"):
         kind(3, track_running_stats=False)
-    with pytest.raises(ValueError, match="bias is True or False; got None"):
+    with pytest.raises(ValueError, match="bias must be True or False; got None"):
         kind(3, bias=None)
     with pytest.raises(ValueError, match="above 0 and at most 1; got 0"):
         kind(3, momentum=0)

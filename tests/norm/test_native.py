@@ -111,12 +111,12 @@ def test_autograd_notices_that_the_state_has_moved():
 def test_parameters_and_states_of_another_size_never_reach_c():
     x = torch.randn(4, 3, 5)
     for name, bad in (("weight", torch.ones(2)), ("bias", torch.zeros(4))):
-        with pytest.raises(ValueError, match=f"{name} must have one number for each of 3 channels; got shape"):
+        with pytest.raises(ValueError, match=f"{name} must have one value for each of 3 channels; got shape"):
             running_batch_norm(x, NormState.new(3), **{name: bad})
-    with pytest.raises(ValueError, match="'native' cannot be used here: weight or bias is not 3 contiguous"):
+    with pytest.raises(ValueError, match="'native' cannot be used here: weight or bias is not a contiguous CPU tensor of 3"):
         running_batch_norm(x, NormState.new(3), torch.ones(3).double(), backend="native")
     short = NormState.new(3)._replace(running_grad=torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="a tensor of the state lies elsewhere"):
+    with pytest.raises(ValueError, match="a tensor of the state is not contiguous, not on the CPU"):
         running_batch_norm(x, short, backend="native")
     strided = NormState.new(3)._replace(running_var=torch.ones(6)[::2])
     running_batch_norm(x, strided)  # by another backend
@@ -125,7 +125,7 @@ def test_parameters_and_states_of_another_size_never_reach_c():
 
 def test_half_precision_is_left_to_the_fused_backend_and_refused_by_name():
     layer = RunningBatchNorm(3)
-    assert "not the C kernels: its C kernels take float32 and float64" in layer.explain(torch.randn(2, 3).bfloat16())
+    assert "not the C kernels: the C kernels take float32 and float64" in layer.explain(torch.randn(2, 3).bfloat16())
     with pytest.raises(ValueError, match="'native' cannot be used here"):
         RunningBatchNorm(3, backend="native")(torch.randn(2, 3).bfloat16())
 

@@ -9,7 +9,7 @@ import torch
 from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
 from norm.steps import ALL, layer_of
 
-from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, Skip, get_recipe
+from fastrbn.norm import RECIPES, Clamp, Memory, Recipe, RunningBatchNorm, Skip, get_recipe
 
 SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
 
@@ -213,6 +213,25 @@ def test_a_recipe_outside_its_rules_says_what_came(bad):
     value = next(iter(bad.values()))
     with pytest.raises(ValueError, match=re.escape(str(value))):
         Recipe("mine", **bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Clamp(samples="x"), "number of samples up to which the floor holds, 0 or more; got 'x'"),
+        (lambda: Clamp(samples=-1), "0 or more; got -1"),
+        (lambda: Clamp(deviation=0.1), "one floor.*`deviation` with variance=None; got variance=0.01, deviation=0.1"),
+        (lambda: Clamp(variance=None), "one floor.*got variance=None, deviation=None"),
+        (lambda: Clamp(variance=float("nan")), "one floor.*got variance=nan"),
+        (lambda: Skip(0, 1000), "`every`, the period in iterations, must be a whole number, 1 or more; got 0"),
+        (lambda: Skip(2.5, 1000), "1 or more; got 2.5"),
+        (lambda: Skip(2, -1), "number of samples seen before the first skip, 0 or more; got -1"),
+        (lambda: Skip(2, None), "got None"),
+    ],
+)
+def test_a_clamp_or_skip_outside_its_rules_says_what_came(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, 1.5, -0.1, float("nan"), None, "0.1", Memory()], ids=str)
