@@ -81,7 +81,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, plan):
-        recipe, eps, bs, c = plan.recipe, plan.eps, *x.shape[:2]
+        recipe, eps = plan.recipe, plan.eps
+        bs, c = x.shape[:2]
         layout = _layout(x, recipe)
         y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 4, dtype=x.dtype)
         floor, young = (0.0, 0) if recipe.clamp is None else (recipe.clamp.floor(eps), recipe.clamp.samples)

@@ -92,7 +92,7 @@ class NormState(NamedTuple):
 
     @classmethod
     def new(
-        cls, num_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        cls, num_features: int, device: torch.device | str | int | None = None, dtype: torch.dtype = torch.float32
     ) -> NormState:
         """Return the state before the first batch: mean 0, variance 1, count 0."""
 
@@ -248,7 +248,8 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n: int | Tensor, bs: int | 
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
     # b: the batch's share of the projection, never below the rate at the start
     own = torch.where(moves, a.clamp_min(start), 0.0)
-    return Step(m, v, *(t.to(m.dtype) for t in (mean, var, rate, a, own)), moves, young)
+    mean, var, rate, a, own = (t.to(m.dtype) for t in (mean, var, rate, a, own))
+    return Step(m, v, mean, var, rate, a, own, moves, young)
 
 
 def floored(var: Tensor, step: Step, plan: Plan) -> Tensor:

@@ -82,12 +82,13 @@ def recall(recent: deque | None, m: Tensor, v: Tensor) -> Step | None:
         return None
     if len(recent) == 1:
         return recent[0]
-    m, v, recent = m.detach(), v.detach(), list(recent)[::-1]
-    distance = torch.stack([(old.m - m).square().sum() + (old.v - v).square().sum() for old in recent])
+    m, v, steps = m.detach(), v.detach(), list(recent)[::-1]
+    distance = torch.stack([(old.m - m).square().sum() + (old.v - v).square().sum() for old in steps])
     nearest = distance.nan_to_num(torch.inf).argmin()
     if m.device.type == "cpu":
-        return recent[nearest]
-    return Step(*(None if c[0] is None else torch.stack(c)[nearest] for c in zip(*recent, strict=True)))
+        return steps[nearest]
+    columns: Any = zip(*steps, strict=True)
+    return Step(*(None if c[0] is None else torch.stack(c)[nearest] for c in columns))  # type: ignore[arg-type]  # young
 
 
 @torch.library.custom_op("fastrbn::snapshot", mutates_args=())

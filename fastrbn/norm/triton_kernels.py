@@ -49,8 +49,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
         return fused.normalize(x, weight, bias, state, plan)
     if not all(t.is_contiguous() for t in state):
         raise ValueError("the triton backend needs a contiguous state: make its tensors so with .contiguous()")
-    x, weight, bias = (t if t is None else t.resolve_neg() for t in (x, weight, bias))
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    x, (weight, bias) = x.resolve_neg(), (t if t is None else t.resolve_neg().contiguous() for t in (weight, bias))
     if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
         x = x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
     return _Normalize.apply(x, weight, bias, state, plan)
@@ -59,7 +58,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, plan):
-        recipe, count, bs, c = plan.recipe, state.running_count, *x.shape[:2]
+        recipe, count = plan.recipe, state.running_count
+        bs, c = x.shape[:2]
         job, y, (eps, floor, until) = _job(x, recipe), torch.empty_like(x), _limits(plan)
         work, saved = _floats(x, (4 * c + job.blocks) * job.parts_read), _floats(x, 4 * c + 6)
         rate, bounds = None, (1.0, 1.0, 0.0)

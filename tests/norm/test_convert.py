@@ -160,7 +160,7 @@ def test_syncbatchnorm_without_processes_becomes_a_layer_for_any_rank():
 
 def test_layers_without_statistics_are_converted_and_it_is_said_once():
     model = nn.Sequential(*(nn.BatchNorm2d(3, track_running_stats=False) for _ in range(3)))
-    with pytest.warns(UserWarning, match="'0', '1' and 1 more layers kept no running stat.*must be trained") as seen:
+    with pytest.warns(UserWarning, match="'0', '1' and 1 more layers had no running stat.*must be trained") as seen:
         new = convert_batchnorm(model)
     assert len(seen) == 1 and seen[0].filename == __file__
     assert all(m.running_count == 0 and m.num_samples_tracked == 0 for m in new)
@@ -189,7 +189,7 @@ class Renamed(nn.BatchNorm2d):
 
 
 def test_a_subclass_that_does_more_stays_and_one_that_does_not_is_converted():
-    with pytest.warns(UserWarning, match="leaves '1' as they are: NormAndReLU has a forward pass of its own") as seen:
+    with pytest.warns(UserWarning, match="left '1' unchanged: NormAndReLU has its own forward pass") as seen:
         model = convert_batchnorm(nn.Sequential(Renamed(3), NormAndReLU(3)))
     assert type(model[0]) is RunningBatchNorm2d and type(model[1]) is NormAndReLU
     assert seen[0].filename == __file__
@@ -208,7 +208,7 @@ class Split(nn.BatchNorm2d):
 
 def test_what_is_left_is_left_whole_and_many_layers_are_one_warning():
     for model in (nn.Sequential(*(Split(3) for _ in range(30))), Split(3)):
-        with pytest.warns(UserWarning, match="Split has a forward pass of its own") as seen:
+        with pytest.warns(UserWarning, match="Split has its own forward pass") as seen:
             convert_batchnorm(model)
         assert len(seen) == 1 and not norms(model)
         assert "'0', '1' and 28 more layers" in str(seen[0].message) or type(model) is Split
@@ -440,7 +440,7 @@ class Deciding(nn.Module):
 
 def test_a_model_that_cannot_be_traced_is_folded_within_its_sequentials_and_it_is_said():
     model, x = Deciding().eval(), torch.randn(2, 3, 5)
-    with pytest.warns(UserWarning, match=r"could not trace Deciding \(TraceError.*nn.Sequential only") as seen:
+    with pytest.warns(UserWarning, match=r"could not trace Deciding \(TraceError.*neighbours within each nn.Sequential") as seen:
         fused = fuse_conv_rbn(model)
     assert seen[0].filename == __file__
     assert len(norms(fused)) == 1 and isinstance(fused.body[1], nn.Identity)

@@ -187,7 +187,7 @@ def test_after_an_error_the_old_statistics_are_there(kind, what):
     expected = {
         "error": (Broken, None),
         "none": (ValueError, "at least one batch; the loader gave none"),
-        "nan": (ValueError, "finite values; the input of '1' held NaN or Inf"),
+        "nan": (ValueError, "finite values; the input of '1' contained NaN or Inf"),
     }[what]
     with pytest.raises(expected[0], match=expected[1]):
         recompute_statistics(model, loader())
@@ -201,9 +201,9 @@ def test_wrong_arguments_are_told():
         recompute_statistics(nn.Linear(6, 3), [x])
     assert seen[0].filename == __file__
     for wrong in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="how many batches to take, 1 or more, or None for all; got"):
+        with pytest.raises(ValueError, match=r"batches to use \(None for all\), must be a whole number, 1 or more; got"):
             recompute_statistics(mlp(RunningBatchNorm1d), [x], batches=wrong)
-    with pytest.raises(ValueError, match="number of channels; got LazyBatchNorm1d at '1'"):
+    with pytest.raises(ValueError, match="number of channels.*got LazyBatchNorm1d at '1'"):
         recompute_statistics(nn.Sequential(nn.Linear(6, 3), nn.LazyBatchNorm1d()), [x])
     with pytest.raises(ValueError, match="whose first item is the input; got an empty one"):
         recompute_statistics(mlp(RunningBatchNorm1d), [()])
