@@ -180,7 +180,7 @@ def test_second_derivatives_and_many_gradients_at_once_are_the_references(many):
 
 def test_a_state_that_is_not_contiguous_is_refused():
     state = NormState.new(4, DEVICE)._replace(running_mean=torch.zeros(8, device=DEVICE)[::2])
-    with pytest.raises(ValueError, match="contiguous state: make its tensors so"):
+    with pytest.raises(ValueError, match="contiguous state tensors: call"):
         kernels.normalize(torch.randn(2, 4, device=DEVICE), None, None, state, Plan(DEFAULT, 0.1, 1e-5))
 
 
