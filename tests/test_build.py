@@ -98,7 +98,7 @@ def test_wrong_arguments_say_what_came(data):
         get_runner(nn.Linear(2, 2), data, opt_func="sgd")
     with pytest.raises(TypeError, match="loss_func must be callable; got None"):
         get_runner(nn.Linear(2, 2), data, loss_func=None)
-    with pytest.raises(ValueError, match="whole number from 1; got -8"):
+    with pytest.raises(ValueError, match="whole number, 1 or more; got -8"):
         get_learn_run([-8], data, 0.1, conv_rbn)
     with pytest.raises(TypeError, match="layer must be a function"):
         get_learn_run([8], data, 0.1, "conv_rbn")

@@ -119,7 +119,7 @@ def test_mabns_warm_up_fits_the_length_of_the_run():
         ("default:skip=3", "skip can only be switched off, skip=none; got '3'"),
         ("default:mom", "written default:name=value,name=value; got 'default:mom'"),
         ("none:eps=1", "none takes no settings; got 'eps'"),
-        ("groupnorm:groups=0", "'groupnorm:groups=0' cannot be made: groups must be a whole number from 1; got 0"),
+        ("groupnorm:groups=0", "'groupnorm:groups=0' cannot be made: groups must be a whole number, 1 or more; got 0"),
     ],
 )
 def test_a_norm_that_is_none_is_refused_before_anything_is_trained(text, words):
