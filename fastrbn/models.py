@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+Norm = str | Callable[..., nn.Module | None]  # see make_norm
+
+
 def flatten(x: Tensor) -> Tensor:
     """Flatten all dimensions but the first.
 
@@ -165,7 +168,7 @@ _NORMS: dict[str, Callable[..., nn.Module] | None] = {"batch": nn.BatchNorm2d, "
 _RELU = ("leak", "sub", "maxv")
 
 
-def make_norm(norm: str | Callable[..., nn.Module | None], nf: int, **kwargs: Any) -> nn.Module | None:
+def make_norm(norm: Norm, nf: int, **kwargs: Any) -> nn.Module | None:
     """Make a norm layer for `nf` channels.
 
     Parameters
@@ -224,13 +227,7 @@ def _activates(made: nn.Module | None) -> bool:
 
 
 def conv_layer(
-    ni: int,
-    nf: int,
-    ks: int = 3,
-    stride: int = 2,
-    bn: bool = True,
-    norm: str | Callable[..., nn.Module | None] | None = None,
-    **kwargs: Any,
+    ni: int, nf: int, ks: int = 3, stride: int = 2, bn: bool = True, norm: Norm | None = None, **kwargs: Any
 ) -> nn.Sequential:
     """Make a convolution, a ReLU and a norm, in this order.
 
@@ -294,7 +291,6 @@ def conv_rbn(ni: int, nf: int, ks: int = 3, stride: int = 2, bn: bool = True, **
     Returns
     -------
     nn.Sequential
-        Convolution, ReLU, norm.
 
     Examples
     --------
@@ -316,7 +312,6 @@ def conv_bn(ni: int, nf: int, ks: int = 3, stride: int = 2, bn: bool = True, **k
     Returns
     -------
     nn.Sequential
-        Convolution, ReLU, norm.
 
     Examples
     --------
@@ -339,7 +334,6 @@ def conv_gn(ni: int, nf: int, ks: int = 3, stride: int = 2, bn: bool = True, **k
     Returns
     -------
     nn.Sequential
-        Convolution, ReLU, norm.
 
     Examples
     --------
@@ -463,11 +457,7 @@ class Residual(nn.Sequential):
 
 
 def resnet9(
-    c_in: int = 3,
-    c_out: int = 10,
-    norm: str | Callable[..., nn.Module | None] = "running",
-    width: int = 64,
-    **norm_kwargs: Any,
+    c_in: int = 3, c_out: int = 10, norm: Norm = "running", width: int = 64, **norm_kwargs: Any
 ) -> nn.Sequential:
     """Make the nine-layer residual net that is common on CIFAR, initialised by `init_cnn`.
 
