@@ -52,7 +52,7 @@ def test_training_gives_batchnorms_outputs_gradients_and_buffers(dim, shape, aff
 
 
 @pytest.mark.parametrize(("momentum", "eps"), [(1.0, 1e-5), (0.5, 1e-1), (0.01, 1e-12)])
-def test_momentum_and_eps_mean_what_they_mean_there(momentum, eps):
+def test_momentum_and_eps_have_batchnorms_meaning(momentum, eps):
     assert_alike(*twins(2, momentum=momentum, eps=eps), (3, 4, 5, 6))
 
 
@@ -144,7 +144,7 @@ def test_elements_give_the_gradient_of_statistics_from_a_part_of_the_batch():
 # where we differ on purpose
 
 
-def test_a_single_value_a_channel_trains_here_and_raises_there():
+def test_a_single_value_per_channel_trains_here_and_raises_there():
     ours, theirs = twins(1, dtype=torch.float32)
     x = torch.randn(1, 4)
     with pytest.raises(ValueError, match="more than 1 value per channel"):

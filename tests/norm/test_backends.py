@@ -134,7 +134,7 @@ def test_weight_alone_and_bias_alone_get_their_gradients_in_the_functional_form(
             assert_same(got, found[0], 1e-10, str(names))
 
 
-def test_functional_form_is_the_layer():
+def test_functional_form_equals_the_layer():
     layer, state = layer_of(), NormState.new(3)
     for x, dy in batches(SHAPES):
         want, z = step(layer, x, dy), x.clone().requires_grad_()
@@ -179,7 +179,7 @@ PLAIN += [recipe for recipe in RECIPES.values() if recipe.plain_only]
 
 
 @pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.name)
-def test_recipes_of_the_thread_and_batchnorms_way_run_on_the_plain_formulas_alone(recipe):
+def test_plain_recipes_run_only_on_the_reference_backend(recipe):
     x = torch.randn(4, 3, 2, 2)
     assert RunningBatchNorm(3, recipe=recipe).explain(x) == f"reference: only the plain formulas implement the recipe '{recipe.name}'"
     for backend in ("fused", "native"):
@@ -192,7 +192,7 @@ def test_recipes_of_the_thread_and_batchnorms_way_run_on_the_plain_formulas_alon
         assert torch.allclose(layer.eval()(x), want, atol=1e-6)  # evaluation has no recipe
 
 
-def test_unknown_backend_names_the_nearest_when_the_layer_is_made():
+def test_an_unknown_backend_is_refused_with_the_closest_name():
     with pytest.raises(ValueError, match="got 'fussed'. Did you mean 'fused'"):
         RunningBatchNorm(3, backend="fussed")
     with pytest.raises(ValueError, match="got 'referense'. Did you mean 'reference'"):

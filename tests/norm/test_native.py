@@ -75,14 +75,14 @@ def test_first_elements_far_from_the_mean_do_not_spoil_the_variance(size, last):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_slices_and_expanded_gradients_are_laid_out_anew(last):
+def test_slices_and_expanded_gradients_are_made_contiguous(last):
     x, dy = data((6, 8, 9, 10), torch.float64, last)
     x, dy = x[::2, 1:4, :, 2:7], dy[::2, 1:4, :, :1].expand(3, 3, 9, 5)
     want, got = (step(layer_of(backend=b, dtype=torch.float64), x, dy) for b in ("reference", "native"))
     assert_same(got, want, 1e-10)
 
 
-def test_what_lies_in_memory_is_not_taken_for_a_tensor_whose_sign_is_still_to_be_turned():
+def test_a_tensor_with_a_pending_negation_is_not_read_from_raw_memory():
     x, dy = data((4, 3, 6), torch.float64)
     lazy = [torch._neg_view(-t) for t in (x, dy)]
     assert lazy[0].is_neg() and torch.equal(lazy[0], x)
@@ -151,7 +151,7 @@ def test_a_machine_without_a_compiler_trains_and_explain_says_so(tmp_path):
     assert said.startswith("fused") and "there is no C compiler" in said and not warned
 
 
-def test_a_compiler_that_fails_is_named_once_and_training_goes_on(tmp_path):
+def test_a_failing_compiler_warns_once_and_training_continues(tmp_path):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho no room on this planet >&2\nexit 1\n")
     broken.chmod(0o755)

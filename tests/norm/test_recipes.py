@@ -74,7 +74,7 @@ def test_a_skipped_step_leaves_mean_and_variance_alone_and_sends_no_gradient_thr
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("elements", [None, 40, 4096])
-def test_the_default_is_the_closed_form_while_its_memory_grows(elements, backend):
+def test_the_default_equals_the_closed_form_while_its_memory_grows(elements, backend):
     """Young, in between, and past the 6,000 samples from which the memory stays."""
     recipe = RECIPES["default"].but(elements=elements)
     layer = layer_of(recipe=recipe, backend=backend, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_the_default_is_the_closed_form_while_its_memory_grows(elements, backend
     assert rates[0] == 2 / 22 and rates[9] == pytest.approx(2 / (2 + 732 / 20)) and rates[-1] == 7 / 307
 
 
-def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
+def test_a_memory_grows_with_the_samples_seen_between_bounds_set_by_mom():
     memory = Memory()
     for seen, samples in ((0, 20), (400, 20), (2000, 100), (6000, 300), (10**9, 300)):
         assert memory(0.1, 8, seen) == 8 / (8 + samples)
@@ -124,7 +124,7 @@ def test_a_recipes_own_rate_moves_statistics_and_averages_alike(backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_count_minus_1_takes_the_share_of_a_batch_for_its_rate(backend):
+def test_with_count_minus_1_a_batchs_share_is_its_rate(backend):
     layer = layer_of(backend=backend, dtype=torch.float64)
     layer.running_count.fill_(-1)
     layer.running_mean.fill_(2.0)
@@ -187,7 +187,7 @@ def test_early_clamp_holds_only_while_young_and_spares_the_state():
     assert layer(x).std() > 0.1  # twenty samples seen
 
 
-def test_unknown_recipe_names_the_nearest():
+def test_an_unknown_recipe_is_refused_with_the_closest_name():
     with pytest.raises(ValueError, match="Did you mean 'skip-tenth'"):
         get_recipe("skip-tent")
 
@@ -209,7 +209,7 @@ def test_unknown_recipe_names_the_nearest():
         {"skip": Skip(2, 0), "statistics": "batch"},
     ],
 )
-def test_a_recipe_outside_its_rules_says_what_came(bad):
+def test_an_invalid_recipe_is_refused(bad):
     value = next(iter(bad.values()))
     with pytest.raises(ValueError, match=re.escape(str(value))):
         Recipe("mine", **bad)
@@ -229,14 +229,14 @@ def test_a_recipe_outside_its_rules_says_what_came(bad):
         (lambda: Skip(2, None), "got None"),
     ],
 )
-def test_a_clamp_or_skip_outside_its_rules_says_what_came(make, words):
+def test_an_invalid_clamp_or_skip_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, 1.5, -0.1, float("nan"), None, "0.1", Memory()], ids=str)
 @pytest.mark.parametrize("backend", ALL)
-def test_a_rate_outside_0_to_1_is_named_and_leaves_the_state(backend, bad):
+def test_a_rate_outside_0_to_1_is_refused_and_leaves_the_state(backend, bad):
     for rate in (lambda mom, bs, samples: bad, lambda mom, bs, samples: bad if samples == 0 else 0.1):
         layer = layer_of(recipe=RECIPES["default"].but(rate=rate, name="mine"), backend=backend)
         before = {name: b.clone() for name, b in layer.named_buffers()}

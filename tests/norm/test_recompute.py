@@ -51,7 +51,7 @@ def test_the_statistics_are_those_of_all_samples_however_they_are_batched(kind, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 40])
-def test_deeper_layers_see_what_they_will_see_in_evaluation(batch_size):
+def test_deeper_layers_see_their_evaluation_input(batch_size):
     """Batches of one included, in which nn.BatchNorm's update makes everything zero."""
     model, x = mlp(*3 * [RunningBatchNorm1d]), samples(2000)
     recompute_statistics(model, x.split(batch_size))
@@ -102,7 +102,7 @@ def test_averaged_weights_are_as_good_as_they_should_be(update):
     assert loss(averaged) < 0.9 * loss(model) and loss(averaged) < 0.8 * stale
 
 
-def test_lightnings_way_works_too():
+def test_lightnings_update_works():
     """It assigns tensors of its own, zeroes the count in place and sets momentum to None."""
     model, x = mlp(RunningBatchNorm1d), samples()
     for xb in x.split(7):
@@ -150,7 +150,7 @@ def test_dropout_is_off_and_no_random_number_is_drawn():
     assert_same(buffers(dropped), buffers(plain), 0)
 
 
-def test_what_batches_may_be():
+def test_batches_may_be_tensors_or_sequences_and_inputs_may_be_nested():
     x = samples()
     wants = mlp(RunningBatchNorm1d)
     recompute_statistics(wants, [x[:30]])
@@ -171,7 +171,7 @@ class Broken(Exception):
 
 @pytest.mark.parametrize("what", ["error", "none", "nan"])
 @KINDS
-def test_after_an_error_the_old_statistics_are_there(kind, what):
+def test_an_error_restores_the_old_statistics(kind, what):
     model, x = mlp(kind, kind), samples()
     model(x)
     before, mode = buffers(model), model.training
@@ -195,7 +195,7 @@ def test_after_an_error_the_old_statistics_are_there(kind, what):
     assert model.training == mode and not model[1]._forward_pre_hooks
 
 
-def test_wrong_arguments_are_told():
+def test_wrong_arguments_are_refused():
     x = samples()
     with pytest.warns(UserWarning, match="no batch norm with running statistics.*in Linear; nothing was changed") as seen:
         recompute_statistics(nn.Linear(6, 3), [x])
@@ -209,7 +209,7 @@ def test_wrong_arguments_are_told():
         recompute_statistics(mlp(RunningBatchNorm1d), [()])
 
 
-def test_a_shared_layer_gathers_all_its_inputs_and_a_compiled_model_is_looked_into():
+def test_a_shared_layer_gathers_all_its_inputs_in_a_compiled_model_too():
     norm, x = RunningBatchNorm2d(3), torch.randn(5, 3, 4, 4)
     model = nn.Sequential(norm, nn.ReLU(), norm)
     compiled = torch.compile(model, backend="eager")
@@ -241,7 +241,7 @@ def test_momentum_none_gives_the_exact_statistics_of_batches_of_any_size(recipe)
     assert "momentum=None" in repr(layer) and copy.deepcopy(layer).momentum is None
 
 
-def test_momentum_none_goes_on_from_a_checkpoint_of_batchnorm_as_batchnorm_does():
+def test_momentum_none_continues_a_batchnorm_checkpoint_like_batchnorm():
     theirs, x = nn.BatchNorm1d(3, momentum=None), torch.randn(4, 10, 3)
     ours = RunningBatchNorm1d(3)
     for batch in x[:3]:
@@ -275,7 +275,7 @@ def test_momentum_0_takes_a_step_that_moves_nothing():
             a.momentum = wrong
 
 
-def test_code_that_takes_statistics_away_is_refused_and_the_layer_is_whole():
+def test_code_that_removes_statistics_is_refused_and_the_layer_is_unchanged():
     model = nn.Sequential(nn.Linear(6, 3), RunningBatchNorm1d(3))
     before = buffers(model)
     for take in (

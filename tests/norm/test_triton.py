@@ -86,7 +86,7 @@ def assert_agree(both, x, dy, tol=1e-5, note=""):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("recipe", RULES.values(), ids=RULES)
-def test_outputs_gradients_and_buffers_over_several_steps_are_the_references(recipe, last):
+def test_outputs_gradients_and_buffers_over_several_steps_equal_the_references(recipe, last):
     both = layers(recipe)
     for i, shape in enumerate(SHAPES):
         assert_agree(both, *batch(shape, i, last=last), note=f"step {i}")
@@ -162,7 +162,7 @@ def test_checkpointing_moves_the_state_once_and_gives_the_same_gradients(reentra
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["second", "batched"])
-def test_second_derivatives_and_many_gradients_at_once_are_the_references(many):
+def test_second_derivatives_and_batched_gradients_equal_the_references(many):
     found = []
     for backend in (reference, kernels):
         g = torch.Generator().manual_seed(3)
