@@ -222,7 +222,7 @@ def make_norm(norm: Norm, nf: int, **kwargs: Any) -> nn.Module | None:
 
 
 def _activates(made: nn.Module | None) -> bool:
-    """Whether the norm is an activation too, like filter response norm, so that it needs no ReLU."""
+    """True if the norm is an activation too, like filter response norm, so that it needs no ReLU."""
     return getattr(made, "activates", False)
 
 

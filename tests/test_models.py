@@ -1,4 +1,4 @@
-"""Layer builders and nets: what they are made of, what goes in and comes out, and what they say to wrong arguments."""
+"""Layer builders and nets: their parts, shapes, and messages for wrong arguments."""
 
 import copy
 import pickle

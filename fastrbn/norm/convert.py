@@ -215,7 +215,7 @@ _BATCH = {RunningBatchNormAct2d: BatchNormAct2d, **_BATCH}
 
 
 def _acts(old: nn.Module, base: type) -> bool:
-    """Whether a subclass holds exactly a dropout and an activation after the norm, like timm's BatchNormAct2d."""
+    """True if a subclass holds exactly a dropout and an activation after the norm, like timm's BatchNormAct2d."""
     return base in (nn.BatchNorm2d, nn.SyncBatchNorm) and set(old._modules) == {"drop", "act"}
 
 
@@ -358,7 +358,7 @@ def _neighbours(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _foldable(before: Any, after: nn.Module) -> bool:
-    """Whether `after` can be folded into `before`, which must compute exactly what its base class computes."""
+    """True if `after` can be folded into `before`, which must compute exactly what its base class computes."""
     base = next((base for base in (*_CONVS, nn.Linear) if isinstance(before, base)), None)
     if base is None or not isinstance(after, RunningBatchNorm) or is_parametrized(before):
         return False

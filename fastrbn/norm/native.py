@@ -144,7 +144,7 @@ def _threads(x: Tensor) -> int:
 
 
 def _is_lazy(t: Tensor) -> bool:
-    """Whether memory does not hold the tensor's values: the negation is still pending, or it is a zero tensor."""
+    """True if memory does not hold the tensor's values: a negation is pending, or it is a zero tensor."""
     return t.is_neg() or t._is_zerotensor()
 
 

@@ -135,7 +135,7 @@ class Skip:
             )
 
     def now(self, samples: Any, iteration: Any) -> Any:
-        """Whether to skip; both counts include the present batch and may be numbers or tensors."""
+        """Decide whether to skip; both counts include the present batch and may be numbers or tensors."""
         return (samples > self.after) & (iteration % self.every == 0)
 
 
@@ -267,7 +267,7 @@ class Recipe:
 
     @property
     def plain_only(self) -> bool:
-        """Whether only `reference.py` implements it: the recipes of the course and the thread, and nn.BatchNorm's."""
+        """True if only `reference.py` implements it: the recipes of the course and the thread, and nn.BatchNorm's."""
         return self.backward != "averaged" or self.statistics == "batch" or self.skip is not None
 
     def rates(self, mom: float, bs: Any, samples: Any) -> tuple[Any, Any]:

@@ -297,7 +297,7 @@ class _Project(torch.autograd.Function):
 
 
 def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> Tensor:
-    """What the averaged backward subtracts from dy, as the (shift, slope) of shift + slope·x̂, shape (2, C).
+    """The part that the averaged backward subtracts from dy: shift and slope of shift + slope·x̂, shape (2, C).
 
     `means` holds the batch's mean(dy) and mean(dy·ĉ), shape (2, C). Moves A and B.
     """

@@ -55,12 +55,12 @@ if hasattr(os, "register_at_fork"):  # another thread may hold a lock when the p
 
 
 def is_batched(t: Tensor) -> bool:
-    """Whether t stands for a batch of tensors, like an upstream gradient under `is_grads_batched` or vmap."""
+    """True if t stands for a batch of tensors, like an upstream gradient under `is_grads_batched` or vmap."""
     return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(t) or is_batchedtensor(t))
 
 
 def may_run_again() -> bool:
-    """Whether this forward may be the first of two runs, so that its step must be remembered.
+    """True if this forward may be the first of two runs, so that its step must be remembered.
 
     Checkpointing makes the first run without a graph (reentrant) or with hooks on saved tensors.
     """
@@ -68,7 +68,7 @@ def may_run_again() -> bool:
 
 
 def running_again() -> bool:
-    """Whether this forward runs inside a backward pass."""
+    """True if this forward runs inside a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

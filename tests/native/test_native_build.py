@@ -1,4 +1,4 @@
-"""C sources compiled on first use: once a machine, by many processes alike, and anew when something they depend on changes."""
+"""C sources are compiled on first use, once per machine, and again when something they depend on changes."""
 
 import ctypes
 import os

@@ -131,7 +131,7 @@ def test_a_large_constant_input_stays_finite_and_normalises_to_the_bias():
 
 
 def test_elements_give_the_gradient_of_statistics_from_a_part_of_the_batch():
-    """What batch norm becomes when its statistics read 20 samples of 30: against autograd on that formula."""
+    """Batch norm whose statistics read 20 of 30 samples, against autograd on that formula."""
     ours, _ = twins(1, recipe=RECIPES["batch"].but(elements=60))
     x, dy = (torch.randn(30, 4, 3, dtype=torch.float64) for _ in range(2))
     got, z = step(ours, x, dy), x.clone().requires_grad_()

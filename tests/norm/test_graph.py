@@ -1,4 +1,4 @@
-"""What autograd does around the layer: shared layers, orders of backward, second derivatives, hooks."""
+"""The layer under autograd: shared layers, orders of backward, second derivatives, hooks."""
 
 import copy
 
@@ -31,7 +31,7 @@ def data(*shape, dtype=torch.float64, seed=0):
 
 
 def trained(recipe="default", backend="fused", nf=3, dtype=torch.float64):
-    """A layer in the midst of training, past its clamp."""
+    """A layer that has trained past its clamp."""
     layer = layer_of(nf, recipe=recipe, backend=backend, dtype=dtype)
     for x in data(7, nf, 3, 2, dtype=dtype, seed=9)[:4]:
         layer(x + 0.5).backward(x.flip(0))
@@ -215,7 +215,7 @@ def test_second_derivatives_agree_between_the_backends(elements, affine):
 
 @pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "course", "batch", "detached"]))
 def test_each_batched_gradient_equals_that_of_a_separate_backward(recipe, backend):
-    """Every one averages its own gradient into A and B as they were, and all leave them there."""
+    """Each averages its own gradient into the old A and B, which do not move."""
     layer, x, dys = trained(recipe, backend), data(4, 3, 3, 2)[0], torch.stack(data(4, 3, 3, 2, seed=1))
     twins = [copy.deepcopy(layer) for _ in dys]
     z = x.requires_grad_()

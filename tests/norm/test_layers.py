@@ -1,4 +1,4 @@
-"""Shapes, memory formats, dtypes and devices that users bring, and the words for those that cannot be served."""
+"""Shapes, memory formats, dtypes and devices that users bring, and messages for those that are refused."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def pair(shape, dtype=torch.float32, seed=0):
 
 
 def as_oracle(layer, x, dy, steps=3):
-    """The default recipe's closed form over `steps` batches x + i; what `step` gives, less the counts."""
+    """The default recipe's closed form over `steps` batches x + i: the results of `step` without the counts."""
     oracle = ClosedForm(x.shape[1], layer.weight.data, layer.bias.data, averaged=True)
     for i in range(steps):
         y, dx, dweight, dbias = oracle.step(x + i, dy, oracle.default_rate(len(x)))
@@ -58,7 +58,7 @@ def test_every_rank_and_odd_shape_equals_the_closed_form(shape, backend):
 @pytest.mark.parametrize("shape", [(16, 2048), (64, 4096), (3, 8192, 1), (9, 2048, 2)], ids=str)
 def test_more_channels_than_samples_equal_the_closed_form_in_every_dtype(shape, dtype, tol):
     x, dy = pair(shape, dtype)
-    x[0] *= 5  # nothing may hang on the first sample
+    x[0] *= 5  # the first sample must not matter
     want = as_oracle(layer_of(shape[1]), x, dy, steps=1)
     for backend in serving(dtype):
         got = step(layer_of(shape[1], backend=backend), x, dy)
@@ -149,7 +149,7 @@ def test_channels_last_is_kept_in_the_output_and_in_the_input_gradient(
         layer.train(mode)
         x, dy = (t.to(device).contiguous(memory_format=memory_format) for t in pair(shape))
         for up in (dy, dy.contiguous()) if backend == "fused" else (dy,):
-            dx, inner = [], x.clone().requires_grad_() * 1  # not a leaf: autograd does not lay its gradient out anew
+            dx, inner = [], x.clone().requires_grad_() * 1  # not a leaf, so autograd keeps the layout of its gradient
             inner.register_hook(dx.append)
             y = layer(inner)
             y.backward(up)

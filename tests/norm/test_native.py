@@ -65,7 +65,7 @@ def test_any_number_of_threads_gives_the_same_step(threads, last, monkeypatch):
 def test_first_elements_far_from_the_mean_do_not_spoil_the_variance(size, last):
     x, dy = data((6, 3, *size), last=last)
     x = x * 1e-2
-    x[0, :, 0] += 1e3  # what the mean is first guessed from
+    x[0, :, 0] += 1e3  # the first guess of the mean reads these
     x[:, 1] += 1e4
     layer = layer_of(backend="native")
     step(layer, x, dy)

@@ -75,7 +75,7 @@ def test_a_skipped_step_leaves_mean_and_variance_alone_and_sends_no_gradient_thr
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("elements", [None, 40, 4096])
 def test_the_default_equals_the_closed_form_while_its_memory_grows(elements, backend):
-    """Young, in between, and past the 6,000 samples from which the memory stays."""
+    """Before, during and after the growth of the memory, which ends at 6,000 samples."""
     recipe = RECIPES["default"].but(elements=elements)
     layer = layer_of(recipe=recipe, backend=backend, dtype=torch.float64)
     oracle = ClosedForm(3, layer.weight.data, layer.bias.data, averaged=True)
@@ -111,7 +111,7 @@ def test_a_memory_grows_with_the_samples_seen_between_bounds_set_by_mom():
 
 @pytest.mark.parametrize("backend", ALL)
 def test_a_recipes_own_rate_moves_statistics_and_averages_alike(backend):
-    """Given what every backend gives it: mom, the batch size, and the samples seen before this batch."""
+    """Every backend passes it mom, the batch size, and the samples seen before this batch."""
     recipe = RECIPES["default"].but(rate=lambda mom, bs, samples: mom * bs / (bs + samples + 1), clamp=None)
     layer = layer_of(recipe=recipe, backend=backend, dtype=torch.float64)
     oracle = ClosedForm(3, layer.weight.data, layer.bias.data, averaged=True)
@@ -280,7 +280,7 @@ def test_strided_order_spreads_the_samples_over_the_batch():
 
 @pytest.mark.parametrize("backend", ALL)
 def test_samples_that_were_read_and_hardly_vary_do_not_multiply_the_gradient_of_the_others(backend):
-    """A channel that is nearly dead: what is taken out of dy is divided by no variance below what normalises."""
+    """A nearly dead channel: the projection never divides by a variance below the one that normalises."""
     layer = layer_of(recipe=RECIPES["default"].but(elements=40), backend=backend, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
     for spread in (1e-4, 0.0):

@@ -1,4 +1,4 @@
-"""recompute_statistics, and the code of others that collects statistics in the same way: update_bn, Lightning's SWA."""
+"""recompute_statistics, and other code that collects statistics the same way: update_bn, Lightning's SWA."""
 
 import copy
 
@@ -103,7 +103,7 @@ def test_averaged_weights_are_as_good_as_they_should_be(update):
 
 
 def test_lightnings_update_works():
-    """It assigns tensors of its own, zeroes the count in place and sets momentum to None."""
+    """Lightning assigns new tensors, zeroes the count in place and sets momentum to None."""
     model, x = mlp(RunningBatchNorm1d), samples()
     for xb in x.split(7):
         model(xb * 2 - 4)
@@ -254,7 +254,7 @@ def test_momentum_none_continues_a_batchnorm_checkpoint_like_batchnorm():
 
 
 def test_momentum_0_takes_a_step_that_moves_nothing():
-    """What SAM does for its second gradient: it is to be that of the layer's own backward pass."""
+    """SAM's second gradient must equal that of the layer's own backward pass."""
     a, b = (RunningBatchNorm(3) for _ in range(2))
     x, dy = torch.randn(2, 6, 3, 4)
     for layer in (a, b):

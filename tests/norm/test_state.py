@@ -1,4 +1,4 @@
-"""What the layer remembers: checkpoints, copies, dtypes, freezing, and batches that must not count."""
+"""The state of the layer: checkpoints, copies, dtypes, freezing, and batches that must not count."""
 
 import copy
 import io

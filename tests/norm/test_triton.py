@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: on CUDA where there is one, else on the CPU under Triton's interpreter.
 
 The interpreter must be asked for before Triton is imported, so a normal run of this file runs it once more in a
-process of its own; the tests of the first process then need a GPU. Sizes are tiny, the interpreter being slow: tiles
+separate process; the tests of the first process then need a GPU. Sizes are tiny because the interpreter is slow: tiles
 are made smaller still, so that there are many.
 """
 
