@@ -1,15 +1,15 @@
-"""fastrbn: training with callbacks, built around running batch norm: batch norm for every batch size down to one."""
+"""fastrbn: training with callbacks, built around running batch norm, a batch norm for every batch size down to one."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__ as __version__
 from .util import suggestion
 
-__all__ = [  # noqa: RUF022 - in groups
+__all__ = [  # noqa: RUF022 - grouped by subject
     # the loop
     "EVENTS",
     "Callback",
@@ -47,7 +47,7 @@ __all__ = [  # noqa: RUF022 - in groups
     "init_cnn",
     "make_norm",
     "resnet9",
-    # from sizes to (learn, run)
+    # making a learner and a run
     "get_learn_run",
     "get_runner",
     "listify",
@@ -131,13 +131,13 @@ __all__ = [  # noqa: RUF022 - in groups
     "autograd_graph",
     "leaf_table",
     "record_modules",
-    # what a model is made of
+    # a table of the model
     "Summary",
     "model_summary",
 ]
 
-# A name is imported when it is first used (PEP 562), and with it torch: `fastrbn --help` does without. The imports
-# below are what editors and type checkers read; tests/test_architecture.py holds them against __all__.
+# Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below are
+# for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
 _HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary")
 
 if TYPE_CHECKING:
@@ -264,17 +264,17 @@ if TYPE_CHECKING:
     from .summary import Summary, model_summary
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in __all__:
         for home in _HOMES:
             module = import_module(f".{home}", __name__)
             if name in module.__all__:
                 value = globals()[name] = getattr(module, name)
                 return value
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):  # fastrbn.norm, as with plain imports
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):  # a submodule, such as fastrbn.norm
         return import_module(f".{name}", __name__)
     raise AttributeError(f"fastrbn has no public name '{name}'.{suggestion(name, __all__)}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_HOMES})

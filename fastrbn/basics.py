@@ -1,8 +1,9 @@
-"""For notebooks: `from fastrbn.basics import *` gives every public name and what cells of the course use unimported."""
+"""All public names, and those that the course's notebooks use without importing: `from fastrbn.basics import *`."""
 
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import fastrbn
 
-__all__ = [  # noqa: PLE0604 - the names of another module are strings too
+__all__ = [  # noqa: PLE0604 - __all__ of fastrbn holds strings too
     *fastrbn.__all__,
     "DataLoader",
     "F",
@@ -31,9 +32,9 @@ __all__ = [  # noqa: PLE0604 - the names of another module are strings too
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     return getattr(fastrbn, name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

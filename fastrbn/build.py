@@ -1,4 +1,4 @@
-"""From sizes and data to a learner and a run in one call; one-cycle schedules, seeds, and label smoothing."""
+"""A learner and a run in one call; one-cycle training, seeds, label smoothing and parameter groups."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 import numbers
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from .callbacks import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from .learn import Learner, Runner
@@ -37,9 +38,28 @@ _NORMS = (
 )
 
 
-def listify(o) -> list:
-    """`o` as a list: None is the empty one, a list stays itself, other iterables but text are spread, all else is its
-    only item. Source: course notebook 04."""
+def listify(o: Any) -> list:
+    """Return `o` as a list.
+
+    Parameters
+    ----------
+    o : object
+        None gives an empty list, a list is returned itself, any other iterable except text is spread, and anything else
+        becomes the only item.
+
+    Returns
+    -------
+    list
+
+    Examples
+    --------
+    >>> listify(None), listify("ab"), listify((1, 2))
+    ([], ['ab'], [1, 2])
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 04.
+    """
     if o is None:
         return []
     if isinstance(o, list):
@@ -47,18 +67,43 @@ def listify(o) -> list:
     return list(o) if isinstance(o, Iterable) and not isinstance(o, (str, bytes)) else [o]
 
 
-def param_groups(model, weight_decay=1e-2) -> list[dict]:
-    """The model's parameters for an optimiser in two groups: `weight_decay` for weights that multiply, none for norms,
-    biases and all else of fewer than two dimensions.
+def param_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict[str, Any]]:
+    """Split a model's parameters for an optimiser into a group with weight decay and one without.
 
-    `optim.AdamW(param_groups(model, 0.05), lr=1e-3)`. The group with decay comes first; an empty one is left out. A
-    parameter that two modules share is listed once, without decay if it belongs to a norm in one of them.
+    Norms, biases and everything else with fewer than two dimensions get no decay. A parameter that modules share is
+    listed once, without decay if one of them is a norm.
 
-    Decaying the scale of a norm, or what a norm cancels anyway, acts on the learning rate and not on the function:
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    weight_decay : float, default 0.01
+        Decay of the first group.
+
+    Returns
+    -------
+    list of dict
+        The group with decay first; an empty group is left out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `model` is not a module, or `weight_decay` not a finite number from 0.
+
+    Examples
+    --------
+    >>> model = get_cnn_model(data, [8, 16], conv_rbn)
+    >>> opt = optim.AdamW(param_groups(model, 0.05), lr=1e-3)
+    >>> [group["weight_decay"] for group in opt.param_groups]
+    [0.05, 0.0]
+
+    References
+    ----------
     He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019, section 3.1.
+    Decaying the scale of a norm, or what a norm cancels, changes the learning rate and not the function.
     """
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, numbers.Real) or not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is a finite number, 0 or more; got {weight_decay!r}")
+    if not _is_number(weight_decay) or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be a finite number, 0 or more; got {weight_decay!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs an nn.Module; got {model!r} of type {type(model).__name__}")
     spared = {p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
@@ -70,23 +115,58 @@ def param_groups(model, weight_decay=1e-2) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_entropy, weight_decay=None):
-    """`(learn, run)` for a model of your own; train with `run.fit(epochs, learn)`.
+def get_runner(
+    model: nn.Module,
+    data: Any,
+    lr: float = 0.6,
+    cbs: Any = None,
+    opt_func: Callable[..., optim.Optimizer] | None = None,
+    loss_func: Callable[..., Tensor] = F.cross_entropy,
+    weight_decay: float | None = None,
+) -> tuple[Learner, Runner]:
+    """Make a learner and a run for your own model; train with `run.fit(epochs, learn)`.
 
-    - `data`: has `train_dl` and `valid_dl` (None: no validation), see `Learner`.
-    - `lr`: learning rate, default 0.6, the course's.
-    - `cbs`: callables that make callbacks (classes, `partial`s), or callbacks; one or a list.
-    - `opt_func(parameters, lr=lr)`: makes the optimiser; default `optim.SGD`.
-    - `loss_func(pred, yb)`: a scalar tensor.
-    - `weight_decay`: given to `opt_func` in two groups, see `param_groups`; None (default): one group, and what
-      `opt_func` does by itself.
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    data : DataBunch or similar
+        Has `train_dl` and `valid_dl` (None for no validation); see `Learner`.
+    lr : float, default 0.6
+        Learning rate; the default is the course's.
+    cbs : callable, Callback or list of them, optional
+        Callbacks, or callables that make them, such as classes and `partial`s.
+    opt_func : callable, default optim.SGD
+        `opt_func(parameters, lr=lr)` makes the optimiser.
+    loss_func : callable, default F.cross_entropy
+        `loss_func(pred, yb)` returns a scalar tensor.
+    weight_decay : float, optional
+        Weight decay for the optimiser, applied with `param_groups`. By default there is one group with the decay of
+        `opt_func`.
 
-    TypeError or ValueError for what cannot be trained. Source: course notebook 05b.
+    Returns
+    -------
+    (Learner, Runner)
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that cannot be trained with; the message names them.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(conv_rbn(1, 8), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
+    >>> learn, run = get_runner(model, data, lr=0.1)
+    >>> run.fit(1, learn)
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05b.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {model!r} of type {type(model).__name__}")
     _check_data(data)
-    if isinstance(lr, bool) or not isinstance(lr, numbers.Real) or not (lr >= 0 and math.isfinite(lr)):
+    if not _is_number(lr) or not 0 <= lr < math.inf:
         raise ValueError(f"lr must be a finite number, 0 or more; got {lr!r}")
     opt_func = optim.SGD if opt_func is None else opt_func
     for name, func in (("opt_func", opt_func), ("loss_func", loss_func)):
@@ -96,15 +176,50 @@ def get_runner(model, data, lr=0.6, cbs=None, opt_func=None, loss_func=F.cross_e
     return Learner(model, opt, loss_func, data), Runner(cb_funcs=cbs)
 
 
-def get_learn_run(nfs, data, lr, layer, cbs=None, opt_func=None, uniform=False, weight_decay=None, **kwargs):
-    """`(learn, run)` for the course's CNN: `get_cnn_model`, `init_cnn`, `get_runner`.
+def get_learn_run(
+    nfs: Iterable[int],
+    data: Any,
+    lr: float,
+    layer: Callable[..., nn.Module],
+    cbs: Any = None,
+    opt_func: Callable[..., optim.Optimizer] | None = None,
+    uniform: bool = False,
+    weight_decay: float | None = None,
+    **kwargs: Any,
+) -> tuple[Learner, Runner]:
+    """Make a learner and a run for the course's CNN: `get_cnn_model`, `init_cnn` and `get_runner`.
 
-    - `nfs`: channels of the stride-2 layers, such as [8, 16, 32, 64, 64].
-    - `layer`: what makes them, such as `conv_rbn`; `kwargs` go to it (`recipe="course"`, `leak=0.1`).
-    - `uniform`: draw the initial weights uniformly instead of from a normal distribution.
-    - `data`, `lr`, `cbs`, `opt_func`, `weight_decay`: see `get_runner`.
+    Parameters
+    ----------
+    nfs : iterable of int
+        Channels of the stride-2 layers, such as [8, 16, 32, 64, 64].
+    data, lr, cbs, opt_func, weight_decay : as in `get_runner`
+    layer : callable
+        Makes a layer, such as `conv_rbn`; see `get_cnn_layers`.
+    uniform : bool, default False
+        Draw the initial weights from a uniform instead of a normal distribution.
+    **kwargs
+        Passed to `layer`, such as `recipe="course"` or `leak=0.1`.
 
-    Source: course notebook 07.
+    Returns
+    -------
+    (Learner, Runner)
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that cannot be trained with; the message names them.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[Recorder])
+    >>> run.fit(1, learn)
+    >>> len(run.recorder.losses)   # one per training batch
+    16
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 07.
     """
     _check_data(data)
     model = get_cnn_model(data, nfs, layer, **kwargs)
@@ -112,7 +227,7 @@ def get_learn_run(nfs, data, lr, layer, cbs=None, opt_func=None, uniform=False, 
     return get_runner(model, data, lr=lr, cbs=cbs, opt_func=opt_func, weight_decay=weight_decay)
 
 
-def _check_data(data):
+def _check_data(data: Any) -> None:
     missing = [name for name in ("train_dl", "valid_dl") if not hasattr(data, name)]
     if missing:
         raise TypeError(
@@ -122,23 +237,39 @@ def _check_data(data):
 
 
 class LabelSmoothingCrossEntropy(nn.CrossEntropyLoss):
-    """Cross entropy against targets of 1 − eps for the true class and eps spread over all classes.
+    """Cross entropy with label smoothing: 1 − eps for the true class, and eps spread over all classes.
 
-    - `eps`: 0 to 1 (default 0.1).
-    - `reduction`: "mean" (default), "sum" or "none".
+    The course's name for PyTorch's `CrossEntropyLoss(label_smoothing=eps)`. Takes predictions (N, classes, *) and class
+    indices (N, *).
 
-    Takes predictions (N, classes, *) and targets (N, *) of classes. The course's name for PyTorch's
-    `CrossEntropyLoss(label_smoothing=eps)`.
+    Parameters
+    ----------
+    eps : float, default 0.1
+        Share of the target that is spread, 0 to 1.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        As in PyTorch.
 
-    Source: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016; fast.ai course, part 2 (2019),
-    notebook 10b.
+    Raises
+    ------
+    ValueError
+        For another `eps` or `reduction`.
+
+    Examples
+    --------
+    >>> loss = LabelSmoothingCrossEntropy(0.1)
+    >>> loss(torch.zeros(4, 10), torch.arange(4))
+    tensor(2.3026)
+
+    References
+    ----------
+    Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016; fast.ai course, part 2 (2019), notebook 10b.
     """
 
-    def __init__(self, eps=0.1, reduction="mean"):
-        if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not 0 <= eps <= 1:
-            raise ValueError(f"LabelSmoothingCrossEntropy: eps is a share of the target, 0 to 1; got {eps!r}")
+    def __init__(self, eps: float = 0.1, reduction: str = "mean"):
+        if not _is_number(eps) or not 0 <= eps <= 1:
+            raise ValueError(f"LabelSmoothingCrossEntropy: eps must be a share of the target, 0 to 1; got {eps!r}")
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"LabelSmoothingCrossEntropy: reduction is mean, sum or none; got {reduction!r}")
+            raise ValueError(f"LabelSmoothingCrossEntropy: reduction must be mean, sum or none; got {reduction!r}")
         super().__init__(label_smoothing=eps, reduction=reduction)
 
     def extra_repr(self) -> str:
@@ -146,35 +277,71 @@ class LabelSmoothingCrossEntropy(nn.CrossEntropyLoss):
 
 
 def fit_one_cycle(
-    run, learn, epochs, lr_max, pct_start=0.3, div=25.0, div_final=1e4, moms=(0.95, 0.85, 0.95), resume=None
-):
-    """`run.fit(epochs, learn)` with a learning rate that rises to `lr_max` and falls again, both along half a cosine.
+    run: Runner,
+    learn: Learner,
+    epochs: int,
+    lr_max: float | Sequence[float],
+    pct_start: float = 0.3,
+    div: float = 25.0,
+    div_final: float = 1e4,
+    moms: Sequence[float] | None = (0.95, 0.85, 0.95),
+    resume: Any = None,
+) -> None:
+    """Call `run.fit(epochs, learn)` with a one-cycle schedule of learning rate and momentum.
 
-    - `lr_max`: the highest rate, or one for each param group.
-    - `pct_start`: the share of the steps in which it rises (default 0.3).
-    - `div`, `div_final`: it begins at `lr_max / div` (default 25) and ends at `lr_max / div_final` (default 1e4).
-    - `moms`: momentum (of Adam's kind the first of `betas`) at the start, at the top and at the end; it falls while the
-      rate rises. An optimiser without momentum, or with a momentum of 0, is left without. None: leave it as it is.
-    - `resume`: a checkpoint to go on from, as in `run.fit`.
+    The learning rate rises to `lr_max` and falls again, both along half a cosine; the momentum does the opposite.
+    Afterwards the optimiser has its former rates and momenta, and the run its former callbacks. If the training loader
+    has no length, the schedule moves only between epochs, with a warning; give it a `__len__`.
 
-    A training loader without a length moves the cycle only between epochs, with a warning: give it a `__len__`.
+    Parameters
+    ----------
+    run : Runner
+        Must not schedule the learning rate already.
+    learn : Learner
+        Model, optimiser, loss and data.
+    epochs : int
+        Length of the cycle.
+    lr_max : float or sequence of float
+        Highest learning rate, or one for each parameter group.
+    pct_start : float, default 0.3
+        Share of the steps in which the rate rises.
+    div : float, default 25
+        The rate starts at lr_max / div.
+    div_final : float, default 1e4
+        The rate ends at lr_max / div_final.
+    moms : three floats or None, default (0.95, 0.85, 0.95)
+        Momentum (the first of `betas` for Adam and its kin) at the start, at the highest rate and at the end. None leaves
+        it as it is, as does an optimiser without momentum or with a momentum of 0.
+    resume : optional
+        A checkpoint to resume from, as in `run.fit`.
 
-    Afterwards the optimiser has its own rates and momenta again, and the run its own callbacks. ValueError or TypeError
-    for what cannot be, and when the run schedules its rate already.
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments out of range, an optimiser without parameter groups, or a run that schedules its rate already.
 
-    Source: Smith, "A disciplined approach to neural network hyper-parameters", 2018; the defaults are those of
-    `torch.optim.lr_scheduler.OneCycleLR`, with its final division relative to `lr_max`.
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[Recorder])
+    >>> fit_one_cycle(run, learn, 1, lr_max=0.5)
+    >>> max(run.recorder.lrs[0]) <= 0.5
+    True
+
+    References
+    ----------
+    Smith, "A disciplined approach to neural network hyper-parameters", 2018. The defaults are those of
+    `torch.optim.lr_scheduler.OneCycleLR`, except that `div_final` is relative to `lr_max`.
     """
     check_opt(learn.opt, {"fit_one_cycle": ("param_groups", "lr")})
     groups = learn.opt.param_groups
     rates = _rates(lr_max, len(groups))
     for name, value, least in (("div", div, 1), ("div_final", div_final, 1)):
         if not _is_number(value) or not least <= value < math.inf:
-            raise ValueError(f"fit_one_cycle: {name} divides lr_max, a finite number of 1 or more; got {value!r}")
+            raise ValueError(f"fit_one_cycle: {name} divides lr_max and must be finite, 1 or more; got {value!r}")
     if not _is_number(pct_start) or not 0 < pct_start < 1:
-        raise ValueError(f"fit_one_cycle: pct_start is a share of the steps, above 0 and below 1; got {pct_start!r}")
+        raise ValueError(f"fit_one_cycle: pct_start must be a share of the steps, above 0 and below 1; got {pct_start!r}")
     if any(isinstance(cb, ParamScheduler) and cb.pname == "lr" for cb in run.cbs):
-        raise ValueError("fit_one_cycle schedules 'lr', and the run has a ParamScheduler for it: leave one of them out")
+        raise ValueError("fit_one_cycle schedules 'lr', but the run has a ParamScheduler for it: leave one of them out")
     shares = [pct_start, 1 - pct_start]
     cycles = [combine_scheds(shares, cos_1cycle_anneal(lr / div, lr, lr / div_final)) for lr in rates]
     cbs = [ParamScheduler("lr", cycles)]
@@ -188,65 +355,80 @@ def fit_one_cycle(
         run.remove_cbs(cbs)
         for group, values in zip(learn.opt.param_groups, kept):
             for k, value in values.items():
-                if isinstance(group[k], torch.Tensor):  # a compiled or captured optimiser keeps its rate in this one
+                if isinstance(group[k], torch.Tensor):  # a compiled or captured optimiser keeps using this tensor
                     group[k].fill_(value)
                 else:
                     group[k] = value
 
 
-def seed_everything(seed, deterministic=False) -> None:
-    """Seed the generators of Python, NumPy and PyTorch (all devices), so that what follows can be repeated.
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed the random generators of Python, NumPy and PyTorch (all devices).
 
-    - `seed`: 0 to 2³² − 1, which is what NumPy takes.
-    - `deterministic`: have PyTorch choose operations that give the same bits each time, and raise where there are none
-      (`torch.use_deterministic_algorithms`); slower, on CUDA above all. It stays so for the whole process; False
-      (default) changes no setting.
+    Call it before creating model and data. `get_dls` and `image_databunch` also have a seed of their own.
 
-    Call it before model and data are made. `get_dls` and `image_databunch` take a seed of their own besides.
+    Parameters
+    ----------
+    seed : int
+        0 to 2³² − 1, NumPy's range.
+    deterministic : bool, default False
+        Make PyTorch use operations that give the same bits every time, and raise where there are none
+        (`torch.use_deterministic_algorithms`). This is slower, mostly on CUDA, and lasts for the whole process; False
+        changes no setting.
+
+    Raises
+    ------
+    ValueError
+        For a seed outside the range.
+
+    Examples
+    --------
+    >>> seed_everything(3); first = torch.rand(2)
+    >>> seed_everything(3); torch.equal(torch.rand(2), first)
+    True
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed_everything: seed is a whole number from 0 to 2**32 - 1; got {seed!r}")
+        raise ValueError(f"seed_everything: seed must be a whole number from 0 to 2**32 - 1; got {seed!r}")
     if not isinstance(deterministic, bool):
-        raise ValueError(f"seed_everything: deterministic is True or False; got {deterministic!r}")
+        raise ValueError(f"seed_everything: deterministic must be True or False; got {deterministic!r}")
     import numpy as np
 
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it, set before its first use
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
 
-def _rates(lr_max, n) -> list[float]:
+def _rates(lr_max: Any, n: int) -> list[float]:
     rates = list(lr_max) if isinstance(lr_max, (list, tuple)) else [lr_max] * n
     if len(rates) != n:
         raise ValueError(
-            f"fit_one_cycle: lr_max is one rate, or one for each of the optimiser's {n} param groups; got {len(rates)}"
+            f"fit_one_cycle: lr_max must be one rate, or one for each of the optimiser's {n} param groups; got {len(rates)}"
         )
     for rate in rates:
         if not _is_number(rate) or not 0 < rate < math.inf:
-            raise ValueError(f"fit_one_cycle: lr_max is a finite number above 0; got {rate!r}")
+            raise ValueError(f"fit_one_cycle: lr_max must be a finite number above 0; got {rate!r}")
     return rates
 
 
-def _three(moms):
+def _three(moms: Any) -> Sequence[float]:
     if not isinstance(moms, (list, tuple)) or len(moms) != 3 or not all(_is_number(m) and 0 <= m < 1 for m in moms):
         raise ValueError(
-            f"fit_one_cycle: moms is three numbers, 0 or more and below 1, such as (0.95, 0.85, 0.95), or None; got "
+            f"fit_one_cycle: moms must be three numbers from 0 to below 1, such as (0.95, 0.85, 0.95), or None; got "
             f"{moms!r}"
         )
     return moms
 
 
-def _has_momentum(groups) -> bool:
+def _has_momentum(groups: list[dict]) -> bool:
     return all(g["betas"][0] if "betas" in g else g.get("momentum", 0) for g in groups)
 
 
-def _value(value):
+def _value(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,12 +1,15 @@
-"""What a model is made of, as a table: modules, output shapes, parameters, and what its norms do."""
+"""A table of a model's modules: output shapes, parameters, and the settings of its norms."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .learn.snapshot import RandomState
@@ -20,9 +23,23 @@ _WIDEST = 32  # characters of an output's shape
 
 @dataclasses.dataclass
 class Row:
-    """A module: `name` (qualified), `kind` (its class), `output` (shape in words, "" when it was not called), `calls`,
-    `params` and `trainable` (elements of its own parameters, without those of modules inside it and those that an
-    earlier row has), `shared` (names of those), `norm` (a running norm's recipe in words)."""
+    """One module of a `Summary`.
+
+    Parameters
+    ----------
+    name, kind : str
+        Qualified name and class.
+    output : str
+        Shape of the output in words; "" if the module was not called.
+    calls : int
+        Number of calls in the forward pass.
+    params, trainable : int
+        Elements of the module's own parameters, without those of inner modules and those that an earlier row has.
+    shared : list of str
+        Names of parameters that an earlier row has.
+    norm : str
+        Settings of a norm in words, such as its recipe.
+    """
 
     name: str
     kind: str
@@ -36,8 +53,21 @@ class Row:
 
 @dataclasses.dataclass
 class Summary:
-    """What `model_summary` found: `rows`, the shape of the `input` in words, elements of `params`, `trainable` ones,
-    and `buffers`, the `bytes` of both, and `notes`, further lines. `print` it."""
+    """The result of `model_summary`; print it for the table.
+
+    Parameters
+    ----------
+    rows : list of Row
+        One per module.
+    input : str
+        Shape of the input in words.
+    params, trainable, buffers : int
+        Elements of all parameters, of the trainable ones, and of all buffers.
+    bytes : int
+        Size of parameters and buffers.
+    notes : list of str
+        Further lines below the table.
+    """
 
     rows: list[Row]
     input: str
@@ -47,13 +77,13 @@ class Summary:
     bytes: int
     notes: list[str]
 
-    def __str__(self):
+    def __str__(self) -> str:
         cells = [_HEADS, *(_cells(row) for row in self.rows)]
         used = [i for i, head in enumerate(_HEADS) if head != "norm" or any(row.norm for row in self.rows)]
         widths = {i: max(len(row[i]) for row in cells) for i in used}
         right = {_HEADS.index("parameters")}
 
-        def line(row):
+        def line(row: Sequence[str]) -> str:
             return "  ".join(row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in used).rstrip()
 
         rule = "-" * (sum(widths.values()) + 2 * (len(used) - 1))
@@ -67,22 +97,49 @@ class Summary:
     __repr__ = __str__
 
 
-def model_summary(model, xb) -> Summary:
-    """Table of the `model`'s modules, from one forward pass of the batch `xb` in evaluation mode, without gradients.
+def model_summary(model: nn.Module, xb: Any) -> Summary:
+    """Summarise the modules of a model in a table, from one forward pass in evaluation mode without gradients.
 
-    - `xb`: what the model takes: a tensor, or whatever else it is called with. It is brought to the device of the
-      model's first parameter.
+    The model is unchanged afterwards: modes, buffers (bit for bit, the same tensors), plain attributes, hooks and random
+    states. Hooks on the model see the pass. A model with lazy modules is copied first, and the summary describes the
+    copy as this batch initialises it.
 
-    The model is afterwards as it was: modes, buffers (bit for bit, the same tensors), plain attributes, hooks and
-    random states. Hooks that are on the model see the pass. A model with lazy modules is copied, the batch initialises
-    the copy, and the summary is that of the copy. Raises RuntimeError for a forward pass that writes to parameters,
-    which are not copied, and ValueError for lazy modules that the pass does not reach.
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    xb : Tensor or nested tensors
+        A batch as the model takes it; moved to the device of the model's first parameter.
+
+    Returns
+    -------
+    Summary
+
+    Raises
+    ------
+    RuntimeError
+        If the forward pass fails, or writes to the parameters, which are not copied.
+    ValueError
+        If the pass does not reach a lazy module.
+
+    Examples
+    --------
+    >>> print(model_summary(conv_rbn(1, 4), torch.randn(2, 1, 28, 28)))
+    input: 2 × 1 × 28 × 28
+    module  type              output           parameters  trainable  norm
+    -----------------------------------------------------------------------------------------
+    0       Conv2d            2 × 4 × 14 × 14          36  yes
+    1       GeneralRelu       2 × 4 × 14 × 14
+    2       RunningBatchNorm  2 × 4 × 14 × 14           8  yes        recipe default, mom 0.1
+    -----------------------------------------------------------------------------------------
+    parameters: 44, trainable 44, frozen 0
+    buffers: 20; together 264 bytes
     """
     xb = _to(xb, next((p.device for p in model.parameters()), None))
     lazy = list(dict.fromkeys(name.rpartition(".")[0] for name in _lazy(model)))
     if lazy:
         model = _initialised_copy(model, xb)
-    shapes = {}
+    shapes: dict[nn.Module, list[str]] = {}
     with _as_it_was(model), _watched(model, shapes):
         _forward(model, xb)
     params, buffers = list(model.parameters()), list(model.buffers())
@@ -93,17 +150,17 @@ def model_summary(model, xb) -> Summary:
         trainable=sum(p.numel() for p in params if p.requires_grad),
         buffers=sum(b.numel() for b in buffers),
         bytes=sum(t.numel() * t.element_size() for t in (*params, *buffers)),
-        notes=[f"lazy, as this batch would make them: {', '.join(n or 'the model' for n in lazy)}"] if lazy else [],
+        notes=[f"lazy, as this batch would initialise them: {', '.join(n or 'the model' for n in lazy)}"] if lazy else [],
     )
 
 
-def _lazy(model) -> dict[str, torch.Tensor]:
+def _lazy(model: nn.Module) -> dict[str, Any]:
     """Parameters and buffers that are not initialised, by name."""
     return {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)}
 
 
-def _initialised_copy(model, xb):
-    # torch cannot copy lazy buffers
+def _initialised_copy(model: nn.Module, xb: Any) -> nn.Module:
+    # torch cannot copy lazy buffers, so the copy gets new ones
     fresh = {
         id(t): type(t)(requires_grad=t.requires_grad, device=t.device, dtype=t.dtype) for t in _lazy(model).values()
     }
@@ -115,29 +172,40 @@ def _initialised_copy(model, xb):
     if left := list(_lazy(model)):
         raise ValueError(
             f"a summary needs the size of every parameter; the batch does not reach the lazy modules of "
-            f"{', '.join(left[:3])}: call the model so that they run, then ask again"
+            f"{', '.join(left[:3])}: call the model so that they run, then summarise it"
         )
     return model
 
 
-def _forward(model, xb):
+def _forward(model: nn.Module, xb: Any) -> None:
     model.eval()
     try:
         with torch.no_grad():
             model(xb)
     except Exception as e:
         raise RuntimeError(
-            f"the model failed on a batch of shape {_shape(xb)}, {type(e).__name__}: {e}. Give the summary a "
-            f"batch as the model takes it: summary(xb)"
+            f"the model failed on a batch of shape {_shape(xb)}, {type(e).__name__}: {e}. Pass a batch as the model "
+            f"takes it: summary(xb)"
         ) from e
 
 
-def of_learner(learn, xb=None, cbs=()) -> Summary:
-    """`model_summary` of `learn.model`, with optimiser and loss in the notes.
+def of_learner(learn: Any, xb: Any = None, cbs: Sequence[Any] = ()) -> Summary:
+    """Summarise `learn.model`, with optimiser and loss in the notes.
 
-    - `xb`: a batch; None: the first of `learn.data`'s training loader, whose random state and count of epochs are put
-      back. Callbacks in `cbs` that change batches and need no fit for it (those with a `begin_batch` and without a
-      `begin_fit`, such as BatchTransformXCallback) are asked to; a batch that is given is taken as it is.
+    Parameters
+    ----------
+    learn : Learner
+        Its model is left unchanged, see `model_summary`.
+    xb : optional
+        A batch, used as it is. By default the first batch of the training loader, whose random state and epoch count are
+        restored.
+    cbs : sequence of Callback, default ()
+        Callbacks that change the default batch without needing a fit (those with a `begin_batch` and no `begin_fit`, such
+        as BatchTransformXCallback) are applied to it.
+
+    Returns
+    -------
+    Summary
     """
     with _random_kept(learn.data):
         xb = _prepared(_first_batch(learn.data), cbs) if xb is None else xb
@@ -148,57 +216,57 @@ def of_learner(learn, xb=None, cbs=()) -> Summary:
     found.notes.append(f"optimiser: {type(learn.opt).__name__}, {_groups(learn.opt)}; loss: {loss}")
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        found.notes.append(f"trainable, but the optimiser does not have them: {', '.join(missing[:3])}{more}")
+        found.notes.append(f"trainable, but not in the optimiser: {', '.join(missing[:3])}{more}")
     if cbs:
         found.notes.append(f"callbacks: {', '.join(type(cb).__name__ for cb in cbs)}")
     return found
 
 
-def _groups(opt) -> str:
+def _groups(opt: Any) -> str:
     rates = dict.fromkeys(f"{float(g['lr']):.3g}" for g in opt.param_groups if "lr" in g)
     return f"{len(opt.param_groups)} param group{'s' * (len(opt.param_groups) > 1)}, lr {', '.join(rates)}"
 
 
-def _first_batch(data):
+def _first_batch(data: Any) -> Any:
     loader = data.train_dl if data.train_dl is not None else data.valid_dl
     batches = iter(loader)
     if batches is loader:
         raise ValueError(
             f"the training loader is an iterator ({type(loader).__name__}): a batch taken from it would be missing in "
-            f"the fit. Give one: summary(xb)"
+            f"the fit. Pass a batch: summary(xb)"
         )
     try:
         return next(batches)
     except StopIteration:
-        raise ValueError("the training loader has no batch to try: give one, summary(xb)") from None
+        raise ValueError("the training loader has no batch to try: pass one, summary(xb)") from None
 
 
-def _prepared(batch, cbs):
-    """The inputs of `batch` after the callbacks that change them, each on a stand-in for the run."""
+def _prepared(batch: Any, cbs: Iterable[object]) -> Any:
+    """The inputs of `batch` after the callbacks that change batches, which see a stand-in for the run."""
     xb, yb = batch
     stand_in = _Batch(xb, yb)
     for cb in cbs:
         if _overrides(cb, "begin_batch") and not _overrides(cb, "begin_fit"):
-            mine = type(cb).__new__(type(cb))
+            mine: Any = type(cb).__new__(type(cb))
             vars(mine).update({**vars(cb), "run": stand_in})
             mine.begin_batch()
     return stand_in.xb
 
 
 class _Batch:
-    """What a callback sees of a run in `begin_batch`."""
+    """The part of a run that a callback sees in `begin_batch`."""
 
-    def __init__(self, xb, yb):
+    def __init__(self, xb: Any, yb: Any):
         self.xb, self.yb, self.in_train, self.iter, self.n_iter, self.epoch = xb, yb, False, 0, 0, 0
 
 
-def _overrides(cb, event) -> bool:
-    base = next((c for c in reversed(type(cb).__mro__) if hasattr(c, event)), None)  # Callback, with its no-ops
+def _overrides(cb: Any, event: str) -> bool:
+    base = next((c for c in reversed(type(cb).__mro__) if hasattr(c, event)), None)  # Callback, where it does nothing
     return event in vars(cb) or getattr(type(cb), event, None) is not getattr(base, event, None)
 
 
 @contextlib.contextmanager
-def _random_kept(data):
+def _random_kept(data: Any) -> Iterator[None]:
     loaders = {id(dl): dl for dl in (data.train_dl, data.valid_dl) if dl is not None}
     state = RandomState(list(loaders.values()))
     try:
@@ -208,13 +276,13 @@ def _random_kept(data):
 
 
 @contextlib.contextmanager
-def _as_it_was(model):
-    """Everything that a forward pass may change is put back."""
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restore everything that a forward pass may change when the block ends."""
     state = RandomState()
     versions = {name: _version(p) for name, p in model.named_parameters()}
     kept = []
     for module in model.modules():
-        # the values of tensors that are no parameters, of which a module may have some beside its buffers
+        # values of buffers and of tensors in plain attributes
         found = [*module._buffers.values(), *vars(module).values()]
         values = [(t, _version(t), t.detach().clone()) for t in found if isinstance(t, torch.Tensor)]
         kept.append((module, dict(vars(module)), dict(module._parameters), dict(module._buffers), values))
@@ -224,6 +292,7 @@ def _as_it_was(model):
         for module, own, parameters, buffers, values in kept:
             vars(module).clear()
             vars(module).update(own)
+            table: Any
             for table, before in ((module._parameters, parameters), (module._buffers, buffers)):
                 table.clear()
                 table.update(before)
@@ -235,18 +304,20 @@ def _as_it_was(model):
     changed = [name for name, p in model.named_parameters() if _version(p) != versions[name]]
     if changed:
         raise RuntimeError(
-            f"the model's forward pass writes to its parameters ({', '.join(changed[:3])}), also in evaluation mode: "
-            f"they are not what they were before the summary"
+            f"the model's forward pass writes to its parameters ({', '.join(changed[:3])}) even in evaluation mode, so the "
+            f"summary has changed them: load them again"
         )
 
 
-def _version(t):
+def _version(t: torch.Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
 @contextlib.contextmanager
-def _watched(model, shapes):
-    def look(module, args, output):
+def _watched(model: nn.Module, shapes: dict[nn.Module, list[str]]) -> Iterator[None]:
+    """Record the output shapes of all modules in `shapes`."""
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
         shapes.setdefault(module, []).append(_shape(output))
 
     handles = [m.register_forward_hook(look) for m in model.modules()]
@@ -257,8 +328,9 @@ def _watched(model, shapes):
             handle.remove()
 
 
-def _rows(model, shapes):
-    rows, seen = [], {}
+def _rows(model: nn.Module, shapes: dict[nn.Module, list[str]]) -> list[Row]:
+    rows: list[Row] = []
+    seen: dict[nn.Parameter, str] = {}
     named = [(name, m) for name, m in model.named_modules() if name] or [(type(model).__name__, model)]
     if model._parameters and named[0][1] is not model:
         named.insert(0, ("", model))
@@ -282,8 +354,8 @@ def _rows(model, shapes):
     return rows
 
 
-def _norm(module) -> str:
-    """Of a layer with a recipe, and of PyTorch's norms with running statistics."""
+def _norm(module: Any) -> str:
+    """Settings of a layer with a recipe, or of one of PyTorch's norms with running statistics."""
     recipe = getattr(getattr(module, "recipe", None), "name", None)
     if recipe is not None:
         frozen = ", frozen" if getattr(module, "frozen", False) else ""
@@ -293,7 +365,7 @@ def _norm(module) -> str:
     return ""
 
 
-def _cells(row) -> tuple[str, ...]:
+def _cells(row: Row) -> tuple[str, ...]:
     depth, name = row.name.count("."), row.name.rpartition(".")[2]
     output = row.output if len(row.output) <= _WIDEST else row.output[: _WIDEST - 1] + "…"
     calls = f" ({row.calls} calls)" if row.calls > 1 else ""
@@ -303,7 +375,7 @@ def _cells(row) -> tuple[str, ...]:
     return ("  " * depth + name, row.kind, (output or "not called") + calls, params, trainable, row.norm)
 
 
-def _shape(value) -> str:
+def _shape(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return " × ".join(map(str, value.shape)) or "number"
     if isinstance(value, dict):
@@ -313,13 +385,12 @@ def _shape(value) -> str:
     return type(value).__name__
 
 
-def _to(value, device):
+def _to(value: Any, device: torch.device | None) -> Any:
     return value if device is None else apply_to(value, torch.Tensor, lambda t: t.to(device))
 
 
-def _bytes(n) -> str:
-    size = float(n)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1024
+def _bytes(n: int) -> str:
+    size, units = float(n), ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "bytes" or size >= 100 else f"{size:.1f} {units[0]}"

@@ -1,4 +1,4 @@
-"""Layer builders and nets: what they are made of, what goes in and comes out, and what they say to wrong arguments."""
+"""Layer builders and nets: their parts, shapes, and messages for wrong arguments."""
 
 import copy
 import pickle
@@ -73,7 +73,7 @@ def copy_of_output(module, args, out):
     return out.clone()
 
 
-def test_lambda_refuses_what_cannot_be_called():
+def test_lambda_refuses_what_is_not_callable():
     with pytest.raises(TypeError, match="got 3 of type int"):
         Lambda(3)
 
@@ -129,7 +129,7 @@ def test_norm_none_by_name_is_the_same_as_bn_false():
     assert len(conv_layer(3, 16, norm="none")) == 2
 
 
-def test_asking_for_a_norm_and_for_none_is_an_error():
+def test_bn_false_with_a_norm_is_refused():
     with pytest.raises(ValueError, match="bn=False.*norm='running'"):
         conv_layer(3, 16, bn=False, norm="running")
 
@@ -158,7 +158,7 @@ def test_group_norm_takes_eight_groups_or_the_largest_divisor_below(nf, groups):
 
 def test_group_norm_takes_another_number_of_groups_and_refuses_zero():
     assert conv_gn(3, 16, groups=4)[2].num_groups == 4
-    with pytest.raises(ValueError, match="groups must be a whole number from 1; got 0"):
+    with pytest.raises(ValueError, match="groups must be a whole number, 1 or more; got 0"):
         conv_gn(3, 16, groups=0)
 
 
@@ -169,13 +169,13 @@ def test_norm_takes_a_callable():
     assert conv_layer(3, 16, norm=lambda nf: None)[0].bias is not None
 
 
-def test_a_misspelt_norm_gets_the_nearest_name():
+def test_a_misspelt_norm_is_refused_with_the_closest_name():
     with pytest.raises(ValueError, match="batch, running, group, none.*got 'runing'. Did you mean 'running'?"):
         conv_layer(3, 16, norm="runing")
 
 
-def test_one_norm_for_all_layers_is_refused():
-    with pytest.raises(TypeError, match="one BatchNorm2d instance, which cannot serve several layers"):
+def test_a_norm_instance_is_refused():
+    with pytest.raises(TypeError, match="a BatchNorm2d instance, which cannot serve several layers"):
         conv_layer(3, 16, norm=nn.BatchNorm2d(16))
 
 
@@ -194,7 +194,7 @@ def test_a_callable_that_makes_no_module_is_refused():
     ],
     ids=["running", "relu", "batch", "none"],
 )
-def test_a_keyword_nobody_takes_is_named_with_those_that_are_taken(build, kwargs, words):
+def test_an_unknown_keyword_is_refused_with_the_known_ones(build, kwargs, words):
     with pytest.raises(TypeError, match=words):
         build(3, 16, **kwargs)
 
@@ -224,7 +224,7 @@ def test_the_cnn_maps_images_to_classes_and_every_parameter_gets_a_gradient(norm
     assert sum(bool(p.grad.any()) for p in model.parameters()) == len(list(model.parameters()))
 
 
-def test_the_cnn_leaves_the_callers_sizes_as_they_were_and_takes_any_sequence():
+def test_the_cnn_does_not_change_the_callers_sizes_and_takes_any_sequence():
     nfs = [8, 16]
     get_cnn_layers(DATA, nfs, conv_bn)
     assert nfs == [8, 16]
@@ -259,26 +259,26 @@ def test_a_trained_cnn_copies_and_pickles(norm, again):
         ("8,16", TypeError, "such as .*got '8,16'"),
         (8, TypeError, "got 8"),
         ([], ValueError, "at least one; got none"),
-        ([8, 0], ValueError, "from 1; got 0"),
-        ([8, 16.0], ValueError, "whole number from 1; got 16.0"),
+        ([8, 0], ValueError, "1 or more; got 0"),
+        ([8, 16.0], ValueError, "whole number, 1 or more; got 16.0"),
         ([True], ValueError, "got True"),
     ],
     ids=["text", "number", "empty", "zero", "float", "bool"],
 )
-def test_sizes_that_are_none_are_refused(nfs, error, words):
+def test_invalid_channel_counts_are_refused(nfs, error, words):
     with pytest.raises(error, match=words):
         get_cnn_model(DATA, nfs, conv_rbn)
 
 
 @pytest.mark.parametrize("layer", ["conv_rbn", None, conv_rbn(1, 8)], ids=["name", "none", "made"])
-def test_a_layer_that_is_no_function_is_refused(layer):
+def test_a_layer_that_is_not_a_function_is_refused(layer):
     with pytest.raises(TypeError, match="layer must be a function .*unquoted and not called"):
         get_cnn_model(DATA, [8], layer)
 
 
 @pytest.mark.parametrize("c", [None, 0, 2.5, "10"], ids=str)
 def test_data_without_a_number_of_classes_is_refused(c):
-    with pytest.raises(ValueError, match="data.c, the number of classes, must be .*DataBunch"):
+    with pytest.raises(ValueError, match="data.c, the number of classes, .*DataBunch.*must be a whole number"):
         get_cnn_model(SimpleNamespace(c=c), [8], conv_rbn)
     with pytest.raises(ValueError, match="data.c_in"):
         get_cnn_model(SimpleNamespace(c=10, c_in=0), [8], conv_rbn)
@@ -324,7 +324,7 @@ def test_resnet9_maps_images_to_classes_with_every_norm(norm, size):
     assert kinds == ([] if norm == "none" else [NORM_TYPES[norm]] * 8)
 
 
-def test_resnet9_is_of_the_size_the_field_uses():
+def test_resnet9_has_the_usual_size():
     model = resnet9(norm="batch")
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(6.57e6, rel=0.002)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -346,8 +346,8 @@ def test_resnet9_passes_keywords_to_its_norms_and_copies():
     assert twin(x).shape == (2, 4) and torch.equal(twin(x), model.eval()(x))
 
 
-def test_resnet9_refuses_a_width_that_is_none_and_a_misspelt_norm():
-    with pytest.raises(ValueError, match="width must be a whole number from 1; got 0"):
+def test_resnet9_refuses_an_invalid_width_and_a_misspelt_norm():
+    with pytest.raises(ValueError, match="width must be a whole number, 1 or more; got 0"):
         resnet9(width=0)
     with pytest.raises(ValueError, match="Did you mean 'group'?"):
         resnet9(norm="grup")

@@ -1,4 +1,4 @@
-"""Summaries: what the table says, and that model, random states and loaders are afterwards what they were."""
+"""Summaries: the table, and that model, random states and loaders are unchanged afterwards."""
 
 import random
 import types
@@ -115,7 +115,7 @@ def check_same(a, b):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_afterwards_what_it_was(fails):
+def test_the_model_is_unchanged_afterwards(fails):
     model = net()
     model(torch.randn(5, 6))
     model.body.eval()
@@ -133,7 +133,7 @@ def test_the_model_is_afterwards_what_it_was(fails):
     check_same(before, after)
 
 
-def test_ctrl_c_in_the_pass_leaves_it_as_it_was():
+def test_ctrl_c_during_the_pass_leaves_the_model_unchanged():
     model, before = net(), None
     model.act.forward = lambda x: (_ for _ in ()).throw(KeyboardInterrupt)
     before, x = state(model), torch.ones(5, 6)
@@ -142,7 +142,7 @@ def test_ctrl_c_in_the_pass_leaves_it_as_it_was():
     check_same(before, state(model))
 
 
-def test_a_graph_that_waits_for_its_backward_is_not_disturbed():
+def test_a_pending_backward_still_works():
     model = net()
     out = model(torch.randn(5, 6))[0].sum()
     model_summary(model, torch.randn(5, 6))
@@ -150,7 +150,7 @@ def test_a_graph_that_waits_for_its_backward_is_not_disturbed():
     assert model.body[0].weight.grad is not None
 
 
-def test_of_a_lazy_model_a_copy_is_made_and_looked_at():
+def test_a_lazy_model_is_summarised_from_a_copy():
     model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
     random = torch.get_rng_state()
     found = model_summary(model, torch.randn(2, 4, generator=torch.Generator()))
@@ -159,12 +159,12 @@ def test_of_a_lazy_model_a_copy_is_made_and_looked_at():
         ("BatchNorm1d", "2 × 3", 6),
     ]
     assert (found.params, found.trainable, found.buffers) == (21, 21, 7)
-    assert "lazy, as this batch would make them: 0, 1" in str(found)
+    assert "lazy, as this batch would initialise them: 0, 1" in str(found)
     assert all(map(nn.parameter.is_lazy, model.parameters()))
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_lazy_modules_that_the_batch_does_not_reach_are_told():
+def test_lazy_modules_that_the_batch_does_not_reach_are_refused():
     model = nn.Sequential(nn.Linear(4, 3))
     model.forward = model[0].forward
     model.spare = nn.LazyLinear(3)
@@ -185,7 +185,7 @@ def test_models_that_write_to_parameters_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_models_of_other_precision_have_summaries_too(dtype):
+def test_models_of_other_precision_are_summarised(dtype):
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).to(dtype)
     assert model_summary(model, torch.randn(2, 4, dtype=dtype)).bytes == 15 * torch.finfo(dtype).bits // 8
 
@@ -210,17 +210,17 @@ def learner(shuffle=True):
     return Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, data)
 
 
-def test_a_learner_has_one_from_its_first_batch_and_names_its_optimiser():
+def test_a_learner_is_summarised_from_its_first_batch_with_its_optimiser():
     learn = learner()
     text = str(learn.summary())
     assert text.startswith("input: 8 × 6\n")
     assert "optimiser: SGD, 1 param group, lr 0.1; loss: cross_entropy" in text
     learn.opt = torch.optim.SGD(learn.model[0].parameters(), lr=0.1)
-    assert "the optimiser does not have them: 1.weight, 1.bias, 2.weight and 1 more" in str(learn.summary())
+    assert "trainable, but not in the optimiser: 1.weight, 1.bias, 2.weight and 1 more" in str(learn.summary())
 
 
 @pytest.mark.parametrize("kind", ["BatchLoader", "DataLoader"])
-def test_a_fit_after_it_is_the_one_it_would_have_been(kind):
+def test_a_summary_does_not_change_the_fit_after_it(kind):
     ends = []
     for looks in (False, True):
         learn = learner()
@@ -238,7 +238,7 @@ def test_a_fit_after_it_is_the_one_it_would_have_been(kind):
     assert ends[0] == ends[1]
 
 
-def test_a_run_asks_callbacks_that_change_batches_and_no_others():
+def test_a_run_applies_only_callbacks_that_change_batches():
     class Counts(Callback):
         def begin_fit(self):
             raise AssertionError("no fit begins")
@@ -259,7 +259,7 @@ def test_a_run_asks_callbacks_that_change_batches_and_no_others():
     assert run.summary(torch.ones(2, 6), learn).input == "2 × 6"
 
 
-def test_what_is_missing_is_said():
+def test_a_missing_learner_or_batch_is_named():
     with pytest.raises(TypeError, match=r"has not trained yet: say what to look at, run.summary\(learn=learn\)"):
         Runner().summary()
     learn = learner()

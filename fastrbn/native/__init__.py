@@ -1,8 +1,9 @@
-"""Compiles C sources of this package with the machine's C compiler, once a machine, and loads them.
+"""Compile the C sources of this package with the machine's C compiler, once per machine, and load them.
 
-A library lies in `$XDG_CACHE_HOME/fastrbn` (`~/.cache/fastrbn`) under a name made of everything it depends on: the source, the
-compiler, its options and the processor. A home directory shared by unlike machines therefore holds one for each. The name ends
-with a checksum of the file: one that was cut or changed on the disk would crash every process that loads it, and is built again.
+Libraries are cached in `$XDG_CACHE_HOME/fastrbn` (default `~/.cache/fastrbn`). A file name hashes everything the library
+depends on: source, compiler, options and processor, so a home directory shared by different machines holds one for each.
+The name ends with a checksum of the file, since loading a truncated or damaged library would crash the process; such a
+file is built again.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ import warnings
 from functools import cache, lru_cache
 from pathlib import Path
 
-_HEADERS = Path(__file__).parent  # *.h for all sources
-# sums may be taken in any order, so that they are vectorised (the simd pragmas); NaN and Inf keep their meaning
+_HEADERS = Path(__file__).parent  # *.h used by all sources
+# the simd pragmas allow sums in any order, so that they are vectorised; NaN and Inf keep their meaning
 _OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 _LINK = ("-shared", "-fPIC", "-pthread")
-_SECONDS = 60  # a compiler that takes longer hangs
-_broken: dict[str, str] = {}  # compilers that have failed in this process, and how: they are not asked again
+_SECONDS = 60  # timeout of the compiler
+_broken: dict[str, str] = {}  # why compilers failed in this process; they are not tried again
 
 
 @cache
 def load(source: Path, *options: str) -> tuple[ctypes.CDLL | None, str]:
-    """The library of a C `source` compiled with further `options` (such as -DREAL=float), or None; and why not, in
-    words. A compiler that fails is warned of once; whoever asks has another way to do the work."""
+    """Compile a C `source` with further `options` (such as -DREAL=float) and load it.
+
+    Returns the library and "", or None and the reason in words. Warns once about a compiler that fails; callers must
+    have another way to do the work.
+    """
     if os.environ.get("FASTRBN_NATIVE") == "0":
         return None, "FASTRBN_NATIVE=0 turns the C kernels off"
     if os.name != "posix":
@@ -51,14 +55,14 @@ def load(source: Path, *options: str) -> tuple[ctypes.CDLL | None, str]:
             said = str(error)
             if os.statvfs(path.parent).f_flag & getattr(os, "ST_NOEXEC", 0):
                 said = f"{path.parent} is on a file system mounted noexec; set XDG_CACHE_HOME to a folder that is not"
-            why = f"the C kernels were built with {compiler}, and cannot be loaded: {said}"
+            why = f"the C kernels were built with {compiler} but cannot be loaded: {said}"
     _broken[compiler] = why
-    warnings.warn(f"{why}. Slower operators do the work; FASTRBN_NATIVE=0 says so for good", RuntimeWarning, 2)
+    warnings.warn(f"{why}. Slower operators are used instead; set FASTRBN_NATIVE=0 to silence this", RuntimeWarning, 2)
     return None, why
 
 
-def _said(error) -> str:
-    """What the compiler printed, or else what the error says."""
+def _said(error: Exception) -> str:
+    """The compiler's output, or else the text of the error."""
     printed = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
     if isinstance(error, subprocess.TimeoutExpired):
         return f"it timed out after {error.timeout} s. {printed}".strip()
@@ -66,12 +70,13 @@ def _said(error) -> str:
 
 
 def _compiler() -> str | None:
+    """Path of the C compiler: `$CC`, cc, gcc or clang."""
     names = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def _built(compiler: str, source: Path, options: tuple[str, ...]) -> Path:
-    """The library, compiled unless it is there."""
+    """Path of the library, which is compiled unless the cache has it."""
     command = [compiler, *_OPTIONS, *options, *_LINK]
     tool, texts = os.stat(compiler), [p.read_bytes() for p in (source, *sorted(_HEADERS.glob("*.h")))]
     parts = (*texts, command, os.path.realpath(compiler), tool.st_size, tool.st_mtime_ns, _processor())
@@ -82,7 +87,7 @@ def _built(compiler: str, source: Path, options: tuple[str, ...]) -> Path:
             if path.name == f"{stem}-{_checksum(path)}.so":
                 return path
             path.unlink()
-    # another process may be at it: each writes a file of its own, and equal ones get the same name
+    # another process may compile it at the same time: each writes its own file, and equal files get the same name
     with tempfile.TemporaryDirectory(dir=folder) as own:
         made = Path(own, f"{stem}.so")
         subprocess.run(
@@ -95,7 +100,7 @@ def _built(compiler: str, source: Path, options: tuple[str, ...]) -> Path:
 
 
 def _checksum(path: Path, sync: bool = False) -> str:
-    """Of the file's content; with `sync` that content is on the disk before its name can be."""
+    """Checksum of a file; `sync` flushes its content to the disk first, before the file is renamed."""
     with open(path, "rb") as f:
         if sync:
             os.fsync(f.fileno())
@@ -103,7 +108,7 @@ def _checksum(path: Path, sync: bool = False) -> str:
 
 
 def _processor() -> str:
-    """What -march=native looks at."""
+    """A description of the processor, on which the effect of -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -113,8 +118,8 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    """A folder that is the user's own: what lies there is run."""
-    try:  # RuntimeError: there is no HOME, and the user has no entry in the password file
+    """A folder that only the user can write to, since code in it is executed."""
+    try:  # RuntimeError: HOME is not set and the user has no entry in the password file
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastrbn")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -127,8 +132,9 @@ def _cache() -> Path:
 
 @lru_cache(maxsize=1)
 def _of_this_process() -> Path:
+    """A temporary folder that is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="fastrbn-", ignore_cleanup_errors=True)
-    _kept.append(folder)  # removed at the end of the process
+    _kept.append(folder)
     return Path(folder.name)
 
 

@@ -1,4 +1,4 @@
-/* A loop cut into parts for several threads: what the C kernels of this package share. */
+/* Run a loop on several threads; shared by the C kernels of this package. */
 
 #include <pthread.h>
 #include <stddef.h>
@@ -19,7 +19,8 @@ static void *run_task(void *t) {
   return NULL;
 }
 
-/* function(arguments, begin, end, thread) over parts of 0..n; threads are started anew, so that a fork finds none */
+/* Call function(arguments, begin, end, thread) for parts of 0..n, one per thread. Threads end with the call, so a forked
+   process never misses any. */
 static void in_parallel(void (*function)(const void *, int64_t, int64_t, int), const void *arguments, int64_t n,
                         int threads) {
   Task tasks[MOST_THREADS];

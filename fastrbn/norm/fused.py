@@ -1,9 +1,9 @@
-"""The reference's step on PyTorch's fused operators, with the backward pass in closed form.
+"""The reference's step with PyTorch's fused operators and a closed-form backward pass.
 
-Forward: statistics of the elements the recipe reads, `reference.take_step`, then one affine map, `native_batch_norm`
-with the running statistics for its own: one read and one write of the activations. Backward:
-`native_batch_norm_backward` gives Σdy and Σdy·ĉ in one read of dy and x, `reference.projection` what is taken out of dy;
-then dx = p·dy + q·x + r with p, q, r a channel. No value is read on the host.
+Forward: the statistics, `reference.take_step`, then `native_batch_norm` with the running statistics: one read and one
+write of the activations. Backward: `native_batch_norm_backward` gives Σdy and Σdy·ĉ in one read of dy and x,
+`reference.projection` gives what to subtract from dy, and dx = p·dy + q·x + r with one p, q and r per channel. The host
+reads no values.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .recipes import Plan
+from .recipes import Plan, Recipe
 from .reference import NormState, elements_per_sample, floored, per_channel, projection, read
 from .replay import is_batched
 
 
 def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, eps: float) -> Tensor:
-    """As `reference.evaluate`."""
+    """Same as `reference.evaluate`."""
     mean, var = state.running_mean, state.running_var
-    # a training step may move the state before this forward's backward; a traced one has none
+    # copied, because a training step may move the state before the backward pass; a traced forward has none
     if torch.is_grad_enabled() and not torch.jit.is_tracing():
         mean, var = mean.clone(), var.clone()
     return torch.nn.functional.batch_norm(x, mean, var, _as(weight, mean), _as(bias, mean), False, 0.0, eps)
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
-    """As `reference.normalize`, for batches with at least one element, without a process group, and recipes that have
-    more than the plain formulas."""
+    """Same as `reference.normalize`, for non-empty batches without a process group and recipes that are not `plain_only`."""
     return _Normalize.apply(x, weight, bias, state, plan)
 
 
@@ -45,7 +44,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        # for second derivatives, PyTorch's operators take the statistics as constants; a batched dy cannot be written to
+        # PyTorch's operators would treat the statistics as constants in second derivatives; a batched dy is not writable
         if torch.is_grad_enabled() or is_batched(dy):
             return *reference.gradients(x, weight, bias, dy, ctx.step, ctx.state, ctx.plan), None, None
         step, var, eps, w = ctx.step, ctx.var, ctx.plan.eps, _as(weight, ctx.var)
@@ -63,14 +62,14 @@ class _Normalize(torch.autograd.Function):
         return dx, d_weight, None if bias is None else _as(d_bias, bias), None, None
 
 
-def statistics(x: Tensor, recipe, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Mean and biased variance of what the recipe reads, and over how many elements a channel."""
-    if x.device.type == "cpu":  # PyTorch's fused ones lose a large mean there, or all but the digits of half precision
+def statistics(x: Tensor, recipe: Recipe, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of what the recipe reads, and the number of elements per channel."""
+    if x.device.type == "cpu":  # where PyTorch's fused operator is inexact for large means and in half precision
         return reference.batch_statistics(x.to(dtype), recipe)
     x = read(x, recipe)
     return *torch.batch_norm_update_stats(x, None, None, 0.0), x.shape[0] * elements_per_sample(x)
 
 
 def _as(t: Tensor | None, like: Tensor) -> Tensor | None:
-    """A parameter in the statistics' dtype: PyTorch's operators mix no half parameters with float statistics."""
+    """`t` in the dtype of `like`: PyTorch's operators do not mix half-precision parameters with float32 statistics."""
     return t if t is None or t.dtype is like.dtype else t.to(like.dtype)

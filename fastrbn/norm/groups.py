@@ -1,6 +1,8 @@
-"""Statistics over many processes: merged exactly, with unequal or empty batches, and without a wait on the host."""
+"""Exact statistics over several processes: unequal and empty batches are allowed, and the host never waits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,11 +11,11 @@ from torch.autograd.function import once_differentiable
 
 
 class _MergeOverRanks(torch.autograd.Function):
-    """Mean and variance of the union of all ranks' elements (Chan's formula); gradients are summed over the ranks."""
+    """Mean and variance over the elements of all ranks (Chan's formula); gradients are summed over the ranks."""
 
     @staticmethod
     def forward(ctx, m, v, n, bs, group):
-        mine = torch.cat([m, v, m.new_full((1,), n), m.new_full((1,), bs)])  # filled on the device: nobody waits
+        mine = torch.cat([m, v, m.new_full((1,), n), m.new_full((1,), bs)])  # filled on the device, without a sync
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, mine, group=group)
         every, c = torch.stack(every), m.numel()
@@ -29,7 +31,7 @@ class _MergeOverRanks(torch.autograd.Function):
         return mean, var, total, total_bs
 
     @staticmethod
-    @once_differentiable  # the sum over ranks would be a constant of a second derivative, without a word
+    @once_differentiable  # a second derivative would silently treat the sum over ranks as a constant
     def backward(ctx, d_mean, d_var, _total, _bs):
         share, off = ctx.saved_tensors
         grads = torch.stack([d_mean, d_var])
@@ -38,14 +40,18 @@ class _MergeOverRanks(torch.autograd.Function):
         return share * (d_mean + 2 * off * d_var), share * d_var, None, None, None
 
 
-def merge_over_ranks(m: Tensor, v: Tensor, n: int, bs: int, group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A rank's mean (C,), biased variance (C,), number of elements a channel and of samples -> those of all ranks, the
-    numbers as tensors of shape () on the device. Differentiable in m and v; every rank of `group` must take part."""
+def merge_over_ranks(
+    m: Tensor, v: Tensor, n: int | Tensor, bs: int | Tensor, group: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merge each rank's mean (C,), biased variance (C,), elements per channel and number of samples over all ranks.
+
+    The two numbers come back as tensors of shape () on the device. Differentiable in m and v. Every rank must call.
+    """
     return _MergeOverRanks.apply(m, v, n, bs, group)
 
 
-def sum_over_ranks(sums: Tensor, n: int, group) -> tuple[Tensor, Tensor]:
-    """Sums (k, C) over this rank's n elements a channel -> those over all ranks, and the total n of shape ()."""
+def sum_over_ranks(sums: Tensor, n: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Sums (k, C) and the number of elements per channel, added up over all ranks; the latter has shape ()."""
     flat = torch.cat([sums.flatten(), sums.new_full((1,), n)])
     dist.all_reduce(flat, group=group)
     return flat[:-1].view_as(sums), flat[-1].clamp_min(1)

@@ -1,74 +1,114 @@
-"""RunningBatchNorm and its 1d, 2d, 3d forms: the state, and what users do to a layer around its forward pass."""
+"""The modules RunningBatchNorm and RunningBatchNorm1d, 2d and 3d."""
 
 from __future__ import annotations
 
 import copy
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastrbn.util import one_of
+from fastrbn.util import one_of, whole
 
 from .choose import BACKENDS, choose
 from .functional import as_leaf, check_input, running_batch_norm
 from .groups import merge_over_ranks
 from .recipes import Recipe, get_recipe
 from .reference import NormState
-from .replay import REMEMBERED
+from .replay import REMEMBERED, Step
 
 ADDITIONS = tuple(
     name for name in NormState._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
 )
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_OLD_ENOUGH = 20  # samples a layer with a past is taken to have seen at least: no early clamp
+_OLD_ENOUGH = 20  # samples that a layer with imported statistics counts as having seen at least, so no early clamp
 
 
 class RunningBatchNorm(_BatchNorm):
-    """Batch norm that normalises with running statistics while it trains: right at every batch size, one included.
+    """Batch norm that normalises with running statistics during training too, at every batch size down to one.
 
-    Input and output: (N, C, *), any rank from 2, any floating dtype and memory format; N = 0 passes through.
+    Training and evaluation use the same statistics (except with the recipe `batch`, which trains on the batch's own).
+    Input and output have shape (N, C, *), any rank from 2, floating dtype and memory format; N = 0 passes through. A
+    batch that contains NaN or Inf leaves the statistics unchanged.
 
-    - `nf`: C, the number of channels.
-    - `mom` (0.1): how fast the statistics move, in PyTorch's sense: 0.1 means that the *new* values weigh a tenth
-      (Keras and the papers write 0.9 for it). How a batch size turns it into a rate is the recipe's: `default` takes
-      λ = bs/(bs + memory) with a memory of a twentieth of the samples seen, from 2/mom to 30/mom (20 to 300): 0.29 at
-      batch 8 at first, 0.026 after 6,000 samples (see `Memory`); `batch` takes mom itself, like nn.BatchNorm.
-    - `eps` (1e-5): added to the variance.
-    - `affine` (True): learn a scale `weight` and a shift `bias`, both (C,); with `bias=False` the scale alone.
-    - `recipe` ("default"): a name of `RECIPES` or a `Recipe`.
-    - `device`, `dtype`: of the parameters. Statistics are float32 under any half precision, float64 in a float64 layer.
-    - `process_group`: merge statistics over its ranks.
-    - `backend` ("auto"): "native" (C, compiled on first use), "fused", "reference" or "triton" to force one;
-      `explain(x)` says which is used.
-    - `momentum`: another name of `mom`. None, nn.BatchNorm's cumulative average, means the default here: statistics
-      that reach back to the first batch are too old to train with. `track_running_stats` must be True.
+    The buffers are nn.BatchNorm's `running_mean`, `running_var` (biased here) and `num_batches_tracked`, and what the
+    running average needs beside them. Checkpoints of nn.BatchNorm load. Statistics stay float32 under any half
+    precision and are float64 in a float64 layer.
 
-    Buffers are nn.BatchNorm's `running_mean`, `running_var` (biased, unlike there), `num_batches_tracked`, and what
-    the running average needs beside them. nn.BatchNorm checkpoints load. A batch with NaN or Inf leaves all of them as
-    they were. Training and evaluation normalise alike, with the running statistics; not so in the recipe `batch`, where
-    training uses the batch's own.
+    The layer is an `nn.modules.batchnorm._BatchNorm`, so code that looks for batch norms, to freeze them, to exclude them
+    from weight decay or to keep them in float32 (FSDP), finds it. Functions that replace batch norms, such as
+    `nn.SyncBatchNorm.convert_sync_batchnorm`, replace it too; set `process_group` instead.
 
-    Under gradient accumulation every micro-batch is a batch: its forward pass moves the statistics, its backward pass
-    the averages of the gradient, and the gradients add up as if the micro-batches had been stepped one after the other
-    with the weights held.
+    Parameters
+    ----------
+    nf : int
+        Number of channels C.
+    mom : float, default 0.1
+        How fast the statistics move, with PyTorch's meaning: 0.1 gives the *new* values a weight of a tenth (Keras and
+        the papers write 0.9 for it). The recipe turns it into a rate for each batch size: `default` uses
+        bs/(bs + memory), where the memory is a twentieth of the samples seen, from 2/mom to 30/mom (20 to 300); `batch`
+        uses mom itself, like nn.BatchNorm.
+    eps : float, default 1e-5
+        Added to the variance.
+    affine : bool, default True
+        Learn a scale `weight` and a shift `bias`, both (C,).
+    recipe : str or Recipe, default "default"
+        How statistics are averaged; a name from `RECIPES` or a `Recipe`.
+    device, dtype : optional
+        Of the parameters, as in torch.nn.
+    process_group : optional
+        Merge the statistics over the ranks of this group. Every rank must run every training forward and backward.
+    backend : {"auto", "native", "fused", "reference", "triton"}, default "auto"
+        Implementation; `explain(x)` says which one is used.
+    momentum : float or None, default None
+        Another name for `mom`. None, which is the cumulative average in nn.BatchNorm, means 0.1 here, since statistics
+        that reach back to the first batch are too old to train with.
+    track_running_stats : bool, default True
+        Accepted for compatibility; False raises ValueError.
+    bias : bool, default True
+        With False, learn only the scale.
 
-    The layer is an `nn.modules.batchnorm._BatchNorm`, so code that freezes batch norms, spares them weight decay or keeps
-    them in float32 (FSDP) finds it. After `layer.momentum = None` the statistics are the exact ones of all batches since
-    `reset_running_stats()`; these also normalise, and the gradient treats them as constants. That is how
+    Raises
+    ------
+    ValueError
+        For a setting outside its range, and in `forward` for input of a wrong rank, number of channels or dtype.
+
+    Notes
+    -----
+    *Gradient accumulation.* Every micro-batch counts as a batch: its forward pass moves the statistics, its backward pass
+    the averages of the gradient. The accumulated gradient is the sum over the micro-batches, as if they had been stepped
+    one after the other with the weights held.
+
+    *Setting `layer.momentum`.* After `layer.momentum = None` the statistics are the exact ones of all batches since
+    `reset_running_stats()`; they also normalise, and the gradient treats them as constants. This is how
     `torch.optim.swa_utils.update_bn` works here (see also `recompute_statistics`). With `layer.momentum = 0` training
-    steps leave the statistics as they are. Functions that replace batch norms, like
-    `nn.SyncBatchNorm.convert_sync_batchnorm`, replace this layer too: set `process_group` instead. Setting its
-    statistics to None, as `torch.func.replace_all_batch_norm_modules_` does, raises ValueError.
+    steps leave the statistics unchanged. Setting a statistic to None, as
+    `torch.func.replace_all_batch_norm_modules_` does, raises ValueError.
 
-    Source: fast.ai course, part 2 (2019), notebook 07, and the forum thread "Running batch norm tweaks"; the averaged
-    backward after Moving Average Batch Normalization (ICLR 2020). Equations in `norm/reference.py`.
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), RunningBatchNorm(8))
+    >>> net(torch.randn(1, 1, 28, 28)).shape   # a batch of one trains
+    torch.Size([1, 8, 26, 26])
+    >>> net[2]
+    RunningBatchNorm(8, mom=0.1, eps=1e-05, affine=True, recipe=default)
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 07, and the forum thread "Running batch norm tweaks". The averaged backward
+    follows Moving Average Batch Normalization (ICLR 2020). The equations are in `norm/reference.py`.
     """
 
+    running_count: Tensor
+    num_samples_tracked: Tensor
+    running_grad: Tensor
+    running_grad_weight: Tensor
+    _recent: deque[Step]
     _ranks: tuple[int, ...] = ()
-    _momentum: tuple = ()  # (None,) or (0,) when momentum was set to that; `mom` stays what it was
+    _momentum: tuple = ()  # (None,) or (0,) after momentum was set to that; `mom` keeps its value
 
     def __init__(
         self,
@@ -77,16 +117,16 @@ class RunningBatchNorm(_BatchNorm):
         eps: float = 1e-5,
         affine: bool = True,
         recipe: str | Recipe = "default",
-        device=None,
-        dtype=None,
-        process_group=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        process_group: Any = None,
         backend: str = "auto",
         *,
         momentum: float | None = None,
         track_running_stats: bool = True,
         bias: bool = True,
     ):
-        nn.Module.__init__(self)  # not _BatchNorm's, whose statistics have the parameters' dtype
+        nn.Module.__init__(self)  # not _BatchNorm's, which gives the statistics the parameters' dtype
         mom = mom if momentum is None else momentum
         _check_settings(type(self).__name__, nf, mom, eps, affine, bias, dtype)
         one_of("backend", backend, BACKENDS)
@@ -104,13 +144,13 @@ class RunningBatchNorm(_BatchNorm):
 
     @property
     def state(self) -> NormState:
-        """The buffers, as the functional form takes them."""
-        buffers = self._buffers
+        """The buffers as a `NormState`, for `running_batch_norm`."""
+        buffers: dict[str, Any] = self._buffers
         return NormState(*[buffers[name] for name in NormState._fields])
 
     @property
-    def momentum(self) -> float | None:
-        """`mom`, or what was set in its place: None, the cumulative average; 0, statistics that stay."""
+    def momentum(self) -> float | None:  # type: ignore[override]  # an attribute of _BatchNorm
+        """`mom`; set it to None for exact cumulative statistics, or to 0 to keep the statistics as they are."""
         return self._momentum[0] if self._momentum else self.mom
 
     @momentum.setter
@@ -121,11 +161,11 @@ class RunningBatchNorm(_BatchNorm):
         _check_mom(value)
         self.mom, self._momentum = value, ()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "track_running_stats" and value is not True or value is None and name in _STATISTICS:
             raise ValueError(
-                f"{type(self).__name__} normalises with its running statistics, in training too, and cannot be without; "
-                f"got {name}={value!r}: use nn.BatchNorm or, for samples that must not meet, nn.GroupNorm"
+                f"{type(self).__name__} normalises with its running statistics, also in training, and cannot do without; "
+                f"got {name}={value!r}: use nn.BatchNorm, or nn.GroupNorm to normalise each sample by itself"
             )
         super().__setattr__(name, value)
 
@@ -156,8 +196,13 @@ class RunningBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _collect(self, x: Tensor) -> None:
-        """Merge all of x into the statistics, by counts. `running_count` is the mean count of the batches so far: at
-        `num_batches_tracked` 0 nothing was, whatever else the buffers hold."""
+        """Merge x into the exact statistics of all batches since `reset_running_stats`.
+
+        `running_count` is here the mean number of elements of the batches so far. With `num_batches_tracked` 0 there were
+        none, whatever the other buffers hold.
+        """
+        bs: int | Tensor
+        n: int | Tensor
         state, bs, n = self.state, x.shape[0], x.numel() // self.num_features
         m, v = batch_moments(x, state.running_mean.dtype)
         if self.process_group is not None:
@@ -175,8 +220,10 @@ class RunningBatchNorm(_BatchNorm):
         state.running_count.copy_(torch.where(moves, moved, state.running_count))
 
     def freeze(self) -> RunningBatchNorm:
-        """Fix the statistics: from now on the layer normalises as in evaluation and learns none, whatever `train()`
-        says. Its weight and bias stay trainable; stop them with `requires_grad_(False)`. Returns the layer."""
+        """Fix the statistics: the layer normalises as in evaluation from now on, also after `train()`.
+
+        Weight and bias stay trainable; use `requires_grad_(False)` to stop them. Returns the layer.
+        """
         self.frozen = True
         return self
 
@@ -186,20 +233,20 @@ class RunningBatchNorm(_BatchNorm):
         return self
 
     def explain(self, x: Tensor) -> str:
-        """Which backend works on `x` in the layer's present mode, and why, in a sentence."""
+        """Say in a sentence which backend the layer would use for `x` in its present mode, and why."""
         recipe = self.recipe if self.training and not self.frozen else None
         choice = choose(x, self.state, self.weight, self.bias, recipe, self.process_group, self.backend)
         return f"{choice.name}: {choice.why}"
 
     def reset_running_stats(self) -> None:
-        """Forget all statistics: mean 0, variance 1, nothing counted. Those of a frozen layer stay."""
+        """Reset the statistics to mean 0, variance 1 and counts of 0. A frozen layer keeps its own."""
         if self.frozen:
             return
         for name, buffer in self.state._asdict().items():
             buffer.fill_(1 if name == "running_var" else 0)
 
     def reset_parameters(self) -> None:
-        """Forget statistics, scale and shift."""
+        """Reset statistics, scale and shift."""
         self.reset_running_stats()
         if self.affine:
             nn.init.ones_(self.weight)
@@ -215,24 +262,24 @@ class RunningBatchNorm(_BatchNorm):
             f"recipe={self.recipe.name}{momentum}{frozen}"
         )
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
             f"torch.jit.script cannot compile {type(self).__name__}; got {self}: script to_batchnorm(model.eval()), which "
-            "evaluates alike, or use torch.jit.trace or torch.export"
+            "gives the same output, or use torch.jit.trace or torch.export"
         )
 
-    def __getstate__(self):
-        return {**self.__dict__, "_recent": deque(maxlen=REMEMBERED)}  # what is in flight stays with this layer
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recent": deque(maxlen=REMEMBERED)}  # a copy has no batches in flight
 
-    def __deepcopy__(self, memo):
-        memo[id(self.process_group)] = self.process_group  # processes are not copied: the copy shares the group
+    def __deepcopy__(self, memo: dict) -> RunningBatchNorm:
+        memo[id(self.process_group)] = self.process_group  # a process group cannot be copied, so the copy shares it
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
 
     def _apply(self, fn, recurse=True):
-        # half() and bfloat16() are for the parameters: statistics summed in half precision would be lost
-        self._recent.clear()  # of another device or dtype from now on
+        # half() and bfloat16() convert only the parameters: sums in half precision would lose the statistics
+        self._recent.clear()  # the steps have the old device and dtype
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -251,9 +298,9 @@ class RunningBatchNorm(_BatchNorm):
         for name, value in (("running_mean", mean), ("running_var", var)):
             if value is not None and value.dtype in (torch.float16, torch.bfloat16):  # load_state_dict(assign=True)
                 state_dict[f"{prefix}{name}"] = value.to(self._buffers[name].dtype)
-        # nn.BatchNorm's checkpoints have mean, variance and perhaps a count of batches: the rest starts anew, and
-        # statistics that come with a past are not thrown away by the next batch (count −1). Files without a count, and
-        # models whose statistics were filled in by hand, have a past too: those that are not 0 and 1 throughout
+        # A checkpoint of nn.BatchNorm has mean, variance and perhaps a count of batches; the other buffers are reset.
+        # A count of −1 keeps the next batch from replacing imported statistics. Without a count of batches, statistics
+        # count as imported unless they are 0 and 1 throughout
         if mean is not None and var is not None and not any(f"{prefix}{name}" in state_dict for name in ADDITIONS):
             batches = state_dict.get(f"{prefix}num_batches_tracked")
             seen = 0 if batches is None or mean.is_meta else int(batches)
@@ -268,7 +315,7 @@ class RunningBatchNorm(_BatchNorm):
 
 
 class _Ranked(RunningBatchNorm):
-    """nn.BatchNorm's argument order and rank check around RunningBatchNorm."""
+    """RunningBatchNorm with nn.BatchNorm's argument order and rank check."""
 
     def __init__(
         self,
@@ -277,35 +324,70 @@ class _Ranked(RunningBatchNorm):
         affine: bool = True,
         *,
         mom: float = 0.1,
-        **settings,
+        **settings: Any,
     ):
         super().__init__(num_features, mom, eps, affine, **settings)
 
 
-_RANKED_DOC = """Running batch norm over {shapes} input: a drop-in for nn.BatchNorm{d}d.
+class RunningBatchNorm1d(_Ranked):
+    """Drop-in replacement for nn.BatchNorm1d that normalises with running statistics in training too.
 
-    `num_features`, `eps`, `affine`, `momentum` (another name of `mom`, in the same sense) as there; everything else as
-    in `RunningBatchNorm`. Raises ValueError for input of another rank.
+    Input and output have shape (N, C) or (N, C, L); any other rank raises ValueError.
+
+    Parameters
+    ----------
+    num_features, eps, affine, mom, **settings
+        As in `RunningBatchNorm`, in nn.BatchNorm1d's order. `momentum` is another name for `mom`.
+
+    Examples
+    --------
+    >>> RunningBatchNorm1d(3)(torch.randn(1, 3, 16)).shape   # a batch of one trains
+    torch.Size([1, 3, 16])
     """
 
-
-class RunningBatchNorm1d(_Ranked):
-    __doc__ = _RANKED_DOC.format(d=1, shapes="(N, C) or (N, C, L)")
     _ranks = (2, 3)
 
 
 class RunningBatchNorm2d(_Ranked):
-    __doc__ = _RANKED_DOC.format(d=2, shapes="(N, C, H, W)")
+    """Drop-in replacement for nn.BatchNorm2d that normalises with running statistics in training too.
+
+    Input and output have shape (N, C, H, W); any other rank raises ValueError.
+
+    Parameters
+    ----------
+    num_features, eps, affine, mom, **settings
+        As in `RunningBatchNorm`, in nn.BatchNorm2d's order. `momentum` is another name for `mom`.
+
+    Examples
+    --------
+    >>> RunningBatchNorm2d(3)(torch.randn(1, 3, 8, 8)).shape   # a batch of one trains
+    torch.Size([1, 3, 8, 8])
+    """
+
     _ranks = (4,)
 
 
 class RunningBatchNorm3d(_Ranked):
-    __doc__ = _RANKED_DOC.format(d=3, shapes="(N, C, D, H, W)")
+    """Drop-in replacement for nn.BatchNorm3d that normalises with running statistics in training too.
+
+    Input and output have shape (N, C, D, H, W); any other rank raises ValueError.
+
+    Parameters
+    ----------
+    num_features, eps, affine, mom, **settings
+        As in `RunningBatchNorm`, in nn.BatchNorm3d's order. `momentum` is another name for `mom`.
+
+    Examples
+    --------
+    >>> RunningBatchNorm3d(3)(torch.randn(1, 3, 4, 8, 8)).shape   # a batch of one trains
+    torch.Size([1, 3, 4, 8, 8])
+    """
+
     _ranks = (5,)
 
 
 def batch_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance a channel over all of x (N, C, *), in `dtype`; 0 of no elements."""
+    """Mean and biased variance per channel over all of x (N, C, *), in `dtype`; zeros if x is empty."""
     dims = [d for d in range(x.dim()) if d != 1]
     if x.numel() == 0:
         return (zero := torch.zeros(x.shape[1], dtype=dtype, device=x.device)), zero.clone()
@@ -313,23 +395,22 @@ def batch_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return m.to(dtype), v.to(dtype)
 
 
-def _check_mom(mom) -> None:
+def _check_mom(mom: Any) -> None:
     if isinstance(mom, bool) or not isinstance(mom, (int, float)) or not 0 < mom <= 1:
         raise ValueError(f"mom is the weight of the new batch, above 0 and at most 1; got {mom!r}")
 
 
-def _check_settings(layer: str, nf, mom, eps, affine, bias, dtype) -> None:
-    if isinstance(nf, bool) or not isinstance(nf, int) or nf < 1:
-        raise ValueError(f"{layer} needs a number of channels, 1 or more; got {nf!r}")
+def _check_settings(layer: str, nf: Any, mom: Any, eps: Any, affine: Any, bias: Any, dtype: Any) -> None:
+    whole(f"{layer}: the number of channels", nf)
     _check_mom(mom)
     if not eps > 0:
-        raise ValueError(f"eps is added to the variance and must be above 0; got {eps!r}: the usual value is 1e-5")
+        raise ValueError(f"eps is added to the variance and must be above 0; got {eps!r}: use the usual 1e-5")
     if not isinstance(affine, bool):
         raise ValueError(
-            f"affine must be True or False; got {affine!r}: nn.BatchNorm's third argument, momentum, is given by name "
-            f"here, as momentum={affine!r}"
+            f"affine must be True or False; got {affine!r}: momentum, the third argument of nn.BatchNorm, must be given "
+            f"by name here, as momentum={affine!r}"
         )
     if not isinstance(bias, bool):
-        raise ValueError(f"bias is True or False; got {bias!r}")
+        raise ValueError(f"bias must be True or False; got {bias!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"{layer} needs a floating-point dtype; got {dtype}")

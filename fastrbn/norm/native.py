@@ -1,8 +1,8 @@
-"""The reference's step in C, one call forward and one backward: CPU tensors whose dtype is that of the statistics.
+"""The reference's step in C, one call forward and one backward, for CPU tensors of the statistics' dtype.
 
-`native_kernels.c` has the arithmetic, `fastrbn/native_build.py` compiles it on first use. Here: when it can serve, what it is
-handed, and what autograd needs. Steps that checkpointing runs again and evaluation are `fused`'s, second derivatives
-`reference`'s.
+`native_kernels.c` has the arithmetic; `fastrbn/native/` compiles it on first use. This module checks whether C can be
+used, packs its arguments and connects it to autograd. Evaluation and forwards that checkpointing runs again go to
+`fused`, second derivatives to `reference`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .replay import Step, is_batched, moving, running_again
 
 _SOURCE = Path(__file__).with_name("native_kernels.c")
 _REAL = {torch.float32: "float", torch.float64: "double"}
-_FEW_POSITIONS = 64  # elements a channel of a sample below which the sums run over columns, not along rows
+_FEW_POSITIONS = 64  # with fewer elements per channel and sample, sums run over columns instead of along rows
 _WORTH_A_THREAD = 1 << 16  # elements
 _MOST_THREADS = 64
-# as the structs of native_kernels.c: layout, then numbers, then pointers
+# the structs of native_kernels.c: layout, then numbers, then pointers
 _FORWARD = Struct("7q 2q 5d 10P")
 _BACKWARD = Struct("7q q d 9P")
-_SAVED = 5  # rows a channel: 1/σ and a step's m, v, mean and variance; then its four numbers
+_SAVED = 5  # rows of one value per channel: 1/σ and the step's m, v, mean and variance; four numbers follow
 
 evaluate = fused.evaluate
 
 
 @lru_cache(maxsize=2)
 def load(real: str) -> tuple[ctypes.CDLL | None, str]:
-    """The kernels for `real` ("float" or "double"), or None; and why not, in words."""
+    """The kernels for `real` ("float" or "double") and "", or None and the reason in words."""
     library, why = native_build.load(_SOURCE, f"-DREAL={real}")
     if library is not None:
         for function in (library.rbn_forward, library.rbn_backward):
@@ -47,30 +47,30 @@ def load(real: str) -> tuple[ctypes.CDLL | None, str]:
 
 
 def why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState) -> str | None:
-    """Why these tensors cannot be handed to C; None: they can. It reads memory by size, so all of it is looked at."""
+    """The reason why these tensors cannot go to C, or None. C reads raw memory, so every tensor is checked."""
     real, mean = x.dtype, state.running_mean
     if not x.is_cpu or real not in _REAL:
-        return f"its C kernels take float32 and float64 on the CPU; got {real} on {x.device}"
+        return f"the C kernels take float32 and float64 tensors on the CPU; got {real} on {x.device}"
     if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or _is_lazy(x):
-        return f"a {type(x).__name__} that is not what lies in memory answers for itself"
+        return f"the values of this {type(x).__name__} are not those in its memory"
     c = x.shape[1]
     for t, numel in zip(state, (c, c, 1, 1, 1, 2 * c, 1), strict=True):
         if not (t.is_cpu and t.is_contiguous() and t.numel() == numel):
-            return "a tensor of the state lies elsewhere, strided, or has another size"
+            return "a tensor of the state is not contiguous, not on the CPU, or of the wrong size"
     if mean.dtype is not real or state.running_var.dtype is not real or state.running_count.dtype is not real:
-        return f"its C kernels take input in the statistics' dtype; got {real} and {mean.dtype}"
+        return f"the C kernels take input of the statistics' dtype; got {real} and {mean.dtype}"
     if state.running_grad.dtype is not real or state.running_grad_weight.dtype is not real:
-        return "the state is of several dtypes"
+        return "the state has more than one floating dtype"
     if state.num_samples_tracked.dtype is not torch.int64 or state.num_batches_tracked.dtype is not torch.int64:
         return "the state's counts are not int64"
     for p in (weight, bias):
         if p is not None and not (p.is_cpu and p.dtype is real and p.numel() == c and p.is_contiguous()):
-            return f"weight or bias is not {c} contiguous {real} numbers on the CPU"
+            return f"weight or bias is not a contiguous CPU tensor of {c} values of {real}"
     return load(_REAL[real])[1] or None
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
-    """As `reference.normalize`, where `why_not` knows nothing against it."""
+    """Same as `reference.normalize`, for tensors that `why_not` allows."""
     if plan.recent and running_again():
         return fused.normalize(x, weight, bias, state, plan)
     if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
@@ -81,7 +81,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, plan):
-        recipe, eps, bs, c = plan.recipe, plan.eps, *x.shape[:2]
+        recipe, eps = plan.recipe, plan.eps
+        bs, c = x.shape[:2]
         layout = _layout(x, recipe)
         y, saved = torch.empty_like(x), torch.empty(_SAVED * c + 4, dtype=x.dtype)
         floor, young = (0.0, 0) if recipe.clamp is None else (recipe.clamp.floor(eps), recipe.clamp.samples)
@@ -94,7 +95,7 @@ class _Normalize(torch.autograd.Function):
                 saved.data_ptr(),
             )  # fmt: skip
             _call("rbn_forward", x, arguments)
-        increment_version(state[:5])  # autograd sees no write of C's: what a graph has saved of the state is stale now
+        increment_version(state[:5])  # autograd cannot see writes in C; graphs that saved the state are stale now
         if plan.twice:
             plan.recent.append(_step(saved, c, rate, recipe))
         ctx.save_for_backward(x, weight, bias)
@@ -111,7 +112,7 @@ class _Normalize(torch.autograd.Function):
         if dy.stride() != x.stride() or _is_lazy(dy):
             dy = torch.empty_like(x).copy_(dy)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # of their own, not two views of one: autograd takes such gradients as they are, and copies views
+        # two tensors instead of two views of one: autograd would copy views, and uses these as they are
         d_weight, d_bias = torch.empty(c, dtype=x.dtype), torch.empty(c, dtype=x.dtype)
         arguments = _BACKWARD.pack(
             *ctx.layout, _threads(x), ctx.rate,
@@ -126,7 +127,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _layout(x: Tensor, recipe: Recipe) -> tuple[int, ...]:
-    """The struct Layout of native_kernels.c."""
+    """The fields of the struct Layout in native_kernels.c."""
     bs, c = x.shape[:2]
     positions = elements_per_sample(x)
     k = recipe.samples_read(bs, positions)
@@ -143,7 +144,7 @@ def _threads(x: Tensor) -> int:
 
 
 def _is_lazy(t: Tensor) -> bool:
-    """Whether a real tensor's values are not those in its memory: the sign is still to be turned, or all are zero."""
+    """True if memory does not hold the tensor's values: a negation is pending, or it is a zero tensor."""
     return t.is_neg() or t._is_zerotensor()
 
 
@@ -153,10 +154,11 @@ def _pointer(t: Tensor | None) -> int:
 
 def _call(name: str, x: Tensor, arguments: bytes) -> None:
     if getattr(load(_REAL[x.dtype])[0], name)(arguments) != 0:
-        raise MemoryError(f"no memory left for the sums of a batch of shape {tuple(x.shape)}")
+        raise MemoryError(f"out of memory for the sums of a batch of shape {tuple(x.shape)}")
 
 
 def _step(saved: Tensor, c: int, rate: float, recipe: Recipe) -> Step:
+    """The step as `reference.py` knows it, from what C saved."""
     m, v, mean, var = (row.clone() for row in saved[: _SAVED * c].view(_SAVED, c)[1:])
     share, own, moves, young = (number.clone() for number in saved[_SAVED * c :])
     young = None if recipe.clamp is None else young != 0

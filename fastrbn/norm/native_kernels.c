@@ -1,11 +1,13 @@
 /* The training step of running batch norm on a CPU: the equations of reference.py in two calls, forward and backward.
 
-   Compiled by native_build.py when it is first needed, with -DREAL=float or -DREAL=double; no header beyond libc's and the threads.
-   Activations lie either as `rows` (N, C, P): a channel's P positions side by side, or as `columns` (R, W): W = C·fold columns, of which
-   `fold` neighbours are one channel (channels_last has fold 1; (N, C, P) with few positions P is (N, C·P), fold P).
+   fastrbn/native/ compiles this file on first use, with -DREAL=float or -DREAL=double. It needs only libc and POSIX threads.
 
-   Sums run in REAL over a row or a block of rows, then in double. Variances are summed from near the mean; should that
-   guess turn out far from it (more than 4 deviations), once more from the mean itself. */
+   Activations have one of two layouts. `rows`: (N, C, P), the P positions of a channel are contiguous. `columns`: (R, W) with
+   W = C·fold columns, where `fold` neighbours belong to one channel; channels_last has fold 1, and (N, C, P) with few
+   positions is treated as (N, C·P) with fold P.
+
+   Sums are in REAL over a row or a block of rows, then in double. Variances are summed around a guess of the mean; if the
+   guess turns out to be more than 4 deviations off, they are summed again around the mean itself. */
 
 #define _DEFAULT_SOURCE /* for madvise */
 #include <math.h>
@@ -16,19 +18,19 @@
 
 #include "native_threads.h"
 
-#define BLOCK 128 /* rows of columns that are summed in REAL */
+#define BLOCK 128 /* in `columns`: rows summed in REAL before the sum moves on in double */
 #define HUGE_PAGE ((size_t)2 << 20)
 
 typedef struct {
   int64_t outer; /* rows: N; columns: R */
   int64_t channels;
   int64_t inner; /* rows: P; columns: fold */
-  int64_t columns; /* whether columns */
-  int64_t per_sample; /* columns: rows that one sample has; rows: unused */
-  int64_t k, every; /* the statistics read samples 0, every, 2·every, … : k of them */
+  int64_t columns; /* 1 for `columns`, 0 for `rows` */
+  int64_t per_sample; /* columns: rows per sample; rows: unused */
+  int64_t k, every; /* the statistics read k samples: 0, every, 2·every, … */
 } Layout;
 
-/* A fresh large output costs a fault a page; of large pages there are fewer. */
+/* Writing to a new large output causes a page fault per page; ask for large pages to have fewer. */
 static void large_pages(void *p, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t mask = ~(uintptr_t)(HUGE_PAGE - 1), begin = ((uintptr_t)p + HUGE_PAGE - 1) & mask;
@@ -40,15 +42,16 @@ static void large_pages(void *p, size_t bytes) {
 }
 
 static int64_t width(const Layout *l) { return l->columns ? l->channels * l->inner : l->channels; }
-static int64_t elements(const Layout *l) { return l->outer * l->inner; }                                   /* a channel */
-static int64_t elements_read(const Layout *l) { return l->k * l->inner * (l->columns ? l->per_sample : 1); } /* a channel */
+/* Elements per channel, and how many of them the statistics read. */
+static int64_t elements(const Layout *l) { return l->outer * l->inner; }
+static int64_t elements_read(const Layout *l) { return l->k * l->inner * (l->columns ? l->per_sample : 1); }
 
-/* ---- sums: of (x − s) and its square, or of dy and dy·(x − s) ---- */
+/* ---- sums: of (x − s) and (x − s)² over the samples read, or of dy and dy·(x − s) over all ---- */
 
 typedef struct {
   const Layout *l;
-  const REAL *x, *dy; /* dy NULL: the first kind, of the samples that are read alone */
-  const REAL *s;      /* a value a channel (rows) or a column (columns) */
+  const REAL *x, *dy; /* dy is NULL for the first kind */
+  const REAL *s;      /* one value per channel (rows) or per column (columns) */
   double *sums;       /* (threads, 2, width) */
 } Sums;
 
@@ -56,7 +59,7 @@ static void sum_rows(const void *arguments, int64_t begin, int64_t end, int thre
   const Sums *a = arguments;
   const Layout *l = a->l;
   const int64_t c = l->channels, p = l->inner, n = a->dy ? l->outer : l->k, step = a->dy ? 1 : l->every;
-  double *first = a->sums, *second = a->sums + c; /* threads share them: each has its own channels */
+  double *first = a->sums, *second = a->sums + c; /* shared by all threads, which have different channels */
   for (int64_t j = begin; j < end; j++) first[j] = second[j] = 0;
   for (int64_t i = 0; i < n; i++)
     for (int64_t j = begin; j < end; j++) {
@@ -89,7 +92,7 @@ static void sum_rows(const void *arguments, int64_t begin, int64_t end, int thre
 static void add_rows(const REAL *restrict x, const REAL *restrict dy, const REAL *restrict s, REAL *restrict u, REAL *restrict v,
                      int64_t w, int64_t rows) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) { /* four at a time: the sums are loaded and stored once for them */
+  for (; i + 4 <= rows; i += 4) { /* four rows at a time, so that the sums are loaded and stored once for four */
     const REAL *x0 = x + i * w, *x1 = x0 + w, *x2 = x1 + w, *x3 = x2 + w;
     if (dy) {
       const REAL *y0 = dy + i * w, *y1 = y0 + w, *y2 = y1 + w, *y3 = y2 + w;
@@ -135,7 +138,7 @@ static void sum_columns(const void *arguments, int64_t begin, int64_t end, int t
   double *first = a->sums + 2 * w * thread, *second = first + w;
   REAL *u = malloc(2 * w * sizeof(REAL)), *v = u + w;
   for (int64_t j = 0; j < 2 * w; j++) first[j] = 0;
-  /* the samples read lie apart when `every` is above 1; then begin and end count their rows alone */
+  /* if `every` is above 1, the samples read are not adjacent, and begin and end count only their rows */
   const int apart = !a->dy && l->every > 1;
   for (int64_t i = begin; i < end;) {
     int64_t stop = i + BLOCK < end ? i + BLOCK : end, row = i;
@@ -155,7 +158,7 @@ static void sum_columns(const void *arguments, int64_t begin, int64_t end, int t
   free(u);
 }
 
-/* The two sums a channel into the first (2, channels) of `sums`. */
+/* Write the two sums of each channel to the first (2, channels) of `sums`. */
 static void sum(const Layout *l, const REAL *x, const REAL *dy, const REAL *s, double *sums, int threads) {
   Sums a = {l, x, dy, s, sums};
   if (!l->columns) {
@@ -175,7 +178,7 @@ static void sum(const Layout *l, const REAL *x, const REAL *dy, const REAL *s, d
     }
 }
 
-/* Values a channel spread over its columns; `values` itself where a channel is one. */
+/* Repeat each channel's value for all its columns; returns `values` itself if a channel is one column. */
 static const REAL *spread(const Layout *l, const REAL *values, REAL *room) {
   if (!l->columns || l->inner == 1) return values;
   for (int64_t c = 0; c < l->channels; c++)
@@ -187,12 +190,12 @@ static const REAL *spread(const Layout *l, const REAL *values, REAL *room) {
 
 typedef struct {
   const Layout *l;
-  const REAL *x, *dy; /* dy NULL: the first kind */
+  const REAL *x, *dy; /* dy is NULL for the first kind */
   REAL *out;
-  const REAL *mean, *p, *q, *r; /* a value a channel (rows) or a column (columns) */
+  const REAL *mean, *p, *q, *r; /* one value per channel (rows) or per column (columns) */
 } Map;
 
-/* n values of one channel */
+/* Map n values of one channel. */
 static void map_channel(int64_t n, const REAL *restrict x, const REAL *restrict dy, REAL *restrict out, REAL mean, REAL p,
                         REAL q, REAL r) {
   if (dy) {
@@ -204,7 +207,7 @@ static void map_channel(int64_t n, const REAL *restrict x, const REAL *restrict 
   }
 }
 
-/* ROWS rows of w columns each: what belongs to a column is loaded once for them */
+/* Map ROWS rows of w columns, loading each column's coefficients once for all rows. */
 #define MAP_ROWS(ROWS)                                                                               \
   if (dy) {                                                                                          \
     _Pragma("omp simd") for (int64_t j = 0; j < w; j++) {                                            \
@@ -254,14 +257,14 @@ static void map(const Map *a, int threads) {
 typedef struct {
   Layout layout;
   int64_t bs, threads;
-  double rate, start, eps; /* λ, and what it is before the first sample */
-  double clamp, young_until; /* floor under V while fewer samples were seen; young_until 0: never */
+  double rate, start, eps; /* λ, and its value before the first sample */
+  double clamp, young_until; /* floor of V while fewer than young_until samples were seen; 0 means never */
   const REAL *x;
   REAL *y;
   const REAL *weight, *bias; /* (channels) or NULL */
   REAL *mean, *var, *count;
   int64_t *samples, *batches;
-  REAL *saved; /* what the backward pass needs: SAVED rows of (channels), then SHARE, OWN, MOVES, YOUNG */
+  REAL *saved; /* for the backward pass: SAVED rows of (channels), then SHARE, OWN, MOVES, YOUNG */
 } Forward;
 
 typedef struct {
@@ -269,7 +272,7 @@ typedef struct {
   int64_t threads;
   double rate;
   const REAL *dy, *x;
-  REAL *dx; /* NULL: not wanted, and the averages stay */
+  REAL *dx; /* NULL if not wanted; the averages then stay as they are */
   const REAL *weight, *saved;
   REAL *d_weight, *d_bias, *running_grad, *running_grad_weight;
 } Backward;
@@ -277,11 +280,11 @@ typedef struct {
 enum { INV, M, V, MEAN, VAR, SAVED };
 enum { SHARE, OWN, MOVES, YOUNG };
 
-/* m and v of the samples read, into saved; 0 when they are not finite */
+/* Write m and v of the samples read to `saved`; return 0 if they are not finite. */
 static int statistics(const Layout *l, const REAL *x, double *sums, REAL *near, REAL *room, REAL *saved, int threads) {
   const int64_t c = l->channels, w = width(l), first = l->columns ? (l->per_sample < 8 ? l->per_sample : 8) : 1;
   const int64_t n = elements_read(l);
-  for (int64_t j = 0; j < c; j++) { /* the guess: a channel's mean over the first few positions of the first sample */
+  for (int64_t j = 0; j < c; j++) { /* guess of a channel's mean: over the first few positions of the first sample */
     double total = 0;
     const int64_t few = l->columns ? l->inner : l->inner < 16 ? l->inner : 16;
     for (int64_t i = 0; i < first; i++)
@@ -305,7 +308,7 @@ static int statistics(const Layout *l, const REAL *x, double *sums, REAL *near, 
   return finite;
 }
 
-/* Whether a move to the batch's m and v in saved overflows nowhere: reference.py's rule. */
+/* Whether no statistic overflows when it moves to the batch's m and v: the rule of reference.py. */
 static int usable(const Forward *f, int64_t c) {
   for (int64_t j = 0; j < c; j++) {
     const double shift = (double)f->saved[M * c + j] - f->mean[j];
@@ -314,7 +317,7 @@ static int usable(const Forward *f, int64_t c) {
   return 1;
 }
 
-/* Move the running statistics by the batch's in saved; the batch's share of them. */
+/* Move the running statistics by the batch's m and v in `saved`; return the batch's share a. */
 static double move(const Forward *f, int64_t c, double n) {
   const REAL *m = f->saved + M * c, *v = f->saved + V * c;
   const double old = *f->count, moved = old < 0 ? n : f->rate * n + (1 - f->rate) * old, a = f->rate * n / moved;
@@ -327,7 +330,7 @@ static double move(const Forward *f, int64_t c, double n) {
   return a;
 }
 
-/* 0, or 1 when there is no memory left. */
+/* Returns 0, or 1 if out of memory. */
 int rbn_forward(const Forward *f) {
   const Layout *l = &f->layout;
   const int64_t c = l->channels, w = width(l), lanes = l->columns ? f->threads : 1;
@@ -361,7 +364,7 @@ int rbn_forward(const Forward *f) {
   return 0;
 }
 
-/* 0, or 1 when there is no memory left. */
+/* Returns 0, or 1 if out of memory. */
 int rbn_backward(const Backward *b) {
   const Layout *l = &b->layout;
   const int64_t c = l->channels, w = width(l), lanes = l->columns ? b->threads : 1;
@@ -384,7 +387,7 @@ int rbn_backward(const Backward *b) {
     free(sums);
     return 0;
   }
-  /* reference.py's projection */
+  /* `projection` in reference.py */
   const double rate = b->rate, n = (double)elements(l), own = numbers[OWN];
   if (finite) {
     for (int64_t j = 0; j < c; j++) {

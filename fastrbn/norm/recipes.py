@@ -1,6 +1,6 @@
-"""Recipes: how fast the running statistics move, when, and how much of the gradient goes through them.
+"""Recipes: the averaging rate of the running statistics, when they move, and how the gradient treats them.
 
-A recipe is a handful of numbers; `norm/README.md` derives what they do. `RECIPES` has them by name.
+A recipe is a handful of numbers. `norm/README.md` derives what they do; `RECIPES` lists the named ones.
 """
 
 from __future__ import annotations
@@ -9,69 +9,91 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fastrbn.util import one_of
+from fastrbn.util import one_of, whole
 
-# (mom, batch size, samples seen before) -> averaging rate in (0, 1]. The two counts may be tensors of shape (), so that
-# nobody waits for them: rates are plain arithmetic
-Rate = Callable[[float, int, int], float]
+# (mom, batch size, samples seen before this batch) -> averaging rate in (0, 1]. The two counts may be tensors of shape (),
+# which keeps the host from waiting for the device; a rate is therefore plain arithmetic
+Rate = Callable[[float, Any, Any], Any]
 
-_SAMPLES_AT_LEAST = 16  # that `elements` reads: the positions of one sample tell much the same
+_SAMPLES_AT_LEAST = 16  # read even if `elements` asks for fewer: neighbouring positions of a sample are correlated
 
 
-def _is_number(value, kind=Real) -> bool:
+def _is_number(value: Any, kind: type = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def at_least_one(n):
+def at_least_one(n: Any) -> Any:
     """max(n, 1) of a number or a tensor."""
     return n.clamp_min(1) if isinstance(n, torch.Tensor) else max(n, 1)
 
 
-def rate_fixed(mom: float, bs: int, samples: int) -> float:
+def rate_fixed(mom: float, bs: Any, samples: Any) -> float:
     """λ = mom at every batch size: nn.BatchNorm's `momentum`."""
     return mom
 
 
-def rate_course(mom: float, bs: int, samples: int) -> float:
-    """λ = 1 − (1−mom)/√(bs−1): the course's rule (part 2, 2019, notebook 07). Batches of one take √1."""
+def rate_course(mom: float, bs: Any, samples: Any) -> Any:
+    """λ = 1 − (1−mom)/√(bs−1): the course's rule (part 2, 2019, notebook 07). A batch of one uses √1."""
     return 1 - (1 - mom) / at_least_one(bs - 1) ** 0.5
 
 
-def rate_per_32_samples(mom: float, bs: int, samples: int) -> float:
-    """λ = 1 − (1−mom)^(bs/32): mom is the share that 32 samples take (forum thread "Running batch norm tweaks")."""
+def rate_per_32_samples(mom: float, bs: Any, samples: Any) -> Any:
+    """λ = 1 − (1−mom)^(bs/32): 32 samples together have the weight mom (forum thread "Running batch norm tweaks")."""
     return 1 - (1 - mom) ** (bs / 32)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """λ = bs/(bs + memory): a batch weighs as many samples as it has, against a memory that grows.
+    """Averaging rate λ = bs/(bs + memory): the batch size against a memory, in samples, that grows during training.
 
-    The memory is the share `share` of the samples seen so far, at least `least`/mom and at most `most`/mom of them: at mom
-    0.1 a twentieth, from 20 to 300 samples, which 400 and 6,000 seen samples make of it. Weights move fast at the
-    start, and a long memory would lag behind them; later a long one has less noise. Numbers: norm/README.md.
+    The memory is a fixed share of the samples seen so far, kept between two bounds that `mom` scales. With the defaults
+    and mom 0.1 it is a twentieth, between 20 samples (up to 400 seen) and 300 samples (from 6,000 seen). Weights move
+    fast at the start, where a long memory would lag behind; later, a long memory has less noise. `norm/README.md` has
+    the measurements.
+
+    Parameters
+    ----------
+    least : float, default 2
+        Lower bound of the memory times mom.
+    most : float, default 30
+        Upper bound of the memory times mom; may be infinite.
+    share : float, default 0.05
+        Share of the samples seen so far; 0 keeps the memory at its lower bound.
+
+    Raises
+    ------
+    ValueError
+        Unless 0 < least <= most and 0 <= share, with `least` and `share` finite.
+
+    Examples
+    --------
+    >>> from fastrbn.norm import Memory
+    >>> Memory()(0.1, 8, 0)   # mom, batch size, samples seen: 8/(8 + 20)
+    0.2857142857142857
+    >>> recipe = RECIPES["default"].but(rate=Memory(most=100))
     """
 
     least: float = 2
     most: float = 30
     share: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         inf, numbers = float("inf"), (self.least, self.most, self.share)
         if not all(map(_is_number, numbers)) or not (0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf):
             raise ValueError(
-                f"a memory is numbers: more than 0, `most` at least `least`, and `share` not negative, all but `most` "
-                f"finite; got {self}"
+                f"Memory needs numbers: `least` above 0, `most` at least `least`, `share` 0 or more, and only `most` may be "
+                f"infinite; got {self}"
             )
 
     def bounds(self, mom: float) -> tuple[float, float, float]:
-        """The least and the most samples at a mom, and the share."""
+        """Smallest and largest memory in samples at this `mom`, and the share."""
         return self.least / mom, self.most / mom, self.share
 
-    def __call__(self, mom: float, bs, samples):
+    def __call__(self, mom: float, bs: Any, samples: Any) -> Any:
         least, most, share = self.bounds(mom)
         memory = share * samples
         if isinstance(memory, torch.Tensor):
@@ -81,54 +103,132 @@ class Memory:
 
 @dataclass(frozen=True)
 class Skip:
-    """Leave the statistics alone on the iterations that are multiples of `every`.
+    """Leave the statistics as they are on every iteration that is a multiple of `every`.
 
-    Iterations count from 1; nothing is skipped until more than `after` samples (this batch's included) were seen.
+    Parameters
+    ----------
+    every : int
+        1 or more. Iterations count from 1.
+    after : int
+        Skipping starts once more than this many samples were seen, the present batch included; 0 or more.
+
+    Raises
+    ------
+    ValueError
+        If `every` is not a whole number from 1, or `after` not a number from 0.
+
+    Examples
+    --------
+    >>> from fastrbn.norm import Skip
+    >>> Skip(every=10, after=1000).now(samples=2000, iteration=20)
+    True
     """
 
     every: int
     after: int
 
-    def now(self, samples, iteration):
-        """Whether to skip, given both counts with this batch's; numbers or tensors."""
+    def __post_init__(self) -> None:
+        whole("Skip: `every`, the period in iterations,", self.every)
+        if not (_is_number(self.after) and self.after >= 0):
+            raise ValueError(
+                f"Skip: `after` is the number of samples seen before the first skip, 0 or more; got {self.after!r}"
+            )
+
+    def now(self, samples: Any, iteration: Any) -> Any:
+        """Decide whether to skip; both counts include the present batch and may be numbers or tensors."""
         return (samples > self.after) & (iteration % self.every == 0)
 
 
 @dataclass(frozen=True)
 class Clamp:
-    """Floor under what normalises in training while fewer than `samples` samples (this batch's included) were seen.
+    """Keep the variance that normalises above a floor while the layer has seen few samples.
 
-    `variance` is a floor of V before ε is added, `deviation` one of √(V+ε); the other is None. No gradient goes
-    through a variance at its floor, and the state is not clamped.
+    It applies in training only, and not to the state. Where the floor holds, no gradient flows through the variance.
+
+    Parameters
+    ----------
+    samples : int, default 20
+        The floor holds while fewer samples than this were seen, the present batch included; 0 or more.
+    variance : float or None, default 0.01
+        Floor of the variance V, before ε is added.
+    deviation : float or None, default None
+        Floor of √(V+ε) instead; set `variance=None` with it.
+
+    Raises
+    ------
+    ValueError
+        If `samples` is not a number from 0, or unless exactly one floor is a number from 0 and the other None.
+
+    Examples
+    --------
+    >>> from fastrbn.norm import Clamp
+    >>> round(Clamp(variance=None, deviation=0.1).floor(eps=1e-5), 5)
+    0.00999
     """
 
     samples: int = 20
     variance: float | None = 0.01
     deviation: float | None = None
 
+    def __post_init__(self) -> None:
+        if not (_is_number(self.samples) and self.samples >= 0):
+            raise ValueError(
+                f"Clamp: `samples` is the number of samples up to which the floor holds, 0 or more; got {self.samples!r}"
+            )
+        floors = [floor for floor in (self.variance, self.deviation) if floor is not None]
+        if len(floors) != 1 or not (_is_number(floors[0]) and floors[0] >= 0):
+            raise ValueError(
+                f"Clamp needs one floor, 0 or more: `variance`, or `deviation` with variance=None; got "
+                f"variance={self.variance!r}, deviation={self.deviation!r}"
+            )
+
     def floor(self, eps: float) -> float:
-        """The floor as one of V."""
-        return self.deviation**2 - eps if self.variance is None else self.variance
+        """The floor of the variance V, for this `eps`."""
+        if self.variance is None:
+            return self.deviation**2 - eps  # type: ignore[operator]  # exactly one of the two is None
+        return self.variance
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes one running batch norm from another.
+    """The settings that tell one kind of running batch norm from another.
 
-    - `rate`: the averaging rate λ from (mom, batch size, samples seen before): a function such as `rate_course`, or a
-      `Memory`.
-    - `statistics`: `"running"` normalises with the running statistics in training too; `"batch"` with the batch's own,
-      as nn.BatchNorm does, and keeps running ones for evaluation.
-    - `backward`: `"exact"` differentiates through this batch's share a of the statistics; `"averaged"` projects as norms
-      over many samples do, with this batch's reductions of dy (a share a of them, at least λ as it is before the first
-      sample) and running averages of past ones, which move at λ too; `"detached"` treats the statistics as constants.
-    - `elements`: the statistics read whole samples until they have this many elements a channel, and 16 samples at
-      least; None reads all.
-    - `order`: which samples those are: `"first"` (contiguous memory; right for shuffled batches) or `"strided"` (spread
-      evenly over the batch; for batches sorted by class or time).
-    - `skip`, `clamp`: see `Skip`, `Clamp`; None for never.
+    `RECIPES` holds the named ones; layers take either a name or a `Recipe`. Use `but` to change a field.
 
-    Make variants with `recipe.but(rate=Memory(most=100))`. Raises ValueError for a value outside its rule.
+    Parameters
+    ----------
+    name : str
+        Shown in `repr`, summaries and messages.
+    rate : callable, default Memory()
+        Averaging rate λ in (0, 1] as a function of (mom, batch size, samples seen before).
+    statistics : {"running", "batch"}, default "running"
+        Statistics that normalise in training. "batch" is nn.BatchNorm's way: the batch's own, with running ones for
+        evaluation.
+    backward : {"exact", "averaged", "detached"}, default "exact"
+        How the gradient treats the statistics. "exact" differentiates through the batch's share a of them. "averaged"
+        projects the gradient as a norm over many samples would, partly by this batch's reductions and partly by running
+        averages of earlier ones. "detached" treats the statistics as constants.
+    elements : int or None, default None
+        In a large batch, read whole samples for the statistics until they have this many elements per channel, and at
+        least 16 samples. None reads all.
+    order : {"first", "strided"}, default "first"
+        Samples that `elements` reads: the first ones, which are contiguous in memory and right for shuffled batches, or
+        evenly spread ones, for batches sorted by class or time.
+    skip : Skip or None, default None
+        Iterations on which the statistics stay as they are.
+    clamp : Clamp or None, default None
+        Floor of the variance early in training.
+
+    Raises
+    ------
+    ValueError
+        If a value breaks its rule; the message names it.
+
+    Examples
+    --------
+    >>> recipe = RECIPES["default"].but(name="half", elements=2048)
+    >>> RunningBatchNorm(8, recipe=recipe)
+    RunningBatchNorm(8, mom=0.1, eps=1e-05, affine=True, recipe=half)
     """
 
     name: str
@@ -140,51 +240,53 @@ class Recipe:
     skip: Skip | None = None
     clamp: Clamp | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("statistics", self.statistics, ("running", "batch"))
         one_of("backward", self.backward, ("exact", "averaged", "detached"))
         one_of("order", self.order, ("first", "strided"))
         if not callable(self.rate):
             raise ValueError(
-                f"a recipe's rate is a function of (mom, batch size, samples seen before) or a Memory; got {self.rate!r}"
+                f"rate must be a function of (mom, batch size, samples seen before) or a Memory; got {self.rate!r}"
             )
         if self.skip is not None and self.statistics == "batch":
             raise ValueError(
-                f"a skipped step normalises with running statistics, statistics='batch' never does; got both, with "
-                f"{self.skip}: leave one out"
+                f"a skipped step normalises with the running statistics, which statistics='batch' does not; got both, with "
+                f"{self.skip}: leave one of them out"
             )
         if self.elements is not None and not (_is_number(self.elements, int) and self.elements >= 1):
             raise ValueError(
-                f"a recipe reads a whole number of elements a channel, at least 1, or elements=None for all; got {self.elements!r}"
+                f"elements must be a whole number of elements per channel, 1 or more, or None for all; got {self.elements!r}"
             )
         for kind, value in ((Skip, self.skip), (Clamp, self.clamp)):
             if not isinstance(value, (kind, type(None))):
-                raise ValueError(f"a recipe's {kind.__name__.lower()} is a {kind.__name__} or None; got {value!r}")
+                raise ValueError(f"{kind.__name__.lower()} must be a {kind.__name__} or None; got {value!r}")
 
-    def but(self, **changes) -> Recipe:
-        """A copy with some fields changed, named after this one unless `name` is given."""
+    def but(self, **changes: Any) -> Recipe:
+        """Return a copy with these fields changed. Its name is this one's with a `*`, unless `name` is given."""
         return replace(self, **{"name": f"{self.name}*", **changes})
 
     @property
     def plain_only(self) -> bool:
-        """Whether it has only the plain formulas: those of the course and the thread, and nn.BatchNorm's way."""
+        """True if only `reference.py` implements it: the recipes of the course and the thread, and nn.BatchNorm's."""
         return self.backward != "averaged" or self.statistics == "batch" or self.skip is not None
 
-    def rates(self, mom: float, bs, samples) -> tuple:
-        """λ after so many samples, and what it is before the first. Raises ValueError unless they are in (0, 1]; what
-        tensors hold is not looked at, since that waits for the device."""
+    def rates(self, mom: float, bs: Any, samples: Any) -> tuple[Any, Any]:
+        """λ for this batch, and what it would be before the first sample.
+
+        Raises ValueError unless both are in (0, 1]. Values in tensors are not checked: that would wait for the device.
+        """
         rates = self.rate(mom, bs, samples), self.rate(mom, bs, 0)
         if not torch.compiler.is_compiling():
             for rate, seen in zip(rates, (samples, 0), strict=True):
                 if not (isinstance(rate, (torch.Tensor, torch.SymFloat)) or (_is_number(rate) and 0 < rate <= 1)):
                     raise ValueError(
-                        f"a recipe's rate must give a number in (0, 1]; that of '{self.name}' gave {rate!r} at mom {mom}, "
-                        f"batch size {bs}, after {seen} samples: for statistics that stay, freeze the layer"
+                        f"a recipe's rate must return a number in (0, 1]; that of '{self.name}' gave {rate!r} at mom {mom}, "
+                        f"batch size {bs}, after {seen} samples. To keep the statistics as they are, freeze() the layer"
                     )
         return rates
 
     def samples_read(self, bs: int, positions: int) -> int:
-        """How many of a batch's `bs` samples, of `positions` elements a channel each, the statistics read."""
+        """Number of samples the statistics read of a batch of `bs` with `positions` elements per channel each."""
         if self.elements is None:
             return bs
         return min(bs, max(_SAMPLES_AT_LEAST, -(-self.elements // max(positions, 1))))
@@ -211,18 +313,18 @@ RECIPES = {
 
 
 class Plan(NamedTuple):
-    """How one step is taken: what a backend needs beside tensors."""
+    """Settings of one training step: everything a backend needs beside tensors."""
 
     recipe: Recipe
     mom: float
     eps: float
-    process_group: object = None
+    process_group: Any = None
     recent: deque | None = None  # the last steps, for activation checkpointing
-    twice: bool = False  # whether this forward may be run again by it
+    twice: bool = False  # whether activation checkpointing may run this forward again
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name, or `recipe` itself. Raises ValueError with the nearest name for an unknown one."""
+    """Return the recipe of that name, or `recipe` itself. An unknown name raises ValueError and suggests the closest."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:

@@ -1,28 +1,45 @@
-"""The layer's equations in plain differentiable PyTorch: the text to read and the oracle for the fast backends.
+"""The equations of running batch norm in plain, differentiable PyTorch.
 
-Per channel, over the n elements that the statistics read: batch mean m, biased batch variance v. State: running mean
-M, running variance V, running count c. With the averaging rate λ of this step
+This is the text to read, and the oracle that the fast backends are tested against. `norm/README.md` derives what is
+stated here.
 
-    c  ← (1−λ)·c + λ·n            a = λ·n/c            this batch's share; 1 on the first step
-    V  ← (1−a)·V + a·v + a(1−a)·(m−M)²                 the old M
-    M  ← M + a·(m−M)
-    x̂ = (x−M)/√(V+ε)             y = γ·x̂ + β
+**Notation.** Everything is per channel. n is the number of elements that the statistics read of the batch x (N, C, *);
+m and v are their mean and biased variance; dy is the gradient of the loss with respect to the output y; mean(·) is taken
+over the whole batch; γ and β are the scale and the shift.
 
-which is the moving average of sums, squares and counts of fast.ai's course (part 2, 2019, notebook 07) without its
-cancellation. `exact` lets the gradient go through m and v, so through the share a of the statistics:
+**State.** A running mean M, a running variance V and a running count c of elements. The recipe gives the averaging rate
+λ of this step. Then
+
+    c ← (1−λ)·c + λ·n
+    a = λ·n/c                                   the batch's share of the statistics; 1 on the first step
+    V ← (1−a)·V + a·v + a(1−a)·(m−M)²           with the old M
+    M ← M + a·(m−M)
+
+These are the moving averages of sums, squares and counts in fast.ai's course (part 2, 2019, notebook 07), rearranged so
+that no two large numbers cancel.
+
+**Output.** In training and evaluation alike, with σ = √(V+ε):
+
+    x̂ = (x−M)/σ            y = γ·x̂ + β
+
+**Gradient.** dβ = Σdy and dγ = Σdy·x̂. A recipe chooses one of three forms of dx. `detached` treats M and V as constants:
+dx = γ/σ·dy. `exact` differentiates through m and v, and thus through the batch's share a of M and V; if the statistics
+read all of x,
 
     dx = γ/σ · [ dy − a·mean(dy) − x̂·a·mean(dy·x̂) ]
 
-`averaged` takes out of dy what a norm over many samples would: the share b from what this batch says, the rest from what
-past ones said, running means A of mean(dy) and B of mean(dy·x̂), which move at λ too:
+A norm over many samples would remove the mean of dy and its component along x̂ completely, not just their share a. On a
+small batch both are noisy. `averaged` removes a share b by this batch's estimate and the rest by A and B, running
+averages of mean(dy) and mean(dy·x̂) over earlier batches that move at the same rate λ:
 
-    ĉ  = (x−m)/σ                  z = mean(dy·ĉ)/max(v/σ², 1)       of this batch, v/σ² = mean(ĉ²): dy − mean(dy) − ĉ·z is
-                                                                   orthogonal to 1 and ĉ, or less is taken out than that
-    dx = γ/σ · [ dy − b·(mean(dy) + ĉ·z) − (1−b)·(A + x̂·B) ]        b: a, but at least what λ is at the start
+    ĉ = (x−m)/σ            z = mean(dy·ĉ)/max(mean(ĉ²), 1)            with v/σ² for mean(ĉ²)
+    dx = γ/σ · [ dy − b·(mean(dy) + ĉ·z) − (1−b)·(A + x̂·B) ]
 
-At b = 1 it is batch norm's gradient, at b = 0 that of Moving Average Batch Normalization (ICLR 2020).
+Where mean(ĉ²) is at least 1, dy − mean(dy) − ĉ·z is orthogonal to 1 and to ĉ; where it is less, less is removed. The
+share b is a, but at least what λ is before the first sample. b = 1 gives the gradient of batch norm, b = 0 that of Moving
+Average Batch Normalization (ICLR 2020).
 
-`norm/README.md` derives all this.
+A step that leaves the state unchanged, because the batch is not finite or the recipe skips it, has a = b = 0.
 """
 
 from __future__ import annotations
@@ -34,17 +51,35 @@ import torch
 from torch import Tensor
 
 from .groups import merge_over_ranks, sum_over_ranks
-from .recipes import Plan, at_least_one
+from .recipes import Plan, Recipe, at_least_one
 from .replay import Step, is_batched, moving, recall, snapshot
 
 
 class NormState(NamedTuple):
-    """What a running batch norm remembers: tensors that a training step moves in place.
+    """The state of a running batch norm with C channels: tensors that a training step moves in place.
 
-    For C channels: `running_mean`, `running_var` of shape (C,); `running_count` (c, in elements a channel; −1:
-    statistics taken over from elsewhere, as old as can be) of shape (); `running_grad` of shape (2, C), A and B times
-    their weight w, `running_grad_weight`, of shape (); all float32, or float64 in a float64 layer.
-    `num_samples_tracked`, `num_batches_tracked` of shape (), int64.
+    Floating-point tensors are float32, or float64 in a float64 layer. A and B are counted from zero, so both are too
+    small by their weight w and are divided by it when they are used.
+
+    Parameters
+    ----------
+    running_mean, running_var : Tensor
+        M and V, shape (C,).
+    running_count : Tensor
+        c in elements per channel, shape (). −1 marks imported statistics, which are treated as having unlimited history.
+    num_samples_tracked, num_batches_tracked : Tensor
+        Samples and batches seen, int64, shape ().
+    running_grad : Tensor
+        w·A and w·B, shape (2, C).
+    running_grad_weight : Tensor
+        w, shape ().
+
+    Examples
+    --------
+    >>> state = NormState.new(3)
+    >>> y = running_batch_norm(torch.randn(8, 3, 5), state)
+    >>> state.running_mean.shape, state.num_samples_tracked
+    (torch.Size([3]), tensor(8))
     """
 
     running_mean: Tensor
@@ -56,13 +91,15 @@ class NormState(NamedTuple):
     running_grad_weight: Tensor
 
     @classmethod
-    def new(cls, num_features: int, device=None, dtype=torch.float32) -> NormState:
-        """A state that has seen nothing: mean 0, variance 1, count 0."""
+    def new(
+        cls, num_features: int, device: torch.device | str | int | None = None, dtype: torch.dtype = torch.float32
+    ) -> NormState:
+        """Return the state before the first batch: mean 0, variance 1, count 0."""
 
-        def full(value, *shape):
+        def full(value: float, *shape: int) -> Tensor:
             return torch.full(shape, value, device=device, dtype=dtype)
 
-        def integer():
+        def integer() -> Tensor:
             return torch.zeros((), device=device, dtype=torch.int64)
 
         c = num_features
@@ -70,20 +107,22 @@ class NormState(NamedTuple):
 
 
 def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, eps: float) -> Tensor:
-    """Normalise with the state as it is: nn.BatchNorm's evaluation. x (N, C, *), result like x."""
+    """Normalise x (N, C, *) with the state as it is, like nn.BatchNorm in evaluation. The result has x's shape and dtype."""
     wide = torch.promote_types(x.dtype, state.running_mean.dtype)
-    # copies: a training step may move the state before this forward's backward
+    # copied, because a training step may move the state before the backward pass of this forward
     mean, inv_std = state.running_mean.to(wide, copy=True), (state.running_var.to(wide) + eps).rsqrt()
     x_hat = (x.to(wide) - per_channel(mean, x)) * per_channel(inv_std, x)
     return _affine(x_hat, weight, bias).to(x.dtype)
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
-    """One training step: move `state` by this batch, normalise with it. x (N, C, *), result like x.
+    """One training step: move `state` by the batch x (N, C, *), then normalise x with it. The result is like x.
 
-    A batch with NaN or Inf in what the statistics read, or so large that its variance or the square of its distance
-    from the running mean overflows, leaves the whole state as it was, without asking the device; the result shows it.
+    A batch leaves the whole state unchanged if what the statistics read of it contains NaN or Inf, or if its variance or
+    its squared distance from the running mean overflows. This needs no sync with the device, and the output shows it.
     """
+    n: int | Tensor
+    bs: int | Tensor
     xw = x.to(torch.promote_types(x.dtype, state.running_mean.dtype))
     m, v, n = batch_statistics(xw, plan.recipe)
     bs = x.shape[0]
@@ -93,29 +132,36 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
     return normalize_by(step, xw, weight, bias, m, v, state, plan).to(x.dtype)
 
 
-def take_step(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
-    """Move the state by a batch of bs samples with statistics m, v over n elements a channel; or, when checkpointing
-    runs a forward again, what its first run did."""
+def take_step(state: NormState, m: Tensor, v: Tensor, n: int | Tensor, bs: int | Tensor, plan: Plan) -> Step:
+    """Move the state by a batch of bs samples with mean m and variance v over n elements per channel.
+
+    When activation checkpointing runs a forward again, return the step of its first run and move nothing.
+    """
     with torch.no_grad(), moving(state):
         step = recall(plan.recent, m, v)
         if step is None:
             step = _advance(state, m.detach(), v.detach(), n, bs, plan)
             if plan.twice:
-                plan.recent.append(step)
+                plan.recent.append(step)  # type: ignore[union-attr]  # set whenever `twice` is
     return step
 
 
-def normalize_by(step: Step, x: Tensor, weight, bias, m: Tensor, v: Tensor, state: NormState, plan: Plan) -> Tensor:
-    """Normalise x by a step that was taken, differentiable in x, weight, bias and in the batch's statistics m and v as
-    far as the recipe lets the gradient through them. A backward pass moves A and B in `state`."""
+def normalize_by(
+    step: Step, x: Tensor, weight: Tensor | None, bias: Tensor | None, m: Tensor, v: Tensor, state: NormState, plan: Plan
+) -> Tensor:
+    """Normalise x with the statistics of a step that was already taken.
+
+    Differentiable in x, weight and bias, and in the batch's statistics m and v as far as the recipe lets the gradient
+    through them. An averaged backward pass moves A and B in `state`.
+    """
     recipe = plan.recipe
     if recipe.statistics == "batch":
         mean, var = (step.m, step.v) if recipe.backward == "detached" else (m, v)
     elif recipe.backward != "exact":
         mean, var = step.mean, step.var
     else:
-        # the values are the step's; differences that are zero carry the gradient of M + a(m−M) and
-        # (1−a)V + a·v + a(1−a)(m−M)² in m and v, where (1−a)(m−M) is m − the new M
+        # The step's own values, plus terms that are zero but carry the gradients of M + a(m−M) and of
+        # (1−a)V + a·v + a(1−a)(m−M)² in m and v. In the latter, (1−a)(m−M) = m − (new M)
         a = step.share
         dm, dv = (torch.where(step.moves, t - t.detach(), 0.0) for t in (m, v))
         mean = step.mean + a * dm
@@ -129,9 +175,13 @@ def normalize_by(step: Step, x: Tensor, weight, bias, m: Tensor, v: Tensor, stat
     return y
 
 
-def gradients(x: Tensor, weight, bias, dy: Tensor, step: Step, state: NormState, plan: Plan) -> list[Tensor | None]:
-    """The gradients of a step as a graph of x, weight, bias and dy, for backends whose own have none: second
-    derivatives, and many dy at once. None for what needs no gradient; moves A and B."""
+def gradients(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor, step: Step, state: NormState, plan: Plan
+) -> list[Tensor | None]:
+    """Gradients of a step for x, weight and bias, as a differentiable function of these and of dy. Moves A and B.
+
+    The other backends call this for second derivatives and for batched dy. None stands for what needs no gradient.
+    """
     with torch.enable_grad():
         wide = x.to(step.mean.dtype)
         m, v, _ = batch_statistics(wide, plan.recipe)
@@ -142,28 +192,29 @@ def gradients(x: Tensor, weight, bias, dy: Tensor, step: Step, state: NormState,
     return [None if t is None else next(found) for t in given]
 
 
-def batch_statistics(x: Tensor, recipe) -> tuple[Tensor, Tensor, int]:
-    """Mean and biased variance a channel, and over how many elements."""
+def batch_statistics(x: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, int]:
+    """m and v of what the recipe reads of x, each (C,), and n."""
     bs, positions = x.shape[0], elements_per_sample(x)
     x, k = read(x, recipe), recipe.samples_read(bs, positions)
-    if bs * positions == 0:  # an empty rank of a group: its weight in the merge is 0
+    if bs * positions == 0:  # an empty rank of a process group, which has weight 0 in the merge
         zero = x.sum(all_but_channel(x))
         return zero, zero, 0
     v, m = torch.var_mean(x, dim=all_but_channel(x), correction=0)
     return m, v, k * positions
 
 
-def read(x: Tensor, recipe) -> Tensor:
-    """The samples of x that the statistics read, a view."""
+def read(x: Tensor, recipe: Recipe) -> Tensor:
+    """The samples of x that the statistics read, as a view."""
     bs = x.shape[0]
     k = recipe.samples_read(bs, elements_per_sample(x))
     if k == bs:
         return x
-    # not x[:: bs // k]: a slice's step is a constant to torch.compile, which would compile for each
+    # not x[:: bs // k]: torch.compile treats a slice's step as a constant and would recompile for each value
     return x[:k] if recipe.order == "first" else x[: k * (bs // k)].unflatten(0, (k, -1))[:, 0]
 
 
-def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
+def _advance(state: NormState, m: Tensor, v: Tensor, n: int | Tensor, bs: int | Tensor, plan: Plan) -> Step:
+    """Move the state by a batch's statistics: the equations under **State** above, without branches on values."""
     recipe = plan.recipe
     old_mean, old_var, count, samples = snapshot(
         state.running_mean, state.running_var, state.running_count, state.num_samples_tracked
@@ -171,54 +222,59 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n, bs, plan: Plan) -> Step:
     shift, spread = m - old_mean, v
     if recipe.statistics == "batch":
         spread = v * (n / at_least_one(n - 1))
-    # a NaN or Inf in x is one in v; n is 0 when every rank's batch is empty
+    # NaN or Inf in x gives NaN or Inf in v; n is 0 if the batch is empty on every rank
     seen = (spread + shift.square()).amax().isfinite() & (n > 0)
     moves = seen
     rate, start = recipe.rates(plan.mom, bs, samples.to(count.dtype))
     rate = torch.zeros_like(count) + rate
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
-        seen, moves = seen | skipped, seen & ~skipped  # a skipped step does not look at its batch
+        seen, moves = seen | skipped, seen & ~skipped  # a skipped batch counts as seen even if it is not finite
     state.num_samples_tracked.add_((seen * bs).to(torch.int64))
     state.num_batches_tracked.add_(seen)
     young = None if recipe.clamp is None else state.num_samples_tracked < recipe.clamp.samples
-    if recipe.statistics == "batch":  # nn.BatchNorm's: from mean 0, variance 1, the variance unbiased where it can be
+    if recipe.statistics == "batch":  # nn.BatchNorm's rule: starts from mean 0 and variance 1, unbiased variance if n > 1
         a, moved = torch.ones_like(count), torch.zeros_like(count) + n
         mean, var = old_mean + rate * shift, old_var + rate * (spread - old_var)
     else:
         moved = torch.where(count < 0, n, rate * n + (1 - rate) * count)
-        # a tensor over a tensor: 1 exactly on the first step, since any less lets a(1−a)(m−M)² swamp a small variance
+        # dividing two tensors gives exactly 1 on the first step; with less, a(1−a)(m−M)² would swamp a small variance
         a = torch.where(moves, rate * n / moved, 0.0)
         mean, var = old_mean + a * shift, (1 - a) * old_var + a * v + a * (1 - a) * shift.square()
     mean, var = torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
     state.running_mean.copy_(mean)
     state.running_var.copy_(var)
-    # as a vector: the compilers of torch 2.9 and 2.11 lose, without a word, what is written to a float64 scalar
+    # written as a vector: the compilers of torch 2.9 and 2.11 silently drop writes to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
-    # of the projection, what this batch says: never less than what it weighed at the start
+    # b: the batch's share of the projection, never below the rate at the start
     own = torch.where(moves, a.clamp_min(start), 0.0)
-    return Step(m, v, *(t.to(m.dtype) for t in (mean, var, rate, a, own)), moves, young)
+    mean, var, rate, a, own = (t.to(m.dtype) for t in (mean, var, rate, a, own))
+    return Step(m, v, mean, var, rate, a, own, moves, young)
 
 
 def floored(var: Tensor, step: Step, plan: Plan) -> Tensor:
-    """The variance that normalises: V, or the recipe's floor where V is below it and the layer young."""
+    """The variance that normalises: V, or at least the recipe's floor while the layer is young."""
     if step.young is None:
         return var
-    return torch.where(step.young, var.clamp_min(plan.recipe.clamp.floor(plan.eps)), var)
+    floor = plan.recipe.clamp.floor(plan.eps)  # type: ignore[union-attr]  # young is None without a clamp
+    return torch.where(step.young, var.clamp_min(floor), var)
 
 
 class _Project(torch.autograd.Function):
-    """Identity in y; in the backward pass, moves A and B by this batch and gives x what the projection takes out of dy:
-    −γ/σ·[b·(mean(dy) + ĉ·z) + (1−b)·(A + x̂·B)]. A second derivative takes A and B as constants."""
+    """The averaged backward: the identity in y, whose backward pass subtracts the projection from the gradient of x.
+
+    It moves A and B by this batch and gives x −γ/σ·[b·(mean(dy) + ĉ·z) + (1−b)·(A + x̂·B)]; γ/σ·dy comes from the affine
+    map. Second derivatives treat A and B as constants.
+    """
 
     @staticmethod
     def forward(y, *_):
-        return y.clone()  # a view made here could not be changed in place, as by nn.ReLU(inplace=True)
+        return y.clone()  # a view could not be changed in place afterwards, as nn.ReLU(inplace=True) does
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # apart from `forward`, for torch.func
+    def setup_context(ctx, inputs, output):  # separate from `forward`, for torch.func
         _, x, weight, inv_std, ctx.state, ctx.group, *step = inputs
-        ctx.save_for_backward(x, weight, inv_std, *step)  # a step's tensors apart: a tracer takes others for constants
+        ctx.save_for_backward(x, weight, inv_std, *step)  # tracers take tensors that are not saved this way for constants
 
     @staticmethod
     def backward(ctx, dy):
@@ -229,8 +285,8 @@ class _Project(torch.autograd.Function):
         if ctx.group is not None:
             if torch.is_grad_enabled():
                 raise RuntimeError(
-                    "second derivatives through a process group are refused; got create_graph=True: leave it out, or "
-                    "the process group"
+                    "second derivatives through a process group are not supported; got create_graph=True: leave out "
+                    "either"
                 )
             sums, n = sum_over_ranks(sums, n, ctx.group)
         shift, slope = projection(sums / n, inv_std, step, ctx.state)
@@ -241,7 +297,10 @@ class _Project(torch.autograd.Function):
 
 
 def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> Tensor:
-    """What is taken out of dy as shift + slope·x̂, (2, C), from the batch's mean(dy) and mean(dy·ĉ), (2, C). Moves A, B."""
+    """The part that the averaged backward subtracts from dy: shift and slope of shift + slope·x̂, shape (2, C).
+
+    `means` holds the batch's mean(dy) and mean(dy·ĉ), shape (2, C). Moves A and B.
+    """
     u, z = means
     off = (step.m - step.mean) * inv_std  # mean(x̂), and x̂ = ĉ + off
     with torch.no_grad(), moving(state):
@@ -250,11 +309,10 @@ def projection(means: Tensor, inv_std: Tensor, step: Step, state: NormState) -> 
     return b * torch.stack([u - off * z, z]) + (1 - b) / weight * average
 
 
-def average_gradients(state: NormState, new: Tensor, rate) -> tuple[Tensor, Tensor]:
-    """Move the averages of the gradient's reductions (2, C) by a batch's, unless those are not finite; return them
-    times their weight, and the weight.
+def average_gradients(state: NormState, new: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Move A and B by a batch's mean(dy) and mean(dy·x̂), (2, C), unless these are not finite; return w·(A, B) and w.
 
-    Many upstream gradients at once (`is_grads_batched`) are each averaged from the state as it is, and leave it there.
+    With batched upstream gradients (`is_grads_batched`), each is averaged separately and the state does not move.
     """
     finite, moved = new.sum().isfinite(), []
     for running, value in ((state.running_grad, new), (state.running_grad_weight, 1.0)):
@@ -272,14 +330,15 @@ def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
 
 
 def all_but_channel(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of x (N, C, *) without that of the channels."""
     return (0, *range(2, x.dim()))
 
 
 def elements_per_sample(x: Tensor) -> int:
-    """Elements a channel in one sample of x (N, C, *)."""
+    """Elements per channel in one sample of x (N, C, *)."""
     return math.prod(x.shape[2:])
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) shaped to broadcast over x (N, C, *)."""
+    """`values` (C,), reshaped to broadcast over x (N, C, *)."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))

@@ -1,13 +1,13 @@
-"""The reference's step in Triton: CUDA, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
+"""The reference's step in Triton, for CUDA tensors, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
 
-Three launches forward (3 reads or writes of the activations) and three backward (5): about `PROGRAMS` programs share
-the tensor and leave partial sums; a few merge them and move what the state has for a channel; many write y, or dx, and
-one of these moves the numbers that all channels share. So no launch reads what another program of it writes. There are
-no atomics, and two runs agree to the bit; nothing is read on the host, and a CUDA graph can record a step.
+There are three launches forward (3 reads or writes of the activations) and three backward (5). In the first, about
+`PROGRAMS` programs share the tensor and write partial sums. In the second, a few programs merge these and move the state
+of each channel. In the third, many programs write y or dx, and one of them moves the numbers that all channels share. So
+no program reads what another one writes in the same launch. Without atomics, two runs agree bit for bit; without host
+reads, a CUDA graph can record a step.
 
-A tensor x (N, C, *) is read in place as a matrix: N rows of the positions of a channel, for each channel (NCHW), or
-N·positions rows of C channels (channels last, (N, C)). A tile is ROWS by COLS of it. Batches of other sizes compile no
-new kernels.
+A tensor x (N, C, *) is read in place as a matrix: for each channel, N rows of its positions (NCHW), or N·positions rows
+of C channels (channels last, (N, C)). A tile has ROWS × COLS elements. Other batch sizes need no new compilation.
 """
 
 from __future__ import annotations
@@ -27,30 +27,28 @@ from .recipes import Memory, Plan, Recipe
 from .reference import NormState, elements_per_sample
 from .replay import Step, is_batched, moving, running_again
 
-# what only speed depends on; reasoned, not yet measured on a device
-TILE = 4096  # elements of a tile: 16 a thread
-PROGRAMS = 512  # that sum; a merge takes the parts of a channel as one tile, so a power of two
-_MERGED = 4  # channels a merging program
+# These affect only speed; estimated, not yet measured on a device
+TILE = 4096  # elements per tile, 16 per thread
+PROGRAMS = 512  # that write partial sums; a power of two, because one tile merges all parts of a channel
+_MERGED = 4  # channels per merging program
 
 evaluate = fused.evaluate
 
 
-# What kernels are compiled for; it stays with a layer and a dtype. PLANES: a row is of one channel. VEC divides a row,
-# so that loads can be this wide. STRIDED: the statistics read every step-th sample
+# Compile-time constants, fixed for a layer and a dtype. PLANES: a row belongs to one channel. VEC divides the row length,
+# so loads can be this wide. STRIDED: the statistics read every step-th sample
 Cut = namedtuple("Cut", "PLANES ROWS COLS VEC STRIDED")
-# sizes that stay with a layer: VEC columns a row, channels, rows a sample
+# sizes fixed for a layer: units of VEC columns per row, channels, rows per sample
 Shape = namedtuple("Shape", "units channels per_sample")
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
-    """As `reference.normalize`, for batches with at least one element, without a process group, and recipes that have
-    more than the plain formulas."""
+    """Same as `reference.normalize`, for non-empty batches without a process group and recipes that are not `plain_only`."""
     if plan.recent and running_again():
         return fused.normalize(x, weight, bias, state, plan)
     if not all(t.is_contiguous() for t in state):
-        raise ValueError("the triton backend needs a contiguous state: make its tensors so with .contiguous()")
-    x, weight, bias = (t if t is None else t.resolve_neg() for t in (x, weight, bias))
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+        raise ValueError("the triton backend needs contiguous state tensors: call .contiguous() on them")
+    x, (weight, bias) = x.resolve_neg(), (t if t is None else t.resolve_neg().contiguous() for t in (weight, bias))
     if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
         x = x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
     return _Normalize.apply(x, weight, bias, state, plan)
@@ -59,7 +57,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Norm
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, plan):
-        recipe, count, bs, c = plan.recipe, state.running_count, *x.shape[:2]
+        recipe, count = plan.recipe, state.running_count
+        bs, c = x.shape[:2]
         job, y, (eps, floor, until) = _job(x, recipe), torch.empty_like(x), _limits(plan)
         work, saved = _floats(x, (4 * c + job.blocks) * job.parts_read), _floats(x, 4 * c + 6)
         rate, bounds = None, (1.0, 1.0, 0.0)
@@ -79,7 +78,7 @@ class _Normalize(torch.autograd.Function):
             map_kernel[job.grid](
                 *(x, y, weight, bias, saved, *state[2:5], *job.all, bs, eps, floor, job.cut), num_warps=8
             )
-        increment_version(state[:5])  # autograd sees no write of these kernels'
+        increment_version(state[:5])  # autograd cannot see writes in these kernels
         if plan.twice:
             plan.recent.append(_step(saved, c, recipe))
         ctx.save_for_backward(x, weight, bias)
@@ -111,7 +110,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _job(x: Tensor, recipe: Recipe) -> SimpleNamespace:
-    """How programs share tensors of x's size, and what the statistics read of them (`…_read`)."""
+    """The division of a tensor of x's size between programs; `…_read` describes the part that the statistics read."""
     n, c = x.shape[:2]
     positions = elements_per_sample(x)
     kept = recipe.samples_read(n, positions)
@@ -125,14 +124,14 @@ def _job(x: Tensor, recipe: Recipe) -> SimpleNamespace:
     shape = Shape(width // vec, c, per_sample)
     return SimpleNamespace(
         cut=Cut(*map(tl.constexpr, (planes, TILE // cols, cols, vec, step > 1))),
-        all=(shape, n * per_sample, tiles),  # rows, and tiles of a block
+        all=(shape, n * per_sample, tiles),  # rows, and tiles per block
         read=(shape, kept * per_sample, tiles_read),
         step=step,
         blocks=blocks,  # of channels
-        parts=min(tiles, max(PROGRAMS // blocks, 1)),  # programs that share a block to sum over it
+        parts=min(tiles, max(PROGRAMS // blocks, 1)),  # programs that share the sums of a block
         parts_read=min(tiles_read, max(PROGRAMS // blocks, 1)),
-        grid=(blocks, min(tiles, 1 << 15)),  # of a map; a launch takes no more
-        n=float(n * positions),  # elements a channel
+        grid=(blocks, min(tiles, 1 << 15)),  # for a map; a launch allows no more
+        n=float(n * positions),  # elements per channel
         n_read=float(kept * positions),
     )
 
@@ -142,19 +141,20 @@ def _floats(x: Tensor, number: int) -> Tensor:
 
 
 def _limits(plan: Plan) -> tuple[float, float, int]:
-    """ε, the variance's floor, and until how many samples that holds."""
+    """ε, the floor of the variance, and the number of samples from which it no longer holds."""
     clamp = plan.recipe.clamp
     floor, until = (0.0, 0) if clamp is None else (clamp.floor(plan.eps), clamp.samples)
     return float(plan.eps), float(floor), until
 
 
 def _step(saved: Tensor, c: int, recipe: Recipe) -> Step:
+    """The step as `reference.py` knows it, from what the kernels saved."""
     m, v, mean, var = (row.clone() for row in saved[: 4 * c].view(4, c))
     rate, share, own, moves, young = (number.clone() for number in saved[4 * c : 4 * c + 5])
     return Step(m, v, mean, var, rate, share, own, moves != 0, None if recipe.clamp is None else young != 0)
 
 
-# what changes with the batch: compiling anew for some of its values would stall training
+# arguments that change with the batch; specialising on their values would recompile during training
 VARYING = ["rows", "tiles", "step", "parts", "flags", "bs", "until"]
 
 
@@ -165,7 +165,7 @@ def load(at, mask):
 
 @triton.jit
 def channels_of(block, shape, cut):
-    """The channel of each column of a tile, and whether there is one."""
+    """The channel of each column of a tile, and whether it exists."""
     if cut.PLANES:
         c = tl.zeros((cut.COLS,), tl.int32) + block
     else:
@@ -175,8 +175,10 @@ def channels_of(block, shape, cut):
 
 @triton.jit
 def tile_at(tile, block, rows, step, shape, cut, STRIDED: tl.constexpr):
-    """A tile's rows (ROWS,), where its elements lie in memory and which are there (ROWS, COLS). STRIDED: its rows are
-    counted in every step-th sample."""
+    """Rows of a tile (ROWS,), and the addresses and the mask of its elements (ROWS, COLS).
+
+    STRIDED: rows are counted in every step-th sample only.
+    """
     width, tile = shape.units * cut.VEC, tl.cast(tile, tl.int64)  # x may have more than 2³¹ elements
     if cut.PLANES:
         across = tl.cdiv(width, cut.COLS)
@@ -194,7 +196,7 @@ def tile_at(tile, block, rows, step, shape, cut, STRIDED: tl.constexpr):
 
 @triton.jit
 def per_column(tile, cut):
-    """The sum of each column's channel, in every column of it."""
+    """For each column, the sum over all of its channel in the tile."""
     total = tl.sum(tile, 0)
     if cut.PLANES:
         total = tl.zeros_like(total) + tl.sum(total, 0)
@@ -218,7 +220,7 @@ def all_good(at, flags):
 
 @triton.jit
 def parts_at(work, channels, parts, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The channels of a merging program, whether they exist, and where their parts lie (PARTS, CHANNELS)."""
+    """Channels of a merging program and whether they exist; addresses and mask of their parts (PARTS, CHANNELS)."""
     c, part = tl.arange(0, CHANNELS) + tl.program_id(0) * CHANNELS, tl.arange(0, PARTS)
     at, mask = work + part[:, None] * channels + c[None, :], (part < parts)[:, None] & (c < channels)[None, :]
     return c, c < channels, at, mask
@@ -226,7 +228,7 @@ def parts_at(work, channels, parts, PARTS: tl.constexpr, CHANNELS: tl.constexpr)
 
 @triton.jit
 def normaliser(c, inside, saved, channels, eps, floor):
-    """Mean and 1/σ of channels c."""
+    """The mean and 1/σ that normalise channels c."""
     mean = load(saved + 2 * channels + c, inside)
     var = tl.load(saved + 3 * channels + c, mask=inside, other=1.0)
     floor = tl.where(tl.load(saved + 4 * channels + 4) != 0, floor, float("-inf"))  # while the layer is young
@@ -235,12 +237,14 @@ def normaliser(c, inside, saved, channels, eps, floor):
 
 @triton.jit(do_not_specialize=VARYING)
 def statistics_kernel(x, running_mean, work, shape, rows, tiles, step, cut: tl.constexpr):
-    """A part of a channel: elements, the mean of its first tile, mean − that, and the variance. All (parts, C) in
-    `work`, one after the other; then a flag for each program."""
+    """For each part of a channel: number of elements, mean of its first tile, mean minus that, and variance.
+
+    Written to `work` one after the other, (parts, C) each, followed by one flag per program.
+    """
     block, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c, inside = channels_of(block, shape, cut)
     row, at, mask = tile_at(slot, block, rows, step, shape, cut, cut.STRIDED)
-    # sums of x − shift, near the mean: what a large mean has in front of the digits cancels nothing
+    # sums of x − shift, where shift is near the mean, so that a large mean costs no precision
     shift = per_column(load(x + at, mask), cut)
     shift = shift / tl.maximum(per_column(mask.to(tl.float32), cut), 1.0)
     number = tl.zeros((cut.ROWS, cut.COLS), tl.float32)
@@ -257,7 +261,7 @@ def statistics_kernel(x, running_mean, work, shape, rows, tiles, step, cut: tl.c
     var = tl.where(var < 0, 0.0, var)  # a NaN stays
     to, all_parts = work + slot * shape.channels + c, slots * shape.channels
     store_rows(to, all_parts, (number, shift, mean, var), inside)
-    # the rule of reference._advance, part by part; 4: so that no merge of good parts overflows
+    # the rule of reference._advance, part by part; the factor 4 keeps merges of good parts from overflowing
     gap = mean + (shift - load(running_mean + c, inside))
     bad, flag = inside & ~(4 * (var + gap * gap) < float("inf")), slot * tl.num_programs(0) + block
     tl.store(work + 4 * all_parts + flag, tl.sum(tl.where(bad, 1.0, 0.0), 0))
@@ -268,9 +272,11 @@ def advance_kernel(
     work, running_mean, running_var, count, samples, saved, rate, least, most, memory, channels, parts, flags, bs, n,
     until, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts (Chan's formula), move means and variances, and leave in `saved` the batch's m, v, the new mean
-    and variance, (C,) each, and λ, the shares a and b, whether the state moves, whether the layer is young, the new
-    count."""
+    """Merge the parts (Chan's formula) and move the means and variances.
+
+    Writes to `saved`: m, v, new mean and new variance, (C,) each, then λ, the shares a and b, whether the state moves,
+    whether the layer is young, and the new count.
+    """
     c, inside, at, mask = parts_at(work, channels, parts, PARTS, CHANNELS)
     all_parts = parts * channels
     number, origin = load(at, mask), load(work + all_parts + c, inside)
@@ -291,7 +297,7 @@ def advance_kernel(
         start = tl.load(rate + 1)
         rate = tl.load(rate)
     moved = tl.where(old_count < 0, n, rate * n + (1 - rate) * old_count)
-    # rounded right: exactly 1 on the first step
+    # correctly rounded, so exactly 1 on the first step
     a = tl.where(moves, tl.div_rn(rate * n, moved), 0.0)
     gap = m - old_mean
     mean = tl.where(moves, old_mean + a * gap, old_mean)
@@ -310,7 +316,7 @@ def advance_kernel(
 def map_kernel(
     x, y, weight, bias, saved, count, samples, batches, shape, rows, tiles, bs, eps, floor, cut: tl.constexpr
 ):  # fmt: skip
-    """y = γ·(x−M)/σ + β; one program moves the counts."""
+    """y = γ·(x−M)/σ + β; one program also moves the counts."""
     block, slot = tl.program_id(0), tl.program_id(1)
     c, inside = channels_of(block, shape, cut)
     mean, scale = normaliser(c, inside, saved, shape.channels, eps, floor)
@@ -332,7 +338,7 @@ def map_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def sums_kernel(x, dy, saved, work, shape, rows, tiles, eps, floor, cut: tl.constexpr):
-    """A part's sums of dy and of dy·ĉ, (parts, C) each in `work`, then a flag for each program."""
+    """Partial sums of dy and of dy·ĉ, (parts, C) each in `work`, followed by one flag per program."""
     block, slot, slots = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c, inside = channels_of(block, shape, cut)
     mean, inv = normaliser(c, inside, saved, shape.channels, eps, floor)
@@ -357,8 +363,10 @@ def settle_kernel(
     work, saved, weight, d_weight, d_bias, running_grad, running_grad_weight, slopes, channels, parts, flags, n, eps,
     floor, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the sums, give γ and β their gradients, move the averages A and B, and leave the `slopes` (C,) of dx in
-    dy, x − M and 1; then the averages' new weight."""
+    """Merge the sums, write the gradients of γ and β, and move the averages A and B.
+
+    Writes to `slopes` the coefficients of dx, (C,) each, for dy, x − M and 1, then the new weight of the averages.
+    """
     c, inside, at, mask = parts_at(work, channels, parts, PARTS, CHANNELS)
     all_parts = parts * channels
     mean, inv = normaliser(c, inside, saved, channels, eps, floor)
@@ -390,7 +398,7 @@ def settle_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def dx_kernel(x, dy, dx, saved, slopes, total, shape, rows, tiles, cut: tl.constexpr):
-    """dx from the slopes; one program moves the averages' weight."""
+    """dx from the slopes; one program also moves the weight of the averages."""
     block, slot, channels = tl.program_id(0), tl.program_id(1), shape.channels
     c, inside = channels_of(block, shape, cut)
     mean, p = load(saved + 2 * channels + c, inside)[None, :], load(slopes + c, inside)[None, :]

@@ -1,4 +1,4 @@
-"""C sources compiled on first use: once a machine, by many processes alike, and anew when something they depend on changes."""
+"""C sources are compiled on first use, once per machine, and again when something they depend on changes."""
 
 import ctypes
 import os
@@ -30,13 +30,13 @@ def source(tmp_path):
     return file
 
 
-def test_options_make_libraries_of_their_own(cache, source):
+def test_each_set_of_options_has_its_own_library(cache, source):
     libraries = [native_build.load(source, f"-DANSWER={n}")[0] for n in (7, 8)]
     assert [library.answer() for library in libraries] == [7, 8]
     assert len([*cache.glob("answer_*.so")]) == 2
 
 
-def test_a_library_is_built_once_and_by_many_at_a_time_alike(cache, source):
+def test_a_library_is_built_once_even_by_several_processes_at_a_time(cache, source):
     code = (
         "import pathlib, sys; from fastrbn import native as native_build;"
         "assert native_build.load(pathlib.Path(sys.argv[1]), '-DANSWER=7')[0].answer() == 7"
@@ -62,7 +62,7 @@ def test_a_change_of_the_source_or_of_a_header_makes_another_library(cache, sour
     assert native_build._built(COMPILER, source, ()) not in (first, second)
 
 
-def test_a_compiler_that_fails_is_warned_of_once_and_not_asked_again(cache, source, tmp_path, monkeypatch):
+def test_a_failing_compiler_warns_once_and_is_not_tried_again(cache, source, tmp_path, monkeypatch):
     other = tmp_path / "other.c"
     fake_compiler(tmp_path, monkeypatch, f"echo called >>{tmp_path}/calls", "echo no room on this planet >&2", "exit 1")
     shutil.copy(source, other)
@@ -98,7 +98,7 @@ def test_a_damaged_library_is_built_again_and_never_loaded(damage, cache, source
     assert [p.read_bytes() for p in cache.iterdir()] == [data]
 
 
-def test_without_a_home_the_libraries_lie_in_a_folder_of_the_process(source, monkeypatch):
+def test_without_a_home_libraries_go_to_a_temporary_folder(source, monkeypatch):
     """As in a container whose user id has no entry in the password file."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)
@@ -130,7 +130,7 @@ def fake_compiler(tmp_path, monkeypatch, *lines):
     ],
     ids=["bytes that are not UTF-8", "no library", "a compiler that hangs"],
 )
-def test_whatever_a_compiler_does_is_told(lines, text, cache, source, tmp_path, monkeypatch):
+def test_every_compiler_failure_is_reported(lines, text, cache, source, tmp_path, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, *lines)
     monkeypatch.setattr(native_build, "_SECONDS", 1)
     with pytest.warns(RuntimeWarning, match=text):
@@ -138,13 +138,13 @@ def test_whatever_a_compiler_does_is_told(lines, text, cache, source, tmp_path, 
     assert not [*cache.rglob("*.so")]
 
 
-def test_a_compiler_that_makes_something_else_is_told(cache, source, tmp_path, monkeypatch):
+def test_a_library_that_cannot_be_loaded_is_reported(cache, source, tmp_path, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, 'while [ "$1" != -o ]; do shift; done; echo no library >"$2"')
-    with pytest.warns(RuntimeWarning, match="were built with .*cc, and cannot be loaded: .*answer"):
+    with pytest.warns(RuntimeWarning, match="were built with .*cc but cannot be loaded: .*answer"):
         assert native_build.load(source, "-DANSWER=12")[0] is None
 
 
-def test_a_cache_from_which_nothing_may_be_run_is_said_to_be_one(cache, source, monkeypatch):
+def test_a_noexec_cache_is_reported(cache, source, monkeypatch):
     def refuse(path):
         raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
 
@@ -176,6 +176,6 @@ def test_a_cache_that_others_can_write_to_is_not_used(cache):
 @pytest.mark.parametrize("real", ["float", "double"])
 def test_every_c_source_of_the_package_compiles(cache, real):
     sources = [*Path(native_build.__file__).parents[1].rglob("*.c")]
-    assert len(sources) > 1
+    assert sources
     for file in sources:
         assert native_build.load(file, f"-DREAL={real}", "-Wall", "-Wextra")[1] == "", file

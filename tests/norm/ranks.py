@@ -1,4 +1,4 @@
-"""What two or three gloo processes check together; `test_groups.py` starts them and reports each check as a test.
+"""Checks run by two or three gloo processes together; `test_groups.py` starts them and reports each check as a test.
 
 Every rank runs every function of CHECKS in the same order; they compare with one process that has the whole batch.
 Run as `python -m norm.ranks FOLDER WORLD` with tests/ on the path; writes FOLDER/RANK.json.
@@ -49,7 +49,7 @@ def wholes(sizes, dtype=torch.float64, features=3):
 
 
 def summed(tensors):
-    """The sum over ranks of each, as DDP would have it but for its factor."""
+    """The sum over ranks of each tensor: DDP's result up to its factor."""
     for t in tensors.values():
         dist.all_reduce(t)
     return tensors
@@ -207,7 +207,7 @@ def train(net, data, pick, factor=1.0, accumulate=1):
 
 
 def in_ddp(net, synced):
-    """DDP that has rank 0's buffers copied to the others before each forward, or not."""
+    """DDP, with or without copying rank 0's buffers to the others before each forward."""
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # its name since torch 2.15
     return DistributedDataParallel(net, **{"forward_sync_buffers" if new else "broadcast_buffers": synced})
 
@@ -232,7 +232,7 @@ def ddp_without_a_process_group_keeps_each_ranks_own_statistics_or_those_of_rank
         mine, zero = ours[1].running_mean.clone(), ours[1].running_mean.clone()
         dist.broadcast(zero, 0)
         assert torch.equal(mine, zero) == (RANK == 0)  # after the last step each has moved by its own batch
-        # what a rank has learned by itself is lost to rank 0's buffers; without a group nobody is told of the others
+        # what a rank has learned by itself is lost to rank 0's buffers; without a group no rank sees the others'
         assert torch.allclose(mine, alone[1].running_mean) == (RANK == 0 or not synced)
 
 

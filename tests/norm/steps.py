@@ -1,4 +1,4 @@
-"""What the tests of the layer share: one training step with everything it changes, twin layers, the thread's layer."""
+"""Shared by the tests of the layer: one training step with everything it changes, test layers, the thread's layer."""
 
 import math
 
@@ -49,7 +49,7 @@ def step(layer, x, dy):
 
 
 def assert_same(got, want, tol, note=""):
-    """All entries within `tol` of `want`'s, relative to the norm of each (absolute below 1); 0: bit for bit."""
+    """Assert that all entries are within `tol` of `want`'s, relative to their norm (absolute below 1); 0 means bit for bit."""
     assert got.keys() == want.keys()
     for name in want:
         a, b = got[name].detach(), want[name].detach()
@@ -66,14 +66,14 @@ def assert_unmoved(layer, before):
 
 
 def assert_holds_no_graph(layer):
-    """No buffer, and nothing that the layer remembers, requires a gradient or has one's history."""
+    """Assert that no buffer and no remembered step requires a gradient or has a graph."""
     remembered = [t for taken in layer._recent for t in taken if isinstance(t, torch.Tensor)]
     for t in [*layer.buffers(), *remembered]:
         assert not t.requires_grad and t.grad_fn is None and t._base is None
 
 
 class ThreadLayer(nn.Module):
-    """How the course's and the thread's layer behave: running sums that take part in the graph, moved in place."""
+    """Behaves like the layers of the course and the thread: running sums in the graph, moved in place."""
 
     def __init__(self, nf, mom=0.1, eps=1e-5):
         super().__init__()

@@ -52,7 +52,7 @@ def test_training_gives_batchnorms_outputs_gradients_and_buffers(dim, shape, aff
 
 
 @pytest.mark.parametrize(("momentum", "eps"), [(1.0, 1e-5), (0.5, 1e-1), (0.01, 1e-12)])
-def test_momentum_and_eps_mean_what_they_mean_there(momentum, eps):
+def test_momentum_and_eps_have_batchnorms_meaning(momentum, eps):
     assert_alike(*twins(2, momentum=momentum, eps=eps), (3, 4, 5, 6))
 
 
@@ -131,7 +131,7 @@ def test_a_large_constant_input_stays_finite_and_normalises_to_the_bias():
 
 
 def test_elements_give_the_gradient_of_statistics_from_a_part_of_the_batch():
-    """What batch norm becomes when its statistics read 20 samples of 30: against autograd on that formula."""
+    """Batch norm whose statistics read 20 of 30 samples, against autograd on that formula."""
     ours, _ = twins(1, recipe=RECIPES["batch"].but(elements=60))
     x, dy = (torch.randn(30, 4, 3, dtype=torch.float64) for _ in range(2))
     got, z = step(ours, x, dy), x.clone().requires_grad_()
@@ -144,7 +144,7 @@ def test_elements_give_the_gradient_of_statistics_from_a_part_of_the_batch():
 # where we differ on purpose
 
 
-def test_a_single_value_a_channel_trains_here_and_raises_there():
+def test_a_single_value_per_channel_trains_here_and_raises_there():
     ours, theirs = twins(1, dtype=torch.float32)
     x = torch.randn(1, 4)
     with pytest.raises(ValueError, match="more than 1 value per channel"):

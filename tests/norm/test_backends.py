@@ -134,7 +134,7 @@ def test_weight_alone_and_bias_alone_get_their_gradients_in_the_functional_form(
             assert_same(got, found[0], 1e-10, str(names))
 
 
-def test_functional_form_is_the_layer():
+def test_functional_form_equals_the_layer():
     layer, state = layer_of(), NormState.new(3)
     for x, dy in batches(SHAPES):
         want, z = step(layer, x, dy), x.clone().requires_grad_()
@@ -161,7 +161,7 @@ def test_explain_names_the_backend_and_says_why():
     x = torch.randn(4, 3, 2, 2)
     assert RunningBatchNorm(3).explain(x).startswith("native: C kernels")
     assert RunningBatchNorm(3).explain(x.bfloat16()).startswith("fused: PyTorch's fused operators")
-    assert "asked for by name" in RunningBatchNorm(3, backend="reference").explain(x)
+    assert "requested by name" in RunningBatchNorm(3, backend="reference").explain(x)
     assert RunningBatchNorm(3).explain(x.double()).startswith("reference: torch.float64 input")
     assert RunningBatchNorm(3, dtype=torch.float64).explain(x).startswith("reference: torch.float32 input")
 
@@ -179,20 +179,20 @@ PLAIN += [recipe for recipe in RECIPES.values() if recipe.plain_only]
 
 
 @pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.name)
-def test_recipes_of_the_thread_and_batchnorms_way_run_on_the_plain_formulas_alone(recipe):
+def test_plain_recipes_run_only_on_the_reference_backend(recipe):
     x = torch.randn(4, 3, 2, 2)
-    assert RunningBatchNorm(3, recipe=recipe).explain(x) == f"reference: the recipe '{recipe.name}' has only the plain formulas"
+    assert RunningBatchNorm(3, recipe=recipe).explain(x) == f"reference: only the plain formulas implement the recipe '{recipe.name}'"
     for backend in ("fused", "native"):
         layer = layer_of(recipe=recipe, backend=backend)
         before = buffers(layer)
-        with pytest.raises(ValueError, match=f"'{backend}' cannot be used here: the recipe '{recipe.name}' has only.*'auto'"):
+        with pytest.raises(ValueError, match=f"'{backend}' cannot be used here: only the plain.*'{recipe.name}'.*'auto'"):
             layer(x)
         assert_unmoved(layer, before)
         want = torch.nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
         assert torch.allclose(layer.eval()(x), want, atol=1e-6)  # evaluation has no recipe
 
 
-def test_unknown_backend_names_the_nearest_when_the_layer_is_made():
+def test_an_unknown_backend_is_refused_with_the_closest_name():
     with pytest.raises(ValueError, match="got 'fussed'. Did you mean 'fused'"):
         RunningBatchNorm(3, backend="fussed")
     with pytest.raises(ValueError, match="got 'referense'. Did you mean 'reference'"):

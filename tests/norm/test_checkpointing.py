@@ -63,7 +63,7 @@ def compare(net, plain, checked, steps=6, tol=1e-12):
 
 @MODES
 @SERVED
-def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
+def test_a_checkpointed_net_trains_like_the_plain_one(recipe, backend, reentrant):
     compare(
         net_of(recipe, backend),
         lambda net, x, dy: net(x).backward(dy),
@@ -73,7 +73,7 @@ def test_a_checkpointed_net_trains_as_the_plain_one(recipe, backend, reentrant):
 
 @MODES
 @SERVED
-def test_a_layer_used_twice_in_a_segment_takes_back_the_right_step_for_each_use(recipe, backend, reentrant):
+def test_a_layer_used_twice_in_a_segment_recalls_the_right_step_for_each_use(recipe, backend, reentrant):
     def twice(net):
         return lambda x: net[1](net[3](net[1](net[0](x)).tanh()))
 
@@ -86,7 +86,7 @@ def test_a_layer_used_twice_in_a_segment_takes_back_the_right_step_for_each_use(
 
 @MODES
 @SERVED
-def test_a_layer_shared_by_two_segments_takes_back_the_right_step_in_each(recipe, backend, reentrant):
+def test_a_layer_shared_by_two_segments_recalls_the_right_step_in_each(recipe, backend, reentrant):
     def run(net, x, dy, through):
         head = through(lambda x: net[:3](x), x)
         through(lambda h: net[1](net[3](h)), head).backward(dy)
@@ -101,7 +101,7 @@ def test_a_layer_shared_by_two_segments_takes_back_the_right_step_in_each(recipe
 @MODES
 @SERVED
 @pytest.mark.parametrize("order", [1, -1], ids=["first-first", "last-first"])
-def test_micro_batches_in_flight_take_back_their_own_steps(order, recipe, backend, reentrant):
+def test_micro_batches_in_flight_recall_their_own_steps(order, recipe, backend, reentrant):
     def run(net, x, dy, through):
         flights = [through(net, x * (1 + k / 3) + k / 7) for k in range(5)]
         for y in flights[::order]:
@@ -117,7 +117,7 @@ def test_micro_batches_in_flight_take_back_their_own_steps(order, recipe, backen
 
 @MODES
 @pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "skipping"], RECIPES_HERE))
-def test_the_same_batch_in_every_step_takes_back_the_latest_step(recipe, backend, reentrant):
+def test_the_same_batch_in_every_step_recalls_the_latest_step(recipe, backend, reentrant):
     net = net_of(recipe, backend)[1:]
     other, x, dy = copy.deepcopy(net), data(1, features=4)[0], data(1, features=4, seed=1)[0]
     for _ in range(6):
@@ -179,7 +179,7 @@ def test_checkpoint_sequential_moves_every_layer_once():
 
 @MODES
 @pytest.mark.parametrize("backend", ALL)
-def test_what_is_remembered_is_bounded_and_holds_statistics_only(backend, reentrant):
+def test_remembered_steps_are_bounded_and_hold_only_statistics(backend, reentrant):
     net = net_of("default", backend)
     for x, dy in zip(data(2 * REMEMBERED, bs=64), data(2 * REMEMBERED, bs=64, features=4), strict=True):
         checkpoint(net, x.requires_grad_(), use_reentrant=reentrant).backward(dy)
@@ -190,7 +190,7 @@ def test_what_is_remembered_is_bounded_and_holds_statistics_only(backend, reentr
     assert len(copy.deepcopy(net)[1]._recent) == 0
 
 
-def test_replicas_of_data_parallel_remember_apart():
+def test_data_parallel_replicas_remember_separately():
     layer = layer_of()
     assert layer._replicate_for_data_parallel()._recent is not layer._recent
 

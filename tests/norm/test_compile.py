@@ -73,7 +73,7 @@ def assert_compiled_equals_eager(xs, dys, tol, compiler="aot_eager", graphs=1, d
 
 
 @pytest.mark.parametrize("recipe", RECIPES_HERE)
-def test_a_compiled_layer_trains_as_the_eager_one_and_is_compiled_once(recipe):
+def test_a_compiled_layer_trains_like_the_eager_one_and_is_compiled_once(recipe):
     recipe = RECIPES_HERE[recipe]
     assert_compiled_equals_eager(data(7), data(7, seed=1), 1e-5, recipe=recipe)
 
@@ -176,10 +176,10 @@ def test_a_checkpointed_segment_inside_a_compiled_function_is_right(compiler):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_compiled_layer_inside_an_eager_checkpoint_is_refused_with_the_way_out(reentrant):
+def test_a_compiled_layer_inside_an_eager_checkpoint_is_refused_with_advice(reentrant):
     f = torch.compile(layer_of(), backend="aot_eager")
     y = checkpoint(f, data(1)[0].requires_grad_(), use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="takes no second run.*compile the function that calls checkpoint"):
+    with pytest.raises(RuntimeError, match="cannot run twice.*compile the function that calls checkpoint"):
         y.backward(torch.ones_like(y))
 
 
@@ -304,7 +304,7 @@ def test_tensors_without_values_pass_through():
 @pytest.mark.parametrize("pre_dispatch", [True, False])
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
 @pytest.mark.parametrize("recipe", ["default", "batch"])
-def test_make_fx_records_the_computation_and_the_moves_of_the_state(recipe, mode, pre_dispatch, training):
+def test_make_fx_records_the_computation_and_the_state_updates(recipe, mode, pre_dispatch, training):
     layer, twin = (layer_of(recipe=recipe).train(training) for _ in range(2))
     settings = {"tracing_mode": mode, "pre_dispatch": pre_dispatch, "_allow_non_fake_inputs": mode != "real"}
     graph = make_fx(layer, **settings)(data(1)[0])
@@ -315,7 +315,7 @@ def test_make_fx_records_the_computation_and_the_moves_of_the_state(recipe, mode
 
 @newer_than_2_9
 @pytest.mark.parametrize("strict", [True, False])
-def test_export_in_training_keeps_the_moves_of_the_state(strict):
+def test_export_in_training_keeps_the_state_updates(strict):
     layer, twin = layer_of(), layer_of()
     exported = torch.export.export(layer, (data(1)[0],), strict=strict).module()
     for x in data(3, seed=1):
@@ -337,7 +337,7 @@ class Recorded(TorchDispatchMode):
 def test_a_dispatch_mode_sees_the_computation():
     layer, twin, (x, dy) = layer_of(), layer_of(), data(2)
     with Recorded() as seen:
-        assert "not the C kernels: a TorchDispatchMode sees no call of C" in layer.explain(x)
+        assert "not the C kernels: a TorchDispatchMode cannot see a call into C" in layer.explain(x)
         got = step(layer, layer, x, dy)
     assert {"native_batch_norm.default", "native_batch_norm_backward.default"} <= seen.names
     assert_same(got, step(twin, twin, x, dy), 1e-5)
@@ -349,7 +349,7 @@ def fx_nets():
     return net, symbolic_trace(copy.deepcopy(net))
 
 
-def test_symbolic_trace_takes_a_layer_for_a_leaf_that_trains_and_evaluates():
+def test_symbolic_trace_treats_a_layer_as_a_leaf_that_trains_and_evaluates():
     net, traced = fx_nets()
     assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2.0", "2.1"]
     for mode in (True, True, False):
@@ -359,7 +359,7 @@ def test_symbolic_trace_takes_a_layer_for_a_leaf_that_trains_and_evaluates():
 
 
 def test_symbolic_trace_of_a_layer_alone_says_what_to_trace():
-    with pytest.raises(ValueError, match="one call of a module that holds it.*nn.Sequential"):
+    with pytest.raises(ValueError, match="one call of a submodule.*nn.Sequential"):
         symbolic_trace(layer_of())
 
 
@@ -385,7 +385,7 @@ TORCHSCRIPT = pytest.mark.filterwarnings(
 
 
 @TORCHSCRIPT
-def test_jit_script_is_refused_with_the_way_out_and_leaves_the_model():
+def test_jit_script_is_refused_with_advice_and_leaves_the_model_unchanged():
     net = small_net()
     with pytest.raises(RuntimeError, match=r"cannot compile RunningBatchNorm2d.*to_batchnorm\(model.eval\(\)\)"):
         torch.jit.script(net)

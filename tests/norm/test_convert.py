@@ -96,7 +96,7 @@ def test_folding_keeps_the_outputs_and_removes_what_follows_a_convolution(net):
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
 
 
-def test_an_optimiser_made_before_goes_on_with_the_same_parameters():
+def test_an_existing_optimiser_keeps_its_parameters():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
     opt = torch.optim.SGD(model.parameters(), 0.1)
     model.requires_grad_()[1].bias.requires_grad_(False)
@@ -132,7 +132,7 @@ def test_a_layer_in_several_places_is_converted_once():
     assert model["a"][0] is model["b"][0] is model["c"] and type(model["c"]) is nn.BatchNorm2d
 
 
-def test_a_root_that_is_a_norm_itself_is_returned_anew():
+def test_a_model_that_is_itself_a_norm_is_replaced():
     assert type(convert_batchnorm(nn.BatchNorm1d(3))) is RunningBatchNorm1d
     assert type(to_batchnorm(RunningBatchNorm1d(3))) is nn.BatchNorm1d
     assert type(to_batchnorm(RunningBatchNorm(3), dims=3)) is nn.BatchNorm3d
@@ -142,7 +142,7 @@ def test_a_root_that_is_a_norm_itself_is_returned_anew():
 
 
 @pytest.mark.parametrize("function", [convert_batchnorm, to_batchnorm, fuse_conv_rbn])
-def test_a_model_without_a_norm_is_unchanged_and_it_is_said(function):
+def test_a_model_without_a_norm_is_unchanged_with_a_warning(function):
     model = nn.Sequential(nn.Linear(3, 3), nn.InstanceNorm1d(3)).eval()
     before = repr(model)
     with pytest.warns(UserWarning, match=f"{function.__name__} found no .* in Sequential; nothing was changed") as seen:
@@ -158,15 +158,15 @@ def test_syncbatchnorm_without_processes_becomes_a_layer_for_any_rank():
     assert new(torch.randn(2, 3, 4)).shape == (2, 3, 4) and new(torch.randn(1, 3, 4, 4)).isfinite().all()
 
 
-def test_layers_without_statistics_are_converted_and_it_is_said_once():
+def test_layers_without_statistics_are_converted_with_one_warning():
     model = nn.Sequential(*(nn.BatchNorm2d(3, track_running_stats=False) for _ in range(3)))
-    with pytest.warns(UserWarning, match="'0', '1' and 1 more layers kept no running stat.*must be trained") as seen:
+    with pytest.warns(UserWarning, match="'0', '1' and 1 more layers had no running stat.*must be trained") as seen:
         new = convert_batchnorm(model)
     assert len(seen) == 1 and seen[0].filename == __file__
     assert all(m.running_count == 0 and m.num_samples_tracked == 0 for m in new)
 
 
-def test_lazy_layers_and_momentum_0_are_refused_and_the_model_stays_whole():
+def test_lazy_layers_and_momentum_0_are_refused_and_the_model_is_unchanged():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())
     with pytest.raises(ValueError, match="number of channels.*LazyBatchNorm2d at '1'.*send one through"):
         convert_batchnorm(model)
@@ -189,7 +189,7 @@ class Renamed(nn.BatchNorm2d):
 
 
 def test_a_subclass_that_does_more_stays_and_one_that_does_not_is_converted():
-    with pytest.warns(UserWarning, match="leaves '1' as they are: NormAndReLU has a forward pass of its own") as seen:
+    with pytest.warns(UserWarning, match="left '1' unchanged: NormAndReLU has its own forward pass") as seen:
         model = convert_batchnorm(nn.Sequential(Renamed(3), NormAndReLU(3)))
     assert type(model[0]) is RunningBatchNorm2d and type(model[1]) is NormAndReLU
     assert seen[0].filename == __file__
@@ -206,9 +206,9 @@ class Split(nn.BatchNorm2d):
         return torch.cat([super().forward(x[:1]), self.aux_bn[0](x[1:])])
 
 
-def test_what_is_left_is_left_whole_and_many_layers_are_one_warning():
+def test_subclasses_are_left_whole_with_one_warning_for_all():
     for model in (nn.Sequential(*(Split(3) for _ in range(30))), Split(3)):
-        with pytest.warns(UserWarning, match="Split has a forward pass of its own") as seen:
+        with pytest.warns(UserWarning, match="Split has its own forward pass") as seen:
             convert_batchnorm(model)
         assert len(seen) == 1 and not norms(model)
         assert "'0', '1' and 28 more layers" in str(seen[0].message) or type(model) is Split
@@ -282,7 +282,7 @@ def test_a_norm_without_bias_has_none_there_and_back():
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, RunningBatchNorm1d, NormAct])
 @pytest.mark.parametrize("how", ["pruned", "parametrised"])
-def test_pruned_and_parametrised_norms_are_refused_and_the_model_stays_whole(kind, how):
+def test_pruned_and_parametrised_norms_are_refused_and_the_model_is_unchanged(kind, how):
     model = nn.Sequential(nn.BatchNorm1d(3), RunningBatchNorm1d(3), kind(3))
     if how == "pruned":
         prune.l1_unstructured(model[2], "weight", amount=1)
@@ -363,7 +363,7 @@ def trained(nf, dtype=torch.float64, **settings):
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else str(v),
 )
-def test_every_kind_of_convolution_and_linear_takes_a_norm_in(layer, shape, bias, affine):
+def test_a_norm_folds_into_every_kind_of_convolution_and_linear(layer, shape, bias, affine):
     layer = copy.deepcopy(layer).double()
     if not bias:
         layer.bias = None
@@ -404,7 +404,7 @@ class Branching(nn.Module):
         return self.c(self.fits(h))
 
 
-def test_only_a_norm_that_alone_reads_its_convolution_is_folded():
+def test_only_a_norm_that_is_the_sole_reader_of_its_convolution_is_folded():
     model, x = Branching().eval(), torch.randn(2, 3, 5)
     fused = fuse_conv_rbn(model)
     assert [name for name, m in fused.named_modules() if isinstance(m, RunningBatchNorm)] == ["a", "b"]
@@ -438,9 +438,9 @@ class Deciding(nn.Module):
         return self.tail(self.body(x)) if x.sum() > -1e9 else x
 
 
-def test_a_model_that_cannot_be_traced_is_folded_within_its_sequentials_and_it_is_said():
+def test_a_model_that_cannot_be_traced_is_folded_within_its_sequentials_with_a_warning():
     model, x = Deciding().eval(), torch.randn(2, 3, 5)
-    with pytest.warns(UserWarning, match=r"could not trace Deciding \(TraceError.*nn.Sequential only") as seen:
+    with pytest.warns(UserWarning, match=r"could not trace Deciding \(TraceError.*neighbours within each nn.Sequential") as seen:
         fused = fuse_conv_rbn(model)
     assert seen[0].filename == __file__
     assert len(norms(fused)) == 1 and isinstance(fused.body[1], nn.Identity)
@@ -455,7 +455,7 @@ def test_a_half_precision_model_folds_into_half_precision():
     assert relative_error(fused(x), model(x)) < 0.03
 
 
-def test_converting_an_ordinary_model_warns_of_nothing():
+def test_converting_an_ordinary_model_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fuse_conv_rbn(convert_batchnorm(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))).eval())

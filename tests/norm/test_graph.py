@@ -1,4 +1,4 @@
-"""What autograd does around the layer: shared layers, orders of backward, second derivatives, hooks."""
+"""The layer under autograd: shared layers, orders of backward, second derivatives, hooks."""
 
 import copy
 
@@ -31,7 +31,7 @@ def data(*shape, dtype=torch.float64, seed=0):
 
 
 def trained(recipe="default", backend="fused", nf=3, dtype=torch.float64):
-    """A layer in the midst of training, past its clamp."""
+    """A layer that has trained past its clamp."""
     layer = layer_of(nf, recipe=recipe, backend=backend, dtype=dtype)
     for x in data(7, nf, 3, 2, dtype=dtype, seed=9)[:4]:
         layer(x + 0.5).backward(x.flip(0))
@@ -134,7 +134,7 @@ def test_two_forwards_before_a_backward_fail_for_the_threads_layer():
         y.backward(x[2])
 
 
-def test_an_evaluation_forward_before_a_training_one_gets_a_wrong_gradient_from_batchnorm_without_a_word():
+def test_an_evaluation_forward_before_a_training_one_silently_gets_a_wrong_gradient_from_batchnorm():
     layer, x = nn.BatchNorm1d(3).eval(), data(6, 3, dtype=torch.float32)
     z = x[0].clone().requires_grad_()
     y = layer(z)
@@ -214,8 +214,8 @@ def test_second_derivatives_agree_between_the_backends(elements, affine):
 
 
 @pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "course", "batch", "detached"]))
-def test_each_of_many_gradients_at_once_is_that_of_a_backward_of_its_own(recipe, backend):
-    """Every one averages its own gradient into A and B as they were, and all leave them there."""
+def test_each_batched_gradient_equals_that_of_a_separate_backward(recipe, backend):
+    """Each averages its own gradient into the old A and B, which do not move."""
     layer, x, dys = trained(recipe, backend), data(4, 3, 3, 2)[0], torch.stack(data(4, 3, 3, 2, seed=1))
     twins = [copy.deepcopy(layer) for _ in dys]
     z = x.requires_grad_()
@@ -235,7 +235,7 @@ def test_each_of_many_gradients_at_once_is_that_of_a_backward_of_its_own(recipe,
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_vectorized_jacobian_is_the_one_row_by_row(training, strategy):
+def test_a_vectorized_jacobian_equals_the_row_by_row_one(training, strategy):
     layer, x = trained(EXACT, "auto").train(training), data(2, 3, 2)[0]
     want = torch.autograd.functional.jacobian(copy.deepcopy(layer), x)
     got = torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy=strategy)
@@ -285,7 +285,7 @@ def test_gradient_accumulation_equals_stepping_the_micro_batches_one_after_the_o
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_every_micro_batch_is_a_batch_of_its_own_for_statistics_and_averages(backend):
+def test_every_micro_batch_counts_as_a_batch_for_statistics_and_averages(backend):
     layer = trained("default", backend)
     net = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64), layer)
     batches, w = layer.num_batches_tracked.item(), layer.running_grad_weight.item()

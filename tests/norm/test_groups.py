@@ -1,4 +1,4 @@
-"""Many processes: what `ranks.py` checks in two and in three gloo processes, one test a check."""
+"""Several processes: one test per check of `ranks.py`, with two and with three gloo processes."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ TIMEOUT = 600
 
 
 def results_of(world, folder):
-    """What `ranks.py` says of its checks, by rank."""
+    """The results of the checks in `ranks.py`, by rank."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return run_ranks(folder, world, "norm.ranks", env=env, timeout=TIMEOUT)
 

@@ -1,4 +1,4 @@
-"""Shapes, memory formats, dtypes and devices that users bring, and the words for those that cannot be served."""
+"""Shapes, memory formats, dtypes and devices that users bring, and messages for those that are refused."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def pair(shape, dtype=torch.float32, seed=0):
 
 
 def as_oracle(layer, x, dy, steps=3):
-    """The default recipe's closed form over `steps` batches x + i; what `step` gives, less the counts."""
+    """The default recipe's closed form over `steps` batches x + i: the results of `step` without the counts."""
     oracle = ClosedForm(x.shape[1], layer.weight.data, layer.bias.data, averaged=True)
     for i in range(steps):
         y, dx, dweight, dbias = oracle.step(x + i, dy, oracle.default_rate(len(x)))
@@ -44,7 +44,7 @@ def as_oracle(layer, x, dy, steps=3):
 
 @BACKENDS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_rank_and_odd_shape_is_the_closed_form(shape, backend):
+def test_every_rank_and_odd_shape_equals_the_closed_form(shape, backend):
     for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         x, dy = pair(shape, dtype)
         layer = layer_of(shape[1], backend=backend, dtype=dtype)
@@ -56,9 +56,9 @@ def test_every_rank_and_odd_shape_is_the_closed_form(shape, backend):
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
 @pytest.mark.parametrize("shape", [(16, 2048), (64, 4096), (3, 8192, 1), (9, 2048, 2)], ids=str)
-def test_more_channels_than_samples_are_the_closed_form_in_every_dtype(shape, dtype, tol):
+def test_more_channels_than_samples_equal_the_closed_form_in_every_dtype(shape, dtype, tol):
     x, dy = pair(shape, dtype)
-    x[0] *= 5  # nothing may hang on the first sample
+    x[0] *= 5  # the first sample must not matter
     want = as_oracle(layer_of(shape[1]), x, dy, steps=1)
     for backend in serving(dtype):
         got = step(layer_of(shape[1], backend=backend), x, dy)
@@ -149,7 +149,7 @@ def test_channels_last_is_kept_in_the_output_and_in_the_input_gradient(
         layer.train(mode)
         x, dy = (t.to(device).contiguous(memory_format=memory_format) for t in pair(shape))
         for up in (dy, dy.contiguous()) if backend == "fused" else (dy,):
-            dx, inner = [], x.clone().requires_grad_() * 1  # not a leaf: autograd does not lay its gradient out anew
+            dx, inner = [], x.clone().requires_grad_() * 1  # not a leaf, so autograd keeps the layout of its gradient
             inner.register_hook(dx.append)
             y = layer(inner)
             y.backward(up)
@@ -211,7 +211,7 @@ def test_autocast_trains_a_convolution_and_its_norm(recipe, device):
 @pytest.mark.parametrize("elements", [None, 100])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "2d"])
 @pytest.mark.parametrize("shape", [(8, 3, 9, 11), (30, 3, 41, 37), (64, 3, 128, 80)], ids=["small", "20k", "650k"])
-def test_a_large_mean_cancels_nothing(shape, layout, elements, backend, device):
+def test_a_large_mean_loses_no_precision(shape, layout, elements, backend, device):
     """Mean 1e4, deviation 0.1 in float32, whose spacing there is 0.001."""
     layer = RunningBatchNorm(3, recipe=RECIPES["default"].but(elements=elements, order="strided"), backend=backend)
     layer.to(device)
@@ -228,7 +228,7 @@ def test_a_large_mean_cancels_nothing(shape, layout, elements, backend, device):
     assert (y.mean().abs() < 0.5) and 0.7 < y.std() < 1.3
 
 
-def test_a_large_mean_cancels_the_threads_variance_and_batchnorms_in_channels_last():
+def test_a_large_mean_loses_the_threads_variance_and_batchnorms_in_channels_last():
     x = 1e4 + 0.05 * pair((64, 3, 128, 80))[0]
     layer = ThreadLayer(3)
     layer(x)
@@ -292,7 +292,7 @@ BAD_INPUT = [
 
 @BACKENDS
 @pytest.mark.parametrize(("kind", "shape", "dtype", "message"), BAD_INPUT)
-def test_bad_input_is_named_with_the_rule_and_the_way_out_in_both_modes(kind, shape, dtype, message, backend):
+def test_bad_input_is_refused_with_rule_and_advice_in_both_modes(kind, shape, dtype, message, backend):
     layer = kind(3, backend=backend)
     before = buffers(layer)
     for mode in (True, False):
@@ -302,7 +302,7 @@ def test_bad_input_is_named_with_the_rule_and_the_way_out_in_both_modes(kind, sh
 
 
 BAD_SETTINGS = [
-    ({"nf": 0}, "needs a number of channels, 1 or more; got 0"),
+    ({"nf": 0}, "the number of channels must be a whole number, 1 or more; got 0"),
     ({"nf": -2}, "got -2"),
     ({"nf": 2.5}, "got 2.5"),
     ({"nf": True}, "got True"),
@@ -318,19 +318,19 @@ BAD_SETTINGS = [
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
-def test_bad_settings_are_named_when_the_layer_is_made(settings, message):
+def test_bad_settings_are_refused_by_the_constructor(settings, message):
     with pytest.raises(ValueError, match=message):
         RunningBatchNorm(**settings)
 
 
-def test_batchnorms_momentum_in_third_place_is_told_where_it_belongs():
+def test_momentum_as_the_third_argument_is_refused_with_advice():
     with pytest.raises(ValueError, match="affine must be True or False; got 0.1.*momentum=0.1"):
         RunningBatchNorm2d(3, 1e-5, 0.1)
     assert RunningBatchNorm2d(3, 1e-3, momentum=0.2).mom == 0.2
 
 
 @pytest.mark.parametrize("kind", [RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d])
-def test_batchnorms_keyword_arguments_are_taken_by_every_kind_or_refused_with_the_reason(kind):
+def test_batchnorms_keyword_arguments_are_accepted_by_every_kind_or_refused_with_the_reason(kind):
     layer = kind(3, eps=1e-3, momentum=0.2, affine=True, track_running_stats=True, bias=False)
     assert layer.mom == layer.momentum == 0.2 and layer.eps == 1e-3 and layer.track_running_stats is True
     assert layer.weight.shape == (3,) and layer.bias is None and "bias=False" in repr(layer)
@@ -338,7 +338,7 @@ def test_batchnorms_keyword_arguments_are_taken_by_every_kind_or_refused_with_th
     assert kind(3, momentum=None).momentum == 0.1  # as convert_batchnorm takes it
     with pytest.raises(ValueError, match=f"{kind.__name__} normalises with its running.*track_running_stats=False"):
         kind(3, track_running_stats=False)
-    with pytest.raises(ValueError, match="bias is True or False; got None"):
+    with pytest.raises(ValueError, match="bias must be True or False; got None"):
         kind(3, bias=None)
     with pytest.raises(ValueError, match="above 0 and at most 1; got 0"):
         kind(3, momentum=0)

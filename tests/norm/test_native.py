@@ -65,7 +65,7 @@ def test_any_number_of_threads_gives_the_same_step(threads, last, monkeypatch):
 def test_first_elements_far_from_the_mean_do_not_spoil_the_variance(size, last):
     x, dy = data((6, 3, *size), last=last)
     x = x * 1e-2
-    x[0, :, 0] += 1e3  # what the mean is first guessed from
+    x[0, :, 0] += 1e3  # the first guess of the mean reads these
     x[:, 1] += 1e4
     layer = layer_of(backend="native")
     step(layer, x, dy)
@@ -75,14 +75,14 @@ def test_first_elements_far_from_the_mean_do_not_spoil_the_variance(size, last):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_slices_and_expanded_gradients_are_laid_out_anew(last):
+def test_slices_and_expanded_gradients_are_made_contiguous(last):
     x, dy = data((6, 8, 9, 10), torch.float64, last)
     x, dy = x[::2, 1:4, :, 2:7], dy[::2, 1:4, :, :1].expand(3, 3, 9, 5)
     want, got = (step(layer_of(backend=b, dtype=torch.float64), x, dy) for b in ("reference", "native"))
     assert_same(got, want, 1e-10)
 
 
-def test_what_lies_in_memory_is_not_taken_for_a_tensor_whose_sign_is_still_to_be_turned():
+def test_a_tensor_with_a_pending_negation_is_not_read_from_raw_memory():
     x, dy = data((4, 3, 6), torch.float64)
     lazy = [torch._neg_view(-t) for t in (x, dy)]
     assert lazy[0].is_neg() and torch.equal(lazy[0], x)
@@ -111,12 +111,12 @@ def test_autograd_notices_that_the_state_has_moved():
 def test_parameters_and_states_of_another_size_never_reach_c():
     x = torch.randn(4, 3, 5)
     for name, bad in (("weight", torch.ones(2)), ("bias", torch.zeros(4))):
-        with pytest.raises(ValueError, match=f"{name} must have one number for each of 3 channels; got shape"):
+        with pytest.raises(ValueError, match=f"{name} must have one value for each of 3 channels; got shape"):
             running_batch_norm(x, NormState.new(3), **{name: bad})
-    with pytest.raises(ValueError, match="'native' cannot be used here: weight or bias is not 3 contiguous"):
+    with pytest.raises(ValueError, match="'native' cannot be used here: weight or bias is not a contiguous CPU tensor of 3"):
         running_batch_norm(x, NormState.new(3), torch.ones(3).double(), backend="native")
     short = NormState.new(3)._replace(running_grad=torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="a tensor of the state lies elsewhere"):
+    with pytest.raises(ValueError, match="a tensor of the state is not contiguous, not on the CPU"):
         running_batch_norm(x, short, backend="native")
     strided = NormState.new(3)._replace(running_var=torch.ones(6)[::2])
     running_batch_norm(x, strided)  # by another backend
@@ -125,7 +125,7 @@ def test_parameters_and_states_of_another_size_never_reach_c():
 
 def test_half_precision_is_left_to_the_fused_backend_and_refused_by_name():
     layer = RunningBatchNorm(3)
-    assert "not the C kernels: its C kernels take float32 and float64" in layer.explain(torch.randn(2, 3).bfloat16())
+    assert "not the C kernels: the C kernels take float32 and float64" in layer.explain(torch.randn(2, 3).bfloat16())
     with pytest.raises(ValueError, match="'native' cannot be used here"):
         RunningBatchNorm(3, backend="native")(torch.randn(2, 3).bfloat16())
 
@@ -151,7 +151,7 @@ def test_a_machine_without_a_compiler_trains_and_explain_says_so(tmp_path):
     assert said.startswith("fused") and "there is no C compiler" in said and not warned
 
 
-def test_a_compiler_that_fails_is_named_once_and_training_goes_on(tmp_path):
+def test_a_failing_compiler_warns_once_and_training_continues(tmp_path):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho no room on this planet >&2\nexit 1\n")
     broken.chmod(0o755)

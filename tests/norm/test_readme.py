@@ -1,21 +1,23 @@
-"""The table of situations names tests that exist."""
+"""The layer's README and its table of situations name tests that exist."""
 
 import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "fastrbn" / "norm" / "README.md"
+EVIDENCE = HERE.parents[1] / "docs" / "parts" / "layer-evidence.md"
 
 
-def test_every_test_that_the_readme_names_exists():
-    named = set(re.findall(r"`(\w+)::(\w+)`", README.read_text(encoding="utf-8")))
+def test_every_test_that_the_documents_name_exists():
+    text = README.read_text(encoding="utf-8") + EVIDENCE.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)::(\w+)`", text))
     assert len(named) > 30
     for file, test in named:
         assert f"def {test}(" in (HERE / f"{file}.py").read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 def test_every_situation_has_a_test_of_ours():
-    table = README.read_text(encoding="utf-8").split("## Situations")[1].split("\n\n")[2]
+    table = EVIDENCE.read_text(encoding="utf-8").split("## Situations")[1].split("\n\n")[2]
     rows = [line.split("|") for line in table.splitlines()[2:]]
     assert len(rows) > 25
     for row in rows:

@@ -9,7 +9,7 @@ import torch
 from checks import PUBLISHED, ClosedForm, SumsOracle, relative_error
 from norm.steps import ALL, layer_of
 
-from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, Skip, get_recipe
+from fastrbn.norm import RECIPES, Clamp, Memory, Recipe, RunningBatchNorm, Skip, get_recipe
 
 SHAPES = [(2, 7, 5), (3, 5, 5), (1, 9, 4), (8, 3, 3), (4, 1, 1), (5, 6, 2), (2, 8, 8), (7, 2, 3)]
 
@@ -74,8 +74,8 @@ def test_a_skipped_step_leaves_mean_and_variance_alone_and_sends_no_gradient_thr
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("elements", [None, 40, 4096])
-def test_the_default_is_the_closed_form_while_its_memory_grows(elements, backend):
-    """Young, in between, and past the 6,000 samples from which the memory stays."""
+def test_the_default_equals_the_closed_form_while_its_memory_grows(elements, backend):
+    """Before, during and after the growth of the memory, which ends at 6,000 samples."""
     recipe = RECIPES["default"].but(elements=elements)
     layer = layer_of(recipe=recipe, backend=backend, dtype=torch.float64)
     oracle = ClosedForm(3, layer.weight.data, layer.bias.data, averaged=True)
@@ -93,7 +93,7 @@ def test_the_default_is_the_closed_form_while_its_memory_grows(elements, backend
     assert rates[0] == 2 / 22 and rates[9] == pytest.approx(2 / (2 + 732 / 20)) and rates[-1] == 7 / 307
 
 
-def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
+def test_a_memory_grows_with_the_samples_seen_between_bounds_set_by_mom():
     memory = Memory()
     for seen, samples in ((0, 20), (400, 20), (2000, 100), (6000, 300), (10**9, 300)):
         assert memory(0.1, 8, seen) == 8 / (8 + samples)
@@ -111,7 +111,7 @@ def test_a_memory_grows_with_what_was_seen_between_bounds_that_mom_sets():
 
 @pytest.mark.parametrize("backend", ALL)
 def test_a_recipes_own_rate_moves_statistics_and_averages_alike(backend):
-    """Given what every backend gives it: mom, the batch size, and the samples seen before this batch."""
+    """Every backend passes it mom, the batch size, and the samples seen before this batch."""
     recipe = RECIPES["default"].but(rate=lambda mom, bs, samples: mom * bs / (bs + samples + 1), clamp=None)
     layer = layer_of(recipe=recipe, backend=backend, dtype=torch.float64)
     oracle = ClosedForm(3, layer.weight.data, layer.bias.data, averaged=True)
@@ -124,7 +124,7 @@ def test_a_recipes_own_rate_moves_statistics_and_averages_alike(backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_count_minus_1_takes_the_share_of_a_batch_for_its_rate(backend):
+def test_with_count_minus_1_a_batchs_share_is_its_rate(backend):
     layer = layer_of(backend=backend, dtype=torch.float64)
     layer.running_count.fill_(-1)
     layer.running_mean.fill_(2.0)
@@ -187,7 +187,7 @@ def test_early_clamp_holds_only_while_young_and_spares_the_state():
     assert layer(x).std() > 0.1  # twenty samples seen
 
 
-def test_unknown_recipe_names_the_nearest():
+def test_an_unknown_recipe_is_refused_with_the_closest_name():
     with pytest.raises(ValueError, match="Did you mean 'skip-tenth'"):
         get_recipe("skip-tent")
 
@@ -209,15 +209,34 @@ def test_unknown_recipe_names_the_nearest():
         {"skip": Skip(2, 0), "statistics": "batch"},
     ],
 )
-def test_a_recipe_outside_its_rules_says_what_came(bad):
+def test_an_invalid_recipe_is_refused(bad):
     value = next(iter(bad.values()))
     with pytest.raises(ValueError, match=re.escape(str(value))):
         Recipe("mine", **bad)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Clamp(samples="x"), "number of samples up to which the floor holds, 0 or more; got 'x'"),
+        (lambda: Clamp(samples=-1), "0 or more; got -1"),
+        (lambda: Clamp(deviation=0.1), "one floor.*`deviation` with variance=None; got variance=0.01, deviation=0.1"),
+        (lambda: Clamp(variance=None), "one floor.*got variance=None, deviation=None"),
+        (lambda: Clamp(variance=float("nan")), "one floor.*got variance=nan"),
+        (lambda: Skip(0, 1000), "`every`, the period in iterations, must be a whole number, 1 or more; got 0"),
+        (lambda: Skip(2.5, 1000), "1 or more; got 2.5"),
+        (lambda: Skip(2, -1), "number of samples seen before the first skip, 0 or more; got -1"),
+        (lambda: Skip(2, None), "got None"),
+    ],
+)
+def test_an_invalid_clamp_or_skip_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
 @pytest.mark.parametrize("bad", [0, 0.0, 1.5, -0.1, float("nan"), None, "0.1", Memory()], ids=str)
 @pytest.mark.parametrize("backend", ALL)
-def test_a_rate_outside_0_to_1_is_named_and_leaves_the_state(backend, bad):
+def test_a_rate_outside_0_to_1_is_refused_and_leaves_the_state(backend, bad):
     for rate in (lambda mom, bs, samples: bad, lambda mom, bs, samples: bad if samples == 0 else 0.1):
         layer = layer_of(recipe=RECIPES["default"].but(rate=rate, name="mine"), backend=backend)
         before = {name: b.clone() for name, b in layer.named_buffers()}
@@ -261,7 +280,7 @@ def test_strided_order_spreads_the_samples_over_the_batch():
 
 @pytest.mark.parametrize("backend", ALL)
 def test_samples_that_were_read_and_hardly_vary_do_not_multiply_the_gradient_of_the_others(backend):
-    """A channel that is nearly dead: what is taken out of dy is divided by no variance below what normalises."""
+    """A nearly dead channel: the projection never divides by a variance below the one that normalises."""
     layer = layer_of(recipe=RECIPES["default"].but(elements=40), backend=backend, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
     for spread in (1e-4, 0.0):

@@ -1,4 +1,4 @@
-"""recompute_statistics, and the code of others that collects statistics in the same way: update_bn, Lightning's SWA."""
+"""recompute_statistics, and other code that collects statistics the same way: update_bn, Lightning's SWA."""
 
 import copy
 
@@ -51,7 +51,7 @@ def test_the_statistics_are_those_of_all_samples_however_they_are_batched(kind, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 40])
-def test_deeper_layers_see_what_they_will_see_in_evaluation(batch_size):
+def test_deeper_layers_see_their_evaluation_input(batch_size):
     """Batches of one included, in which nn.BatchNorm's update makes everything zero."""
     model, x = mlp(*3 * [RunningBatchNorm1d]), samples(2000)
     recompute_statistics(model, x.split(batch_size))
@@ -102,8 +102,8 @@ def test_averaged_weights_are_as_good_as_they_should_be(update):
     assert loss(averaged) < 0.9 * loss(model) and loss(averaged) < 0.8 * stale
 
 
-def test_lightnings_way_works_too():
-    """It assigns tensors of its own, zeroes the count in place and sets momentum to None."""
+def test_lightnings_update_works():
+    """Lightning assigns new tensors, zeroes the count in place and sets momentum to None."""
     model, x = mlp(RunningBatchNorm1d), samples()
     for xb in x.split(7):
         model(xb * 2 - 4)
@@ -150,7 +150,7 @@ def test_dropout_is_off_and_no_random_number_is_drawn():
     assert_same(buffers(dropped), buffers(plain), 0)
 
 
-def test_what_batches_may_be():
+def test_batches_may_be_tensors_or_sequences_and_inputs_may_be_nested():
     x = samples()
     wants = mlp(RunningBatchNorm1d)
     recompute_statistics(wants, [x[:30]])
@@ -171,7 +171,7 @@ class Broken(Exception):
 
 @pytest.mark.parametrize("what", ["error", "none", "nan"])
 @KINDS
-def test_after_an_error_the_old_statistics_are_there(kind, what):
+def test_an_error_restores_the_old_statistics(kind, what):
     model, x = mlp(kind, kind), samples()
     model(x)
     before, mode = buffers(model), model.training
@@ -187,7 +187,7 @@ def test_after_an_error_the_old_statistics_are_there(kind, what):
     expected = {
         "error": (Broken, None),
         "none": (ValueError, "at least one batch; the loader gave none"),
-        "nan": (ValueError, "finite values; the input of '1' held NaN or Inf"),
+        "nan": (ValueError, "finite values; the input of '1' contained NaN or Inf"),
     }[what]
     with pytest.raises(expected[0], match=expected[1]):
         recompute_statistics(model, loader())
@@ -195,21 +195,21 @@ def test_after_an_error_the_old_statistics_are_there(kind, what):
     assert model.training == mode and not model[1]._forward_pre_hooks
 
 
-def test_wrong_arguments_are_told():
+def test_wrong_arguments_are_refused():
     x = samples()
     with pytest.warns(UserWarning, match="no batch norm with running statistics.*in Linear; nothing was changed") as seen:
         recompute_statistics(nn.Linear(6, 3), [x])
     assert seen[0].filename == __file__
     for wrong in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="how many batches to take, 1 or more, or None for all; got"):
+        with pytest.raises(ValueError, match=r"batches to use \(None for all\), must be a whole number, 1 or more; got"):
             recompute_statistics(mlp(RunningBatchNorm1d), [x], batches=wrong)
-    with pytest.raises(ValueError, match="number of channels; got LazyBatchNorm1d at '1'"):
+    with pytest.raises(ValueError, match="number of channels.*got LazyBatchNorm1d at '1'"):
         recompute_statistics(nn.Sequential(nn.Linear(6, 3), nn.LazyBatchNorm1d()), [x])
     with pytest.raises(ValueError, match="whose first item is the input; got an empty one"):
         recompute_statistics(mlp(RunningBatchNorm1d), [()])
 
 
-def test_a_shared_layer_gathers_all_its_inputs_and_a_compiled_model_is_looked_into():
+def test_a_shared_layer_gathers_all_its_inputs_in_a_compiled_model_too():
     norm, x = RunningBatchNorm2d(3), torch.randn(5, 3, 4, 4)
     model = nn.Sequential(norm, nn.ReLU(), norm)
     compiled = torch.compile(model, backend="eager")
@@ -241,7 +241,7 @@ def test_momentum_none_gives_the_exact_statistics_of_batches_of_any_size(recipe)
     assert "momentum=None" in repr(layer) and copy.deepcopy(layer).momentum is None
 
 
-def test_momentum_none_goes_on_from_a_checkpoint_of_batchnorm_as_batchnorm_does():
+def test_momentum_none_continues_a_batchnorm_checkpoint_like_batchnorm():
     theirs, x = nn.BatchNorm1d(3, momentum=None), torch.randn(4, 10, 3)
     ours = RunningBatchNorm1d(3)
     for batch in x[:3]:
@@ -254,7 +254,7 @@ def test_momentum_none_goes_on_from_a_checkpoint_of_batchnorm_as_batchnorm_does(
 
 
 def test_momentum_0_takes_a_step_that_moves_nothing():
-    """What SAM does for its second gradient: it is to be that of the layer's own backward pass."""
+    """SAM's second gradient must equal that of the layer's own backward pass."""
     a, b = (RunningBatchNorm(3) for _ in range(2))
     x, dy = torch.randn(2, 6, 3, 4)
     for layer in (a, b):
@@ -275,7 +275,7 @@ def test_momentum_0_takes_a_step_that_moves_nothing():
             a.momentum = wrong
 
 
-def test_code_that_takes_statistics_away_is_refused_and_the_layer_is_whole():
+def test_code_that_removes_statistics_is_refused_and_the_layer_is_unchanged():
     model = nn.Sequential(nn.Linear(6, 3), RunningBatchNorm1d(3))
     before = buffers(model)
     for take in (

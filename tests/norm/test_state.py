@@ -1,4 +1,4 @@
-"""What the layer remembers: checkpoints, copies, dtypes, freezing, and batches that must not count."""
+"""The state of the layer: checkpoints, copies, dtypes, freezing, and batches that must not count."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def test_a_saved_and_loaded_state_dict_continues_bit_for_bit(recipe, steps, back
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("backend", ALL)
-def test_whole_layers_are_copied_and_saved_amid_training(backend, how):
+def test_layers_are_copied_and_saved_during_training(backend, how):
     layer = trained(recipe=RECIPES["default"].but(elements=7), backend=backend)
     with torch.no_grad():
         layer(data(1)[0])  # something to remember
@@ -81,7 +81,7 @@ def test_the_threads_layer_cannot_be_copied_after_a_training_step():
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("old", [False, True], ids=["today's", "without num_batches_tracked"])
 @pytest.mark.parametrize("batches", [0, 1, 50])
-def test_a_batchnorm_checkpoint_loads_strictly_and_its_past_counts(batches, old, backend):
+def test_a_batchnorm_checkpoint_loads_strictly_and_its_statistics_count(batches, old, backend):
     theirs = nn.BatchNorm2d(3)
     nn.init.normal_(theirs.weight)
     for x in data(batches):
@@ -106,7 +106,7 @@ def test_a_batchnorm_checkpoint_loads_strictly_and_its_past_counts(batches, old,
         assert torch.all(layer.running_var > (1 - rate) * var)
 
 
-def test_statistics_filled_in_by_hand_count_as_a_past_though_no_batch_was_counted():
+def test_statistics_set_by_hand_count_as_imported():
     theirs = nn.BatchNorm2d(3)
     theirs.running_mean.fill_(2.0)
     layer = RunningBatchNorm2d(3)
@@ -115,7 +115,7 @@ def test_statistics_filled_in_by_hand_count_as_a_past_though_no_batch_was_counte
     assert torch.all(layer.running_mean > 1.9)
 
 
-def test_a_state_dict_less_the_additions_loads_strictly_into_batchnorm():
+def test_a_state_dict_without_the_additions_loads_strictly_into_batchnorm():
     layer, theirs = trained(kind=RunningBatchNorm2d), nn.BatchNorm2d(3)
     saved = layer.state_dict()
     assert set(saved) - set(theirs.state_dict()) == ADDED
@@ -223,7 +223,7 @@ def test_reset_running_stats_forgets_everything_but_weight_and_bias():
     assert torch.equal(layer.weight, torch.ones(3)) and torch.equal(layer.bias, torch.zeros(3))
 
 
-def test_the_repr_tells_the_recipe():
+def test_the_repr_shows_the_recipe():
     assert repr(RunningBatchNorm2d(3, recipe="skip-tenth")) == (
         "RunningBatchNorm2d(3, mom=0.1, eps=1e-05, affine=True, recipe=skip-tenth)"
     )
@@ -249,7 +249,7 @@ def test_a_batch_with_nan_or_inf_leaves_the_state_bit_identical_and_the_output_s
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_a_nan_in_samples_that_the_statistics_do_not_read_poisons_nothing_either(backend):
+def test_a_nan_in_samples_that_the_statistics_do_not_read_leaves_them_finite(backend):
     layer = trained(recipe=RECIPES["default"].but(elements=16), backend=backend)  # reads 16 samples
     x, dy = data(2, (20, 3, 4, 2))
     clean, y = copy.deepcopy(layer), x.clone()
@@ -396,7 +396,7 @@ def test_regrouping_two_equal_passes_gives_the_statistics_of_their_weighted_unio
     assert torch.allclose(layer.running_var, (w * (x[:, 0] - mean) ** 2).sum() / w.sum())
 
 
-def test_nothing_warns_in_an_ordinary_life():
+def test_ordinary_use_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pickle.loads(pickle.dumps(trained())).half().eval()(data(1, dtype=torch.float16)[0])

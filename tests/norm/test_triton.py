@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: on CUDA where there is one, else on the CPU under Triton's interpreter.
 
 The interpreter must be asked for before Triton is imported, so a normal run of this file runs it once more in a
-process of its own; the tests of the first process then need a GPU. Sizes are tiny, the interpreter being slow: tiles
+separate process; the tests of the first process then need a GPU. Sizes are tiny because the interpreter is slow: tiles
 are made smaller still, so that there are many.
 """
 
@@ -86,7 +86,7 @@ def assert_agree(both, x, dy, tol=1e-5, note=""):
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("recipe", RULES.values(), ids=RULES)
-def test_outputs_gradients_and_buffers_over_several_steps_are_the_references(recipe, last):
+def test_outputs_gradients_and_buffers_over_several_steps_equal_the_references(recipe, last):
     both = layers(recipe)
     for i, shape in enumerate(SHAPES):
         assert_agree(both, *batch(shape, i, last=last), note=f"step {i}")
@@ -162,7 +162,7 @@ def test_checkpointing_moves_the_state_once_and_gives_the_same_gradients(reentra
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["second", "batched"])
-def test_second_derivatives_and_many_gradients_at_once_are_the_references(many):
+def test_second_derivatives_and_batched_gradients_equal_the_references(many):
     found = []
     for backend in (reference, kernels):
         g = torch.Generator().manual_seed(3)
@@ -180,7 +180,7 @@ def test_second_derivatives_and_many_gradients_at_once_are_the_references(many):
 
 def test_a_state_that_is_not_contiguous_is_refused():
     state = NormState.new(4, DEVICE)._replace(running_mean=torch.zeros(8, device=DEVICE)[::2])
-    with pytest.raises(ValueError, match="contiguous state: make its tensors so"):
+    with pytest.raises(ValueError, match="contiguous state tensors: call"):
         kernels.normalize(torch.randn(2, 4, device=DEVICE), None, None, state, Plan(DEFAULT, 0.1, 1e-5))
 
 
