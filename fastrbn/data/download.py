@@ -28,7 +28,8 @@ STALL_SECONDS = 30  # no byte for that long during a download
 def data_root(root=None):
     """The folder of the data sets, in torchvision's layout: `root`, else $FASTRBN_DATA, else ~/.cache/fastrbn/data.
 
-    It need not exist. BadDataError when it is a file, DataNotFoundError when there is no home directory for the last."""
+    It need not exist. BadDataError when it is a file, DataNotFoundError when there is no home directory for the
+    last."""
     path = Path(root or os.environ.get("FASTRBN_DATA") or "~/.cache/fastrbn/data")
     try:
         path = path.expanduser()
@@ -104,7 +105,8 @@ def _fetch(cls, files, root, download):
 
 
 def _probe(name, urls):
-    """Ask every mirror at once and return when one answers; torchvision would try them in turn, without a time limit."""
+    """Ask every mirror at once and return when one answers; torchvision would try them in turn, without a time
+    limit."""
     answers = queue.SimpleQueue()
 
     def ask(url):
@@ -152,7 +154,8 @@ def _stall_limit():
 
 
 def _check_idx(path):
-    """MNIST's format: two zero bytes, 8 for unsigned bytes, the rank, then each dimension as a big-endian 32-bit integer."""
+    """MNIST's format: two zero bytes, 8 for unsigned bytes, the rank, then each dimension as a big-endian 32-bit
+    integer."""
     rank = 3 if "idx3" in path.name else 1
     with open(path, "rb") as f:
         header = f.read(4 + 4 * rank)

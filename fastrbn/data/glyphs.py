@@ -58,14 +58,15 @@ class _Distortion:
 def glyphs(n_train=20000, n_valid=4000, seed=0):
     """An `ImageData` of drawn digits: x uint8 (N, 1, 28, 28), white on black as in MNIST, y int64 in 0-9, evenly many.
 
-    n_train, n_valid: how many images; the defaults take 1.1 s on one core (Xeon, 2.6 GHz), matplotlib's import included.
-    seed: of everything random; the same images for the same seed, torch and matplotlib. Global random state is left
+    n_train, n_valid: how many images; the defaults take 1.1 s on one core (Xeon, 2.6 GHz), matplotlib's import
+    included. seed: of everything random; the same images for the same seed, torch and matplotlib. Global random state
+    is left
         alone. Validation images have distortions of their own, and a quarter of them fonts unseen in training.
 
     Difficulty, accuracy on the validation images over seeds 0, 1, 2 of the set: the best linear softmax model (Adam, 30
     epochs, three weight decays) reaches 93.0, 92.2, 91.0 %; the course net, one epoch at batch 8 with SGD from 0.4 to
-    0.04, three initialisations a set, 99.2-99.9 % with RunningBatchNorm, 98.6-99.9 % with nn.BatchNorm2d and 96.97-99.2 %
-    with the recipe "course", whose noise shows at this batch size. (Measured with one font more, cmti10.)
+    0.04, three initialisations a set, 99.2-99.9 % with RunningBatchNorm, 98.6-99.9 % with nn.BatchNorm2d and 96.97-99.2
+    % with the recipe "course", whose noise shows at this batch size. (Measured with one font more, cmti10.)
 
     ValueError when fewer than 10 images are asked for; DataNotFoundError when matplotlib came without its fonts.
     """
@@ -80,7 +81,8 @@ def glyphs(n_train=20000, n_valid=4000, seed=0):
 
 
 def _atlas(fonts):
-    """float32 (fonts * 10, CELL, CELL) in 0-1: cell font * 10 + digit holds that digit, centred and slightly blurred."""
+    """float32 (fonts * 10, CELL, CELL) in 0-1: cell font * 10 + digit holds that digit, centred and slightly
+    blurred."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -135,7 +137,8 @@ def _draw(atlas, cell, d, g):
 
 
 def _places(n, d, uniform, g):
-    """Where in its cell, in atlas pixels from the centre, each pixel of each image is read: x and y, (n, SIDE * SIDE)."""
+    """Where in its cell, in atlas pixels from the centre, each pixel of each image is read: x and y, (n, SIDE *
+    SIDE)."""
     line = torch.arange(SIDE) - (SIDE - 1) / 2
     v, u = (t.reshape(1, -1) for t in torch.meshgrid(line, line, indexing="ij"))
     u, v = u - uniform(-d.shift, d.shift), v - uniform(-d.shift, d.shift)

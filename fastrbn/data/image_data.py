@@ -74,7 +74,8 @@ def image_databunch(data, bs, valid_bs=None, seed=0, device=None, limit=None, au
     data: an `ImageData`, as from `load_dataset`. bs: training batch size; valid_bs: None for `2 * bs`.
     seed: of shuffling and augmentation. device: where the images are kept, None for the CPU.
     limit: keep the first `limit` training images, and in proportion, but at least 500, of the validation images, taken
-        at equal distances, for quick runs (statistics stay those of the whole set; a limit beyond the set changes nothing).
+        at equal distances, for quick runs (statistics stay those of the whole set; a limit beyond the set changes
+        nothing).
     augment: True for random crop with padding 4 and left-right flip, False for none, None for what suits the set: True
         for cifar10 and cifar100, False for others (digits must not be mirrored); or a list of transforms.
     drop_last: drop the last training batch when smaller.

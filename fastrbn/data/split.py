@@ -16,7 +16,8 @@ def check_valid(valid):
 
 
 def split(y, share, seed, classes=None):
-    """Row numbers `(train, valid)`, both int64 in random order, that hold out `share` of each class, at least one of it.
+    """Row numbers `(train, valid)`, both int64 in random order, that hold out `share` of each class, at least one of
+    it.
 
     y: int64 labels (N,). seed: the split is a function of it and of y. BadDataError when a class has one sample only;
     `classes`, their names, makes the message clearer.

@@ -318,7 +318,7 @@ def test_parts_make_the_batches_of_one_loader_with_world_times_the_size(n, shuff
 
 def test_a_last_batch_with_fewer_samples_than_parts_is_left_out_of_training_only():
     x = torch.arange(26).float()
-    with pytest.warns(UserWarning, match="an epoch's last 2 samples are left out of training: they are fewer than the 3"):
+    with pytest.warns(UserWarning, match="the last 2 samples of each epoch are not trained on: there are fewer of them than the 3"):
         first = BatchLoader(x, x, 4).shard(0, 3)
     parts = [first, BatchLoader(x, x, 4).shard(1, 3), BatchLoader(x, x, 4).shard(2, 3)]
     assert [len(p) for p in parts] == [len(list(p)) for p in parts] == [2, 2, 2]
@@ -343,7 +343,7 @@ def test_parts_draw_other_transforms_and_the_first_those_of_the_whole():
 
 @pytest.mark.parametrize(
     "args, text",
-    [((2, 2), "shard takes a rank from 0 to world - 1; got rank 2 of world 2"), ((0, 9), "needs 9 samples; there are 8")],
+    [((2, 2), "shard needs a rank from 0 to world - 1; got rank 2 with world 2"), ((0, 9), "needs 9 samples; there are 8")],
 )
 def test_parts_that_cannot_be_say_so_and_change_nothing(args, text):
     loader = BatchLoader(torch.rand(8, 2), torch.rand(8), 4)
