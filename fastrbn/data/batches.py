@@ -319,7 +319,8 @@ class BatchLoader:
 
     def __repr__(self) -> str:
         extra = "" if self.world == 1 else f", part {self.rank} of {self.world}"
-        extra += "" if not self.tfms else f", tfms=({', '.join(getattr(t, '__name__', None) or repr(t) for t in self.tfms)})"
+        if self.tfms:
+            extra += f", tfms=({', '.join(getattr(t, '__name__', None) or repr(t) for t in self.tfms)})"
         if self.normalize:
             extra += ", normalize=({}, {})".format(*([round(n, 4) for n in v] for v in self.normalize))
         return (f"BatchLoader({self.dataset}, bs={self.bs}, shuffle={self.shuffle}, seed={self.seed}, "

@@ -121,7 +121,7 @@ def get_dls(
                 BatchLoader(*valid, 2 * bs, device=device, normalize=normalize))
     if normalize is not None or tfms is not None:
         raise ValueError("normalize and tfms need tensors in memory, but this call makes torch DataLoaders "
-                         f"({_why(train, valid, kwargs)}). Normalise in the data set or with a batch transform callback.")
+                         f"({_why(train, valid, kwargs)}). Normalise in the data set or in a callback.")
     if device is not None and torch.device(device).type != "cpu":
         raise ValueError(f"torch DataLoaders ({_why(train, valid, kwargs)}) cannot keep data on {device}. "
                          "Leave device out and move batches with CudaCallback.")
