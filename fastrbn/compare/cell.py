@@ -22,8 +22,9 @@ from fastrbn.learn import Callback, CancelTrainException, Learner, Runner
 from fastrbn.models import conv_layer, get_cnn_model, init_cnn, resnet9
 
 from .norms import describe, get_norm, prepare_model
+from .table import KEY
 from .task_nets import weights
-from .tasks import OPTIMISERS, SCHEDULES, Batches, Task, TaskData, build, score_of, task_of
+from .tasks import OPTIMISERS, SCHEDULES, ZOO, Batches, Task, TaskData, build, get_task, score_of, task_of
 
 NFS = [8, 16, 32, 64, 64]  # the course's net
 NETS = {
@@ -84,23 +85,6 @@ class Cell:
     def __str__(self):
         factor = "" if self.lr_factor == 1 else f" lr×{self.lr_factor:g}"
         return f"{self.data} {self.net} {self.norm} bs {self.bs}{factor} seed {self.seed}"
-
-
-KEY = (
-    "data",
-    "net",
-    "norm",
-    "settings",
-    "bs",
-    "lr_factor",
-    "seed",
-    "n_train",
-    "epochs",
-    "augment",
-    "device",
-    "version",
-)
-"""The columns that tell one cell from another."""
 
 
 def key_of(cell: Cell, device: str) -> dict[str, str]:
@@ -263,6 +247,20 @@ def _measure(row, job, losses, stop):
         row.update(status="diverged", note=f"loss {losses[-1]} at the end")
     elif row["accuracy"] < job.blind[0] and fmean(last) > job.blind[1]:
         row.update(status="chance", note="at chance, training loss as of a blind guess")
+
+
+def load_task(name: str, root=None) -> TaskData:
+    """The data of a task, drawn or read from `root` (None: $FASTRBN_DATA or a cache); raises DataError without it.
+
+    The net that fine-tuning starts from is trained here, with nn.BatchNorm, batches of 32 and seed 0.
+    """
+    task = get_task(name)
+    state = None
+    if task.after:
+        models = []
+        run_cell(Cell("batchnorm", 32, data=ZOO, net=task.after), load_task(task.after, root), look=models.append)
+        state = models[0].state_dict()
+    return TaskData(*task.data(root), state)
 
 
 @torch.no_grad()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import datetime
-import hashlib
-import io
 import itertools
 import os
 import platform
-import re
 import time
 from contextlib import closing
 from pathlib import Path
@@ -136,7 +132,7 @@ def _train(todo, keys, path, jobs, devices, root, norms_every, log):
                     progress.add(cell, f"FAILED: {failure.strip().splitlines()[-1]}")
                     continue
                 if norms is not None:
-                    write_whole(norms_path(path, keys[cell]), _norms_csv(norms))
+                    write_whole(table.norms_path(path, keys[cell]), table.norms_text(norms))
                 table.append(path, dict(zip(table.KEY, keys[cell])) | row | about)
                 progress.add(cell, _outcome(row))
     except KeyboardInterrupt:
@@ -219,28 +215,8 @@ def _warn_of_other_code(finished, keys, log):
         )
 
 
-def norms_path(path, key) -> Path:
-    """Where the norms of a cell's weights are, for the CSV at `path`."""
-    words = dict(zip(table.KEY, key))
-    stem = "-".join(
-        words[k] if k in ("data", "net", "norm") else f"{k}{words[k]}"
-        for k in ("data", "net", "norm", "bs", "lr_factor", "seed")
-    )
-    digest = hashlib.sha1("\0".join(key).encode(), usedforsecurity=False).hexdigest()[:8]
-    path = Path(path)
-    return path.parent / f"{path.stem}_norms" / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', stem)[:120]}-{digest}.csv"
-
-
 def _norms_missing(path, key, finished, norms_every) -> bool:
-    return bool(norms_every) and finished[key]["status"] != "refused" and not norms_path(path, key).is_file()
-
-
-def _norms_csv(norms) -> str:
-    text = io.StringIO(newline="")
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(norms)
-    out.writerows([step, *(f"{v:.6g}" for v in row)] for step, *row in zip(*norms.values()))
-    return text.getvalue()
+    return bool(norms_every) and finished[key]["status"] != "refused" and not table.norms_path(path, key).is_file()
 
 
 def _jobs(device) -> int:

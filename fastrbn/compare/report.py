@@ -2,160 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import math
-import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastrbn import plots
-from fastrbn.norm import RECIPES
 from fastrbn.util import write_whole
 
 from .cell import LR_RULES
-from .grid import norms_path
 from .norms import PEERS
-from .table import number, read_rows, row_key
-from .tasks import task_of
-
-STATUSES = ("trained", "diverged", "chance", "refused")
-_COMMON = ("data", "net", "n_train", "epochs", "augment", "device", "version")  # what a table has in its title
-
+from .results import groups_of, standings
+from .table import norms_path, read_norms, read_rows, row_key
 
 LEGEND = (
     "mean ± standard deviation over the seeds that trained; beside it how many diverged (loss NaN or Inf) or ended at "
     "chance, and their mean where none trained. Best in bold, if all of its seeds trained."
 )
-
-
-@dataclass(frozen=True)
-class Point:
-    """The cells of all seeds: how many, how they ended, and the accuracy in percent of those that trained."""
-
-    total: int
-    diverged: int
-    chance: int
-    refused: int
-    mean: float | None
-    std: float | None  # of a sample; None for fewer than two
-    lost: float | None  # mean accuracy of those that diverged or are at chance
-
-    def __str__(self):
-        if self.refused == self.total:
-            return "refused"
-        counts = {"diverged": self.diverged, "at chance": self.chance, "refused": self.refused}
-        if self.mean is None:
-            return f"{', '.join(word for word, n in counts.items() if n)} ({self.lost:.1f})"
-        spread = "" if self.std is None else f" ± {self.std:.2f}"
-        lost = ", ".join(f"{n} of {self.total} {word}" for word, n in counts.items() if n)
-        return f"{self.mean:.2f}{spread}" + (f" ({lost})" if lost else "")
-
-    @property
-    def whole(self) -> bool:
-        """Whether every seed trained."""
-        return self.mean is not None and not self.diverged + self.chance + self.refused
-
-    @property
-    def score(self) -> float | None:
-        """Mean accuracy of all seeds, those that diverged or are at chance included; None where the norm refuses."""
-        if self.refused:
-            return None
-        lost = self.diverged + self.chance
-        return ((self.mean or 0) * (self.total - lost) + (self.lost or 0) * lost) / self.total
-
-
-def point_of(rows) -> Point:
-    """The `Point` of rows that differ in nothing but the seed."""
-    by = {s: [number(r, "accuracy") for r in rows if r["status"] == s] for s in STATUSES}
-    good, lost = by["trained"], by["diverged"] + by["chance"]
-    mean = statistics.fmean(good) if good else None
-    std = statistics.stdev(good) if len(good) > 1 else None
-    lost_mean = statistics.fmean(lost) if lost else None
-    return Point(len(rows), len(by["diverged"]), len(by["chance"]), len(by["refused"]), mean, std, lost_mean)
-
-
-@dataclass
-class Group:
-    """Rows under one title: `points[norm label, bs, factor]`."""
-
-    rows: list[dict]
-    labels: dict[tuple[str, str], str]
-    points: dict[tuple[str, int, float], Point]
-    beside: str = ""  # what tells the title from another's
-
-    @property
-    def norms(self):
-        return list(self.labels.values())
-
-    @property
-    def bs(self):
-        return sorted({bs for _, bs, _ in self.points})
-
-    @property
-    def factors(self):
-        return sorted({f for _, _, f in self.points})
-
-    @property
-    def main_factor(self):
-        """1, or the one next to it."""
-        return min(self.factors, key=lambda f: abs(math.log(f)))
-
-    @property
-    def task(self):
-        """The task of these rows; None for a net on images."""
-        return task_of(self.rows[0]["data"], self.rows[0]["net"])
-
-    @property
-    def measure(self):
-        """What the numbers are."""
-        return f"validation {self.task.goal.called if self.task else 'accuracy'}"
-
-    @property
-    def title(self):
-        r = self.rows[0]
-        few, most = (pick(point.total for point in self.points.values()) for pick in (min, max))
-        seeds = f"{most} seed{'s' * (most > 1)}" if few == most else f"{few} to {most} seeds"
-        if self.task:
-            return f"{r['net']}, {seeds}{self.beside}"
-        epochs = "1 epoch" if r["epochs"] == "1" else f"{r['epochs']} epochs"
-        augmented = ", augmented" if r["augment"] == "1" else ""
-        counts = f"{r['n_train']} images, {epochs}{augmented}, {seeds}"
-        return f"{r['data']}, {r['net']}, {counts}{self.beside}"
-
-
-def groups_of(rows) -> list[Group]:
-    """Rows sorted by what they have in common."""
-    found = {}
-    for row in rows:
-        found.setdefault(tuple(row[k] for k in _COMMON), []).append(row)
-    groups = [_group(members) for members in found.values()]
-    titles = [group.title for group in groups]
-    for group, title in zip(groups, titles):
-        if titles.count(title) > 1:
-            group.beside = f", {group.rows[0]['device']}, fastrbn {group.rows[0]['version']}"
-    return groups
-
-
-def _rank(row):
-    """Recipes, each before its variants, then peers: the order of the table."""
-    base = row["norm"].split(":")[0]
-    known = [*RECIPES, *PEERS]
-    return known.index(base) if base in known else len(known), row["norm"]
-
-
-def _group(rows):
-    labels = {}
-    for row in sorted(
-        rows, key=_rank
-    ):  # one name with two settings: a recipe that was changed between versions of the code
-        same = [k for k in labels if k[0] == row["norm"] and k[1] != row["settings"]]
-        labels.setdefault((row["norm"], row["settings"]), row["norm"] + (f" #{len(same) + 1}" if same else ""))
-    cells = {}
-    for row in rows:
-        where = labels[row["norm"], row["settings"]], int(row["bs"]), float(row["lr_factor"])
-        cells.setdefault(where, []).append(row)
-    return Group(rows, labels, {where: point_of(members) for where, members in cells.items()})
 
 
 def markdown(rows) -> str:
@@ -208,6 +69,33 @@ def _table(group, columns, corner):
 def _best(group, where):
     points = (group.points.get((n, *where)) for n in group.norms)
     return max((p.mean for p in points if p is not None and p.whole), default=None)
+
+
+USUAL = ("batchnorm", "groupnorm")
+
+
+def standing_table(rows) -> str:
+    """The standings as a Markdown table, with the share within reach of `USUAL` alone, and `default`'s in a sentence."""
+    among_all, among_usual = standings(rows), standings(rows, USUAL)
+    lines = [
+        f"| norm | cells | within two deviations of the best peer | of {' and '.join(USUAL)} | mean rank | lost where two "
+        "peers train |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for norm, s in among_all.items():
+        usual = f"{100 * among_usual[norm].within:.0f} %" if norm in among_usual else ""
+        lines.append(f"| {norm} | {s.cells} | {100 * s.within:.0f} % | {usual} | {s.rank:.2f} | {s.lost} |")
+    return "\n".join([*lines, "", _sentence(among_all.get("default"))])
+
+
+def _sentence(s) -> str:
+    if s is None:
+        return "There is no cell with results of both `default` and a peer."
+    return (
+        f"`default` is within two pooled standard deviations of the best peer in {100 * s.within:.0f} % of {s.cells} "
+        f"cells (task × batch size × learning-rate factor; {s.blank} more, in which no norm learns, are left out); its "
+        f"mean rank is {s.rank:.2f}."
+    )
 
 
 def accuracy_figure(rows):
@@ -271,13 +159,6 @@ def norms_figure(rows, path):
             curves = {norm: read_norms(files[norm]) for norm in group.norms if norm in files}
             panels.append((f"{group.title}, batch size {bs}, lr×{f:g}", curves))
     return plots.plot_weight_norms(panels, _dashed(rows)) if panels else None
-
-
-def read_norms(path) -> tuple[list[int], list[float]]:
-    """(steps, norm of all convolutions' weights together) of a cell's file."""
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.reader(f))[1:]
-    return [int(r[0]) for r in rows], [math.fsum(float(v) ** 2 for v in r[1:]) ** 0.5 for r in rows]
 
 
 def write_report(path, name=None, rows=None) -> tuple[str, list[Path]]:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import math
 import os
+import re
 from pathlib import Path
 
 from fastrbn.util import write_whole
 
-from .cell import KEY
-
+KEY = (
+    "data",
+    "net",
+    "norm",
+    "settings",
+    "bs",
+    "lr_factor",
+    "seed",
+    "n_train",
+    "epochs",
+    "augment",
+    "device",
+    "version",
+)
 RESULTS = (
     "lr",
     "status",
@@ -101,6 +116,33 @@ def append(path, row) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def norms_path(path, key) -> Path:
+    """Where the norms of a cell's weights are, for the CSV at `path`."""
+    words = dict(zip(KEY, key))
+    stem = "-".join(
+        words[k] if k in ("data", "net", "norm") else f"{k}{words[k]}"
+        for k in ("data", "net", "norm", "bs", "lr_factor", "seed")
+    )
+    digest = hashlib.sha1("\0".join(key).encode(), usedforsecurity=False).hexdigest()[:8]
+    path = Path(path)
+    return path.parent / f"{path.stem}_norms" / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', stem)[:120]}-{digest}.csv"
+
+
+def norms_text(norms) -> str:
+    text = io.StringIO(newline="")
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(norms)
+    out.writerows([step, *(f"{v:.6g}" for v in row)] for step, *row in zip(*norms.values()))
+    return text.getvalue()
+
+
+def read_norms(path) -> tuple[list[int], list[float]]:
+    """(steps, norm of all convolutions' weights together) of a cell's file."""
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.reader(f))[1:]
+    return [int(r[0]) for r in rows], [math.fsum(float(v) ** 2 for v in r[1:]) ** 0.5 for r in rows]
 
 
 def _line(values) -> str:

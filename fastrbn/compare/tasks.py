@@ -255,22 +255,6 @@ class TaskData:
     state: dict | None = None
 
 
-def load_task(name: str, root=None) -> TaskData:
-    """The data of a task, drawn or read from `root` (None: $FASTRBN_DATA or a cache); raises DataError without it.
-
-    The net that fine-tuning starts from is trained here, with nn.BatchNorm, batches of 32 and seed 0.
-    """
-    task = get_task(name)
-    state = None
-    if task.after:
-        from .cell import Cell, run_cell
-
-        models = []
-        run_cell(Cell("batchnorm", 32, data=ZOO, net=task.after), load_task(task.after, root), look=models.append)
-        state = models[0].state_dict()
-    return TaskData(*task.data(root), state)
-
-
 class Batches:
     """The batches of a task as a loader of `steps` pairs: a function of `seed` alone, whatever the norm."""
 

@@ -10,8 +10,7 @@ import traceback
 from collections import deque
 from multiprocessing import connection
 
-from .cell import load_images, run_cell
-from .tasks import load_task
+from .cell import load_images, load_task, run_cell
 
 
 def in_processes(cells, jobs: int, devices: list[str], root=None, norms_every=None):

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastrbn import compare, plots
 from fastrbn.callbacks import Recorder
-from fastrbn.compare import Cell, cells_of, describe, get_norm, grid, run_cell, run_grid, split_norms, table, workers
+from fastrbn.compare import Cell, cells_of, describe, get_norm, grid, results, run_cell, run_grid, split_norms, table, workers
 from fastrbn.compare import cell as cell_module
 from fastrbn.compare import report as report_module
 from fastrbn.compare.peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm
@@ -433,7 +433,7 @@ def test_norms_are_recorded_beside_and_a_cell_without_its_file_is_trained_again(
     assert len(files) == 2 and files[0].name.startswith("glyphs-cnn-batchnorm-bs8-")
     assert files[0].read_text().splitlines()[0].startswith("step,0.0,1.0")
     assert run(few(["default"], [8]), here, norms_every=3)[1] == ["1 cell, 1 finished, 0 to train"]
-    steps, norms = report_module.read_norms(files[1])
+    steps, norms = table.read_norms(files[1])
     assert steps == [0, 3, 6] and all(n > 1 for n in norms)
 
 
@@ -553,7 +553,7 @@ def test_data_nets_and_devices_do_not_share_a_table_nor_a_title():
 
 def test_the_order_is_recipes_with_their_variants_then_peers():
     names = ["frn", "batchnorm", "default:mom=0.05", "course", "default"]
-    (group,) = report_module.groups_of([made_row(n) for n in names])
+    (group,) = results.groups_of([made_row(n) for n in names])
     assert group.norms == ["default", "default:mom=0.05", "course", "batchnorm", "frn"]
 
 

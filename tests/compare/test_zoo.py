@@ -30,7 +30,8 @@ from fastrbn.compare import (
     tasks,
     workers,
 )
-from fastrbn.compare.report import groups_of, markdown
+from fastrbn.compare.report import markdown
+from fastrbn.compare.results import groups_of
 from fastrbn.data import DataError, glyphs
 from fastrbn.data.image_data import ImageData
 from fastrbn.data.sets import Dataset
