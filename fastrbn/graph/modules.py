@@ -6,7 +6,7 @@ import collections
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from fastrbn.util import items_of
 
 from . import walk
-
-if TYPE_CHECKING:
-    from .nodes import GraphNode
+from .nodes import GraphNode
 
 _NOTE = "fastrbn.module"
 # operations between a parameter and its use; they belong to the module that uses it

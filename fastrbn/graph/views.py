@@ -11,11 +11,10 @@ from fastrbn.util import one_of, whole
 
 from . import layout
 from .modules import groups
+from .nodes import GraphNode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .nodes import GraphNode
 
 _FILL = {"parameter": "#fdf0d5", "leaf": "#e8e8e8", "op": "#ffffff", "module": "#dbe7f3"}
 
