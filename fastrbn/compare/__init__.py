@@ -1,11 +1,11 @@
-"""Norms compared: a grid of norm × batch size × learning rate × seed × data set × net, trained over processes.
+"""Compare norms: a grid of norm × batch size × learning rate × seed × data set × net, trained in parallel processes.
 
     cells = cells_of(["default", "groupnorm"], bs=[1, 2, 8], seeds=[0, 1, 2])
     result = run_grid(cells, "compare/cells.csv")
 
     cells = cells_of(["default", "batchnorm"], bs=[2, 8], data=[ZOO], net=["dense", "mlp-adam"])    # tasks of `TASKS`
 
-`fastrbn compare` is this as a command. It puts the parts of the package together and is imported by none of them.
+`fastrbn compare` is the command for it. This package uses all other parts and is imported by none of them.
 """
 
 from .cell import LR_RULES, NETS, Cell, load_images, load_task, run_cell

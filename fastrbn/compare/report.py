@@ -1,4 +1,4 @@
-"""What a grid has found: a table in Markdown, and pictures."""
+"""The report of a grid: tables in Markdown, and pictures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from fastrbn.util import write_whole
 
 from .cell import LR_RULES
 from .norms import PEERS
-from .results import groups_of, standings
+from .results import Group, Row, Standing, groups_of, standings
 from .table import norms_path, read_norms, read_rows, row_key
+
+Where = tuple[int, float]  # batch size and learning-rate factor
 
 LEGEND = (
     "mean ± standard deviation over the seeds that trained; beside it how many diverged (loss NaN or Inf) or ended at "
@@ -19,14 +21,31 @@ LEGEND = (
 )
 
 
-def markdown(rows) -> str:
-    """The tables of all groups: norm × batch size; with several learning rates, norm × rate for each batch size."""
+def markdown(rows: list[Row]) -> str:
+    """The tables of a grid as Markdown.
+
+    Each group of rows has a table norm × batch size, or norm × rate for each batch size if there are several learning
+    rates.
+
+    Parameters
+    ----------
+    rows : list of dict
+        From `read_rows`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> print(markdown(read_rows("compare/cells.csv")))   # doctest: +SKIP
+    """
     groups = groups_of(rows)
     legend = [f"In the tables of tasks: {LEGEND}"] if any(group.task for group in groups) else []
     return "\n\n".join([*legend, *map(_section, groups)]) + "\n"
 
 
-def _section(group) -> str:
+def _section(group: Group) -> str:
     if group.task:
         rule = str(group.task)
     else:
@@ -51,7 +70,7 @@ def _section(group) -> str:
     return "\n".join([*parts, "", *notes]).rstrip().replace("\n\n\n", "\n\n")
 
 
-def _table(group, columns, corner):
+def _table(group: Group, columns: list[tuple[str, Where]], corner: str) -> list[str]:
     columns = [c for c in columns if any((n, *c[1]) in group.points for n in group.norms)]
     best = {where: _best(group, where) for _, where in columns}
     lines = [f"| {corner} | {' | '.join(head for head, _ in columns)} |", "| --- |" + " --- |" * len(columns)]
@@ -66,20 +85,36 @@ def _table(group, columns, corner):
     return lines
 
 
-def _best(group, where):
+def _best(group: Group, where: Where) -> float | None:
     points = (group.points.get((n, *where)) for n in group.norms)
-    return max((p.mean for p in points if p is not None and p.whole), default=None)
+    return max((p.mean for p in points if p is not None and p.whole and p.mean is not None), default=None)
 
 
 USUAL = ("batchnorm", "groupnorm")
 
 
-def standing_table(rows) -> str:
-    """The standings as a Markdown table, with the share within reach of `USUAL` alone, and `default`'s in a sentence."""
+def standing_table(rows: list[Row]) -> str:
+    """The standings of all norms as a Markdown table, with that of `default` in a sentence.
+
+    Parameters
+    ----------
+    rows : list of dict
+        From `read_rows`.
+
+    Returns
+    -------
+    str
+        With columns for the standing among all peers, and among `USUAL` only.
+
+    Examples
+    --------
+    >>> print(standing_table([]).splitlines()[-1])
+    There is no cell with results of both `default` and a peer.
+    """
     among_all, among_usual = standings(rows), standings(rows, USUAL)
     lines = [
-        f"| norm | cells | within two deviations of the best peer | of {' and '.join(USUAL)} | mean rank | lost where two "
-        "peers train |",
+        f"| norm | cells | within two deviations of the best peer | of {' and '.join(USUAL)} | mean rank | "
+        "lost where two peers train |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for norm, s in among_all.items():
@@ -88,7 +123,7 @@ def standing_table(rows) -> str:
     return "\n".join([*lines, "", _sentence(among_all.get("default"))])
 
 
-def _sentence(s) -> str:
+def _sentence(s: Standing | None) -> str:
     if s is None:
         return "There is no cell with results of both `default` and a peer."
     return (
@@ -161,14 +196,36 @@ def norms_figure(rows, path):
     return plots.plot_weight_norms(panels, _dashed(rows)) if panels else None
 
 
-def write_report(path, name=None, rows=None) -> tuple[str, list[Path]]:
-    """Write table and pictures beside the CSV at `path`; (the table, the files).
+def write_report(
+    path: str | Path, name: str | None = None, rows: list[Row] | None = None
+) -> tuple[str, list[Path]]:
+    """Write the tables and pictures of a grid next to its CSV.
 
-    - `name`: None for table.md, accuracy.png, sweep.png (several learning rates) and weight_norms.png (where norms were
-      recorded); else `<name>.md`, `<name>.png`, `<name>_sweep.png`, `<name>_norms.png`.
-    - `rows`: None for all of the CSV.
+    Parameters
+    ----------
+    path : str or Path
+        The CSV.
+    name : str, optional
+        Write `<name>.md`, `<name>.png`, `<name>_sweep.png` (with several learning rates) and `<name>_norms.png` (if
+        norms were recorded). By default table.md, accuracy.png, sweep.png and weight_norms.png.
+    rows : list of dict, optional
+        Rows to show; by default all of the CSV.
 
-    ValueError where there is no row to show.
+    Returns
+    -------
+    text : str
+        The tables.
+    files : list of Path
+        The files written.
+
+    Raises
+    ------
+    ValueError
+        If there is no row to show.
+
+    Examples
+    --------
+    >>> text, files = write_report("compare/cells.csv")   # doctest: +SKIP
     """
     path = Path(path)
     rows = read_rows(path) if rows is None else rows

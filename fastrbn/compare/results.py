@@ -1,19 +1,22 @@
-"""One number over many tasks: how often a norm is as good as the best peer, and its mean rank."""
+"""What the rows of a grid say: means over seeds, and how often a norm is as good as the best peer."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from fastrbn.norm import RECIPES
 
 from .norms import PEERS
 from .table import number
-from .tasks import task_of
+from .tasks import Task, task_of
+
+Row = dict[str, str]
 
 STATUSES = ("trained", "diverged", "chance", "refused")
-_COMMON = ("data", "net", "n_train", "epochs", "augment", "device", "version")  # what a table has in its title
+_COMMON = ("data", "net", "n_train", "epochs", "augment", "device", "version")  # the columns of a table's title
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class Point:
     chance: int
     refused: int
     mean: float | None
-    std: float | None  # of a sample; None for fewer than two
+    std: float | None  # sample standard deviation; None for fewer than two
     lost: float | None  # mean accuracy of those that diverged or are at chance
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.refused == self.total:
             return "refused"
         counts = {"diverged": self.diverged, "at chance": self.chance, "refused": self.refused}
@@ -45,17 +48,17 @@ class Point:
 
     @property
     def score(self) -> float | None:
-        """Mean accuracy of all seeds, those that diverged or are at chance included; None where the norm refuses."""
+        """Mean accuracy of all seeds, including those that diverged or are at chance; None if the norm refuses."""
         if self.refused:
             return None
         lost = self.diverged + self.chance
         return ((self.mean or 0) * (self.total - lost) + (self.lost or 0) * lost) / self.total
 
 
-def point_of(rows) -> Point:
-    """The `Point` of rows that differ in nothing but the seed."""
+def point_of(rows: list[Row]) -> Point:
+    """The `Point` of rows that differ in the seed only."""
     by = {s: [number(r, "accuracy") for r in rows if r["status"] == s] for s in STATUSES}
-    good, lost = by["trained"], by["diverged"] + by["chance"]
+    good, lost = ([a for a in scores if a is not None] for scores in (by["trained"], by["diverged"] + by["chance"]))
     mean = statistics.fmean(good) if good else None
     std = statistics.stdev(good) if len(good) > 1 else None
     lost_mean = statistics.fmean(lost) if lost else None
@@ -66,40 +69,40 @@ def point_of(rows) -> Point:
 class Group:
     """Rows under one title: `points[norm label, bs, factor]`."""
 
-    rows: list[dict]
+    rows: list[Row]
     labels: dict[tuple[str, str], str]
     points: dict[tuple[str, int, float], Point]
-    beside: str = ""  # what tells the title from another's
+    beside: str = ""  # tells apart groups with the same title
 
     @property
-    def norms(self):
+    def norms(self) -> list[str]:
         return list(self.labels.values())
 
     @property
-    def bs(self):
+    def bs(self) -> list[int]:
         return sorted({bs for _, bs, _ in self.points})
 
     @property
-    def factors(self):
+    def factors(self) -> list[float]:
         return sorted({f for _, _, f in self.points})
 
     @property
-    def main_factor(self):
-        """1, or the one next to it."""
+    def main_factor(self) -> float:
+        """1, or the factor closest to it."""
         return min(self.factors, key=lambda f: abs(math.log(f)))
 
     @property
-    def task(self):
+    def task(self) -> Task | None:
         """The task of these rows; None for a net on images."""
         return task_of(self.rows[0]["data"], self.rows[0]["net"])
 
     @property
-    def measure(self):
+    def measure(self) -> str:
         """What the numbers are."""
         return f"validation {self.task.goal.called if self.task else 'accuracy'}"
 
     @property
-    def title(self):
+    def title(self) -> str:
         r = self.rows[0]
         few, most = (pick(point.total for point in self.points.values()) for pick in (min, max))
         seeds = f"{most} seed{'s' * (most > 1)}" if few == most else f"{few} to {most} seeds"
@@ -111,9 +114,9 @@ class Group:
         return f"{r['data']}, {r['net']}, {counts}{self.beside}"
 
 
-def groups_of(rows) -> list[Group]:
-    """Rows sorted by what they have in common."""
-    found = {}
+def groups_of(rows: list[Row]) -> list[Group]:
+    """Rows grouped by what a table has in its title."""
+    found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[k] for k in _COMMON), []).append(row)
     groups = [_group(members) for members in found.values()]
@@ -124,21 +127,20 @@ def groups_of(rows) -> list[Group]:
     return groups
 
 
-def _order(row):
-    """Recipes, each before its variants, then peers: the order of the table."""
+def _order(row: Row) -> tuple[int, str]:
+    """Sorting key of the tables: recipes, each before its variants, then peers."""
     base = row["norm"].split(":")[0]
     known = [*RECIPES, *PEERS]
     return known.index(base) if base in known else len(known), row["norm"]
 
 
-def _group(rows):
-    labels = {}
-    for row in sorted(
-        rows, key=_order
-    ):  # one name with two settings: a recipe that was changed between versions of the code
+def _group(rows: list[Row]) -> Group:
+    labels: dict[tuple[str, str], str] = {}
+    for row in sorted(rows, key=_order):
+        # one name with two settings is a recipe that changed between versions of the code
         same = [k for k in labels if k[0] == row["norm"] and k[1] != row["settings"]]
         labels.setdefault((row["norm"], row["settings"]), row["norm"] + (f" #{len(same) + 1}" if same else ""))
-    cells = {}
+    cells: dict[tuple[str, int, float], list[Row]] = {}
     for row in rows:
         where = labels[row["norm"], row["settings"]], int(row["bs"]), float(row["lr_factor"])
         cells.setdefault(where, []).append(row)
@@ -147,13 +149,13 @@ def _group(rows):
 
 @dataclass(frozen=True)
 class Standing:
-    """A norm over all cells (task × batch size × learning-rate factor) that it and a peer have results for.
+    """The standing of a norm over all cells (task × batch size × learning-rate factor) with results for it and a peer.
 
-    - `cells`: how many there are. `blank`: how many more in which no norm learnt anything; they are left out.
-    - `within`: the share in which its mean over the seeds is no more than two pooled standard deviations below that of
-      the best other peer. A seed that was lost counts with what it reached; deviations are those of the trained seeds.
-    - `rank`: its mean rank among the peers (1 is best, ties share); a peer's among the peers and `default`.
-    - `lost`: cells in which not all of its seeds trained, where those of two other peers did.
+    - `cells`: number of such cells. `blank`: number of further cells, left out, in which no norm learnt anything.
+    - `within`: share of cells in which its mean over the seeds is at most two pooled standard deviations below that of
+      the best other peer. A lost seed counts with what it reached; deviations are those of the trained seeds.
+    - `rank`: mean rank among the peers (1 is best, ties share); a peer is ranked among the peers and `default`.
+    - `lost`: number of cells in which not all of its seeds trained, while those of two other peers did.
     """
 
     cells: int
@@ -163,45 +165,64 @@ class Standing:
     lost: int
 
 
-def standings(rows, peers=None) -> dict[str, Standing]:
-    """Each norm's `Standing` among `peers` (None: all of `PEERS` that the rows have), in the order of the tables."""
+def standings(rows: list[Row], peers: Iterable[str] | None = None) -> dict[str, Standing]:
+    """Rank norms over many tasks.
+
+    Parameters
+    ----------
+    rows : list of dict
+        From `read_rows`.
+    peers : iterable of str, optional
+        Norms to compare with; by default all of `PEERS` in the rows.
+
+    Returns
+    -------
+    dict of str to Standing
+        For each norm, in the order of the tables.
+
+    Examples
+    --------
+    >>> standings([])
+    {}
+    """
     cells, found = list(_cells(rows)), {}
+    peers = None if peers is None else list(peers)
     for norm in dict.fromkeys(norm for group in groups_of(rows) for norm in group.norms):
         shared = [cell for cell in cells if norm in cell and _rivals(norm, cell, peers)]
-        told = [cell for cell in shared if any(p.mean is not None for p in cell.values())]
-        if told:
+        learnt = [cell for cell in shared if any(p.mean is not None for p in cell.values())]
+        if learnt:
             found[norm] = Standing(
-                len(told),
-                len(shared) - len(told),
-                statistics.fmean(_is_within(norm, cell, peers) for cell in told),
-                statistics.fmean(_rank(norm, cell, peers) for cell in told),
-                sum(_is_lost(norm, cell, peers) for cell in told),
+                len(learnt),
+                len(shared) - len(learnt),
+                statistics.fmean(_is_within(norm, cell, peers) for cell in learnt),
+                statistics.fmean(_rank(norm, cell, peers) for cell in learnt),
+                sum(_is_lost(norm, cell, peers) for cell in learnt),
             )
     return found
 
 
-def _cells(rows):
-    """For each task, batch size and factor, {norm: Point}."""
+def _cells(rows: list[Row]) -> Iterator[dict[str, Point]]:
+    """{norm: Point} for each task, batch size and factor."""
     for group in groups_of(rows):
         for where in dict.fromkeys((bs, factor) for _, bs, factor in group.points):
             yield {norm: p for norm in group.norms if (p := group.points.get((norm, *where))) is not None}
 
 
-def _rivals(norm, cell, peers):
+def _rivals(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> list[str]:
     return [n for n in cell if n != norm and (n.split(":")[0] in PEERS if peers is None else n in peers)]
 
 
-def _score(point):
+def _score(point: Point) -> float:
     return -math.inf if point.score is None or math.isnan(point.score) else point.score
 
 
-def _is_within(norm, cell, peers):
+def _is_within(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> bool:
     best = max((cell[n] for n in _rivals(norm, cell, peers)), key=_score)
     pooled = math.sqrt(((cell[norm].std or 0) ** 2 + (best.std or 0) ** 2) / 2)
     return _score(cell[norm]) >= _score(best) - 2 * pooled and _score(cell[norm]) > -math.inf
 
 
-def _rank(norm, cell, peers):
+def _rank(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> float:
     rivals = set(_rivals(norm, cell, peers))
     if norm.split(":")[0] in PEERS and "default" in cell:
         rivals.add("default")
@@ -209,5 +230,5 @@ def _rank(norm, cell, peers):
     return 1 + sum(o > mine for o in others) + sum(o == mine for o in others) / 2
 
 
-def _is_lost(norm, cell, peers):
+def _is_lost(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> bool:
     return not cell[norm].whole and sum(cell[n].whole for n in _rivals(norm, cell, peers)) >= 2

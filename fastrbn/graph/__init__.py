@@ -1,5 +1,4 @@
-"""The autograd graph as plain nodes and edges: what a loss's backward pass runs through, what it saved, and who holds
-it.
+"""The autograd graph as plain nodes and edges: what a backward pass runs through, what it saved, and who holds it.
 
 `read.py` reads a graph, `modules.py` finds the module each node came from, `views.py` has what users see, `layout.py`
 places it for a picture, `held.py` finds tensors that keep a graph alive, `leaves.py` is the table of parameters and
