@@ -127,7 +127,7 @@ def code_of() -> str:
     """Eight hex digits that change with the code of norms, nets, tasks and this file. Not part of a cell's key."""
     here = Path(__file__).parent
     files = [*sorted((here.parent / "norm").glob("*.[pc]*")), *sorted(here.glob("task*.py"))]
-    files += [here / "peers.py", here / "weights.py", here.parent / "models.py"]
+    files += [*sorted((here / "peers").glob("*.py")), here.parent / "models.py"]
     digest = hashlib.sha1(usedforsecurity=False)
     for file in [*files, Path(__file__)]:
         if file.is_file():

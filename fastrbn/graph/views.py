@@ -5,16 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Container, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastrbn.util import one_of, whole
 
 from . import layout
 from .modules import groups
 from .nodes import GraphNode
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _FILL = {"parameter": "#fdf0d5", "leaf": "#e8e8e8", "op": "#ffffff", "module": "#dbe7f3"}
 
@@ -157,7 +154,7 @@ class AutogradGraph:
             lines.append(f'  n{n.id} [label={label}, fillcolor="{_FILL[n.kind]}"{edge}];')
         return "\n".join([*lines, *(f"  n{a} -> n{b};" for a, b in self.edges), "}", ""])
 
-    def plot(self, columns: int = 1, engine: str = "fastrbn") -> Figure:
+    def plot(self, columns: int = 1, engine: str = "fastrbn") -> Any:
         """Draw the graph, inputs at the top, as large as it needs.
 
         Parameters
