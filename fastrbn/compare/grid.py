@@ -238,6 +238,7 @@ class _Progress:
         self.work = 0.0
 
     def add(self, cell: Cell, words: str) -> None:
+        """Log a finished cell."""
         self.done += 1
         self.work += _work(cell)
         left = (time.perf_counter() - self.began) * (self.all_work / self.work - 1)

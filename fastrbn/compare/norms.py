@@ -1,5 +1,4 @@
-"""Norms from text: `batchnorm`, `groupnorm:groups=4`, a recipe such as `default`, a variant such as
-`default:mom=0.05`."""
+"""Norms from text: `batchnorm`, `groupnorm:groups=4`, a recipe (`default`) or a variant of one (`default:mom=0.05`)."""
 
 from __future__ import annotations
 

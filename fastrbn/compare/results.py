@@ -76,14 +76,17 @@ class Group:
 
     @property
     def norms(self) -> list[str]:
+        """Labels of the norms, in the order of the table."""
         return list(self.labels.values())
 
     @property
     def bs(self) -> list[int]:
+        """Batch sizes."""
         return sorted({bs for _, bs, _ in self.points})
 
     @property
     def factors(self) -> list[float]:
+        """Learning-rate factors."""
         return sorted({f for _, _, f in self.points})
 
     @property
@@ -103,6 +106,7 @@ class Group:
 
     @property
     def title(self) -> str:
+        """Data, net, number of images, epochs and seeds."""
         r = self.rows[0]
         few, most = (pick(point.total for point in self.points.values()) for pick in (min, max))
         seeds = f"{most} seed{'s' * (most > 1)}" if few == most else f"{few} to {most} seeds"

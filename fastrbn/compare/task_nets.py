@@ -30,6 +30,7 @@ def block(
 def conv(
     ni: int, nf: int, norm: Norm, dims: int = 2, ks: int = 3, stride: int = 1, relu_first: bool = False
 ) -> nn.Sequential:
+    """A `block` with a convolution of `dims` dimensions."""
     def layer(bias: bool) -> nn.Module:
         return _CONVS[dims](ni, nf, ks, stride, ks // 2, bias=bias)
 
@@ -37,6 +38,7 @@ def conv(
 
 
 def dense(ni: int, nf: int, norm: Norm) -> nn.Sequential:
+    """A `block` with a linear layer."""
     return block(lambda bias: nn.Linear(ni, nf, bias=bias), norm, nf, 0)
 
 
@@ -57,6 +59,7 @@ def conv_net(
     first_ks: int = 3,
     ni: int = 1,
 ) -> nn.Sequential:
+    """Convolutions of the given widths, average pooling and a linear layer."""
     layers = []
     for i, nf in enumerate(widths):
         ks, stride = first_ks if i == 0 else 3, strides[i] if strides else 2
@@ -71,6 +74,7 @@ def course(norm: Norm, relu_first: bool = True) -> nn.Sequential:
 
 
 def mlp(norm: Norm, ni: int, classes: int, width: int = 64, layers: int = 4) -> nn.Sequential:
+    """Dense blocks and a linear layer."""
     return nn.Sequential(
         *(dense(width if i else ni, width, norm) for i in range(layers)), nn.Linear(width, classes)
     )
@@ -136,6 +140,7 @@ class TwoPasses(nn.Module):
 
 
 def vgg(norm: Norm) -> nn.Sequential:
+    """A small VGG for CIFAR-10: pairs of convolutions, max pooling."""
     layers: list[nn.Module] = []
     ni = 3
     for nf in (16, 32, 64):
@@ -145,6 +150,7 @@ def vgg(norm: Norm) -> nn.Sequential:
 
 
 def resnet(norm: Norm, width: int = 12) -> nn.Sequential:
+    """A small ResNet for CIFAR-10."""
     def residual(nf: int) -> nn.Module:
         return Residual(conv(nf, nf, norm), conv(nf, nf, norm))
 
@@ -162,8 +168,7 @@ def resnet(norm: Norm, width: int = 12) -> nn.Sequential:
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Kaiming normal weights and zero biases that depend on the seed only; the last layer's weights are scaled by
-    0.3."""
+    """Kaiming normal weights and zero biases, a function of the seed; the last layer's weights are scaled by 0.3."""
     torch.manual_seed(seed)
     layers = [m for m in model.modules() if isinstance(m, LAYERS)]
     for layer in layers:

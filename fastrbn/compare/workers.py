@@ -1,5 +1,4 @@
-"""Processes that each train one cell at a time. One that dies does not affect the others; only the parent handles
-Ctrl-C."""
+"""Processes that each train one cell at a time. One that dies does not affect the others."""
 
 from __future__ import annotations
 
@@ -77,6 +76,7 @@ class _Worker:
         theirs.close()
 
     def give(self, cell: Cell) -> None:
+        """Send the process a cell."""
         self.cell = cell
         with contextlib.suppress(OSError):  # it has died; take() finds out
             self.pipe.send(cell)
@@ -91,10 +91,12 @@ class _Worker:
             return cell, None
 
     def exitcode(self) -> int | None:
+        """Exit status of a process that died."""
         self.process.join(10)
         return self.process.exitcode
 
     def end(self) -> None:
+        """End the process, by force if need be."""
         self.process.terminate()
         self.process.join(5)
         if self.process.is_alive():

@@ -21,11 +21,10 @@ def check_valid(valid: str | float) -> None:
 
 
 def split(y: Tensor, share: float, seed: int, classes: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
-    """Row numbers `(train, valid)`, int64 in random order, holding out `share` of each class and at least one sample of
-    it.
+    """Row numbers `(train, valid)`, int64 in random order, that hold out `share` of each class.
 
-    `y` are int64 labels (N,); the split depends on `seed` and `y` only. `classes` are names for the message of the
-    BadDataError that is raised if a class has one sample only.
+    At least one sample of each class is held out. `y` are int64 labels (N,); the split depends on `seed` and `y` only.
+    `classes` are names for the message of the BadDataError that is raised if a class has one sample only.
     """
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=g)

@@ -75,6 +75,7 @@ def names_by_memory(model: nn.Module) -> dict[Any, tuple[str, str]]:
 
 
 def name_of(tensor: Tensor | None, names: dict[Any, tuple[str, str]]) -> tuple[str | None, str]:
+    """(qualified name, kind) of a tensor; (None, "tensor") if it has no name."""
     return (None, "tensor") if tensor is None else names.get(walk.memory_of(tensor)[0], (None, "tensor"))
 
 

@@ -17,8 +17,7 @@ CHANGED = "modified by an inplace operation"  # part of autograd's error message
 
 
 def root_of(tensor: Tensor) -> Any:
-    """The node that receives a tensor's gradient: its grad_fn, or a leaf's accumulating node. None without a
-    gradient."""
+    """The node that receives a tensor's gradient; None if the tensor does not require grad."""
     return get_gradient_edge(tensor).node if tensor.requires_grad else None
 
 
@@ -55,8 +54,7 @@ def _inputs(node: Any) -> list[Any]:
 
 
 def count_nodes(root: Any, visit: Callable[[Any], object], limit: int) -> int:
-    """Number of nodes reachable from `root`, up to about `limit`; `visit` is called with each one that is not a
-    leaf."""
+    """Number of nodes from `root` on, up to about `limit`; `visit` is called with each non-leaf node."""
     seen, stack = {root}, [root]
     while stack and len(seen) < limit:
         node = stack.pop()
@@ -86,6 +84,7 @@ def notes(node: Any) -> dict[str, Any]:
 
 
 def name_of(node: Any) -> str:
+    """Autograd's name of the node, without its namespace."""
     return node.name().rpartition("::")[2]
 
 
