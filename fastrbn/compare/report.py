@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from fastrbn import plots
 from fastrbn.util import write_whole
 
 from .cell import LR_RULES
 from .norms import PEERS
-from .results import Group, Row, Standing, groups_of, standings
+from .results import Group, Point, Row, Standing, groups_of, standings
 from .table import norms_path, read_norms, read_rows, row_key
 
 Where = tuple[int, float]  # batch size and learning-rate factor
@@ -133,8 +134,8 @@ def _sentence(s: Standing | None) -> str:
     )
 
 
-def accuracy_figure(rows):
-    """Accuracy against batch size, a panel a group, at learning-rate factor 1 or the nearest."""
+def accuracy_figure(rows: list[Row]) -> Any:
+    """Accuracy against batch size, one panel per group, at learning-rate factor 1 or the closest."""
     panels = []
     for group in groups_of(rows):
         f = group.main_factor
@@ -143,14 +144,14 @@ def accuracy_figure(rows):
     return plots.plot_comparison(panels, "batch size", _dashed(rows))
 
 
-def task_figure(group):
-    """The score of a group's norms against batch size, a panel a learning-rate factor."""
+def task_figure(group: Group) -> Any:
+    """The scores of a group's norms against batch size, one panel per learning-rate factor."""
     panels = [(f"{group.title}, lr×{f:.3g}", _series(group, [(bs, (bs, f)) for bs in group.bs])) for f in group.factors]
     return plots.plot_comparison(panels, "batch size", _dashed(group.rows), f"{group.measure}, %")
 
 
-def sweep_figure(rows):
-    """Accuracy against learning-rate factor, a panel a batch size; None where no group has several factors."""
+def sweep_figure(rows: list[Row]) -> Any:
+    """Accuracy against learning-rate factor, one panel per batch size; None if no group has several factors."""
     panels = [
         (f"{group.title}, batch size {bs}", _series(group, [(f, (bs, f)) for f in group.factors]))
         for group in groups_of(rows)
@@ -160,31 +161,33 @@ def sweep_figure(rows):
     return plots.plot_comparison(panels, "learning-rate factor", _dashed(rows)) if panels else None
 
 
-def _series(group, wheres):
-    series = {}
+def _series(group: Group, wheres: list[tuple[float, Where]]) -> dict[str, list[dict[str, Any]]]:
+    """The points of each norm's line, as plain data."""
+    series: dict[str, list[dict[str, Any]]] = {}
     for norm in group.norms:
-        points = [(x, group.points.get((norm, *where))) for x, where in wheres]
-        points = [_plain(x, p) for x, p in points if p is not None]
+        found = [(x, group.points.get((norm, *where))) for x, where in wheres]
+        points = [_plain(x, p) for x, p in found if p is not None]
         if points:
             series[norm] = points
     return series
 
 
-def _plain(x, p):
+def _plain(x: float, p: Point) -> dict[str, Any]:
     counts = {"at chance": p.chance, "diverged": p.diverged, "refused": p.refused}
     return {"x": x, "mean": p.mean, "std": p.std, "total": p.total, **counts}
 
 
-def _dashed(rows):
+def _dashed(rows: list[Row]) -> set[str]:
+    """Labels of the peers, whose lines are dashed."""
     names = (item for group in groups_of(rows) for item in group.labels.items())
     return {label for (norm, _), label in names if norm.split(":")[0] in PEERS}
 
 
-def norms_figure(rows, path):
-    """Norms of the weights over steps, of the lowest seed, a panel a batch size and learning rate; None without any."""
+def norms_figure(rows: list[Row], path: str | Path) -> Any:
+    """Norms of the weights over steps for the lowest seed, one panel per batch size and rate; None without data."""
     panels = []
     for group in groups_of(rows):
-        found = {}
+        found: dict[Where, dict[str, Path]] = {}
         for row in sorted(group.rows, key=lambda r: int(r["seed"])):
             file = norms_path(path, row_key(row))
             where, label = (int(row["bs"]), float(row["lr_factor"])), group.labels[row["norm"], row["settings"]]
