@@ -15,35 +15,10 @@ from typing import Any
 from fastrbn.util import write_whole
 
 # the columns that identify a cell
-KEY = (
-    "data",
-    "net",
-    "norm",
-    "settings",
-    "bs",
-    "lr_factor",
-    "seed",
-    "n_train",
-    "epochs",
-    "augment",
-    "device",
-    "version",
-)
+KEY = tuple("data net norm settings bs lr_factor seed n_train epochs augment device version".split())
 RESULTS = (
-    "lr",
-    "status",
-    "accuracy",
-    "train_loss",
-    "steps",
-    "seconds",
-    "note",
-    "weight_norm_start",
-    "weight_norm_end",
-    "code",
-    "machine",
-    "python",
-    "torch",
-    "date",
+    *"lr status accuracy train_loss steps seconds note weight_norm_start weight_norm_end".split(),
+    *"code machine python torch date".split(),
 )
 COLUMNS = (*KEY, *RESULTS)
 NUMBERS = ("bs", "lr_factor", "seed", "epochs", "augment", "lr", "accuracy", "train_loss", "steps", "seconds")
