@@ -20,9 +20,10 @@ from statistics import fmean
 
 import torch
 
+from fastrbn.compare.cell import load_task
 from fastrbn.compare.norms import get_norm, prepare_model
 from fastrbn.compare.task_nets import weights
-from fastrbn.compare.tasks import OPTIMISERS, SCHEDULES, Batches, build, get_task, load_task, score_of
+from fastrbn.compare.tasks import OPTIMISERS, SCHEDULES, Batches, build, get_task, score_of
 
 
 def measure(name: str, norm: str, bs: int, seed: int) -> dict[str, float]:

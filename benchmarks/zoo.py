@@ -22,8 +22,8 @@ from small_batch import end, numbers
 
 from fastrbn import plots
 from fastrbn.compare import PEERS, TASKS, ZOO, cells_of, get_task, read_rows, run_grid, split_norms
-from fastrbn.compare.report import groups_of, markdown, task_figure
-from fastrbn.compare.standing import standing_table
+from fastrbn.compare.report import markdown, standing_table, task_figure
+from fastrbn.compare.results import groups_of
 from fastrbn.compare.tasks import task_of
 from fastrbn.data import DataError
 from fastrbn.util import write_whole

@@ -1,20 +1,20 @@
-"""Norms compared: a grid of norm × batch size × learning rate × seed × data set × net, trained over processes.
+"""Compare norms: a grid of norm × batch size × learning rate × seed × data set × net, trained in parallel processes.
 
     cells = cells_of(["default", "groupnorm"], bs=[1, 2, 8], seeds=[0, 1, 2])
     result = run_grid(cells, "compare/cells.csv")
 
     cells = cells_of(["default", "batchnorm"], bs=[2, 8], data=[ZOO], net=["dense", "mlp-adam"])    # tasks of `TASKS`
 
-`fastrbn compare` is this as a command. It puts the parts of the package together and is imported by none of them.
+`fastrbn compare` is the command for it. This package uses all other parts and is imported by none of them.
 """
 
-from .cell import LR_RULES, NETS, Cell, load_images, run_cell
+from .cell import LR_RULES, NETS, Cell, load_images, load_task, run_cell
 from .grid import GridResult, cells_of, run_grid
 from .norms import PEERS, describe, get_norm, prepare_model, split_norms
-from .report import markdown, write_report
-from .standing import standing_table, standings
+from .report import markdown, standing_table, write_report
+from .results import standings
 from .table import read_rows
-from .tasks import TASKS, ZOO, get_task, load_task
+from .tasks import TASKS, ZOO, get_task
 
 __all__ = [
     "LR_RULES",

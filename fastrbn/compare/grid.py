@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import datetime
-import hashlib
-import io
 import itertools
 import os
 import platform
-import re
 import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastrbn.util import write_whole
+from fastrbn.util import one_of, whole, write_whole
 
 from . import table
-from .cell import LR_RULES, NETS, Cell, code_of, key_of, load_images
+from .cell import NETS, Cell, code_of, key_of, load_images
 from .norms import describe, get_norm
 from .tasks import ZOO, get_task
 from .workers import in_processes, in_this_process
@@ -28,11 +26,18 @@ from .workers import in_processes, in_this_process
 
 @dataclasses.dataclass
 class GridResult:
-    """What a call of `run_grid` leaves.
+    """The result of `run_grid`.
 
-    - `rows`: those of the CSV that belong to the grid, `{column: text}`, in the grid's order.
-    - `failed`: cell → words, of those that raised or whose process died; the next call tries them again.
-    - `interrupted`: whether Ctrl-C ended it; `todo`: how many cells are left, the failed ones included.
+    Parameters
+    ----------
+    rows : list of dict
+        The grid's rows of the CSV, `{column: text}`, in the grid's order.
+    failed : dict of Cell to str
+        Error text of the cells that raised or whose process died. The next call tries them again.
+    interrupted : bool
+        Whether Ctrl-C ended the call.
+    todo : int
+        Number of cells that are not finished, including the failed ones.
     """
 
     rows: list[dict[str, str]]
@@ -41,12 +46,40 @@ class GridResult:
     todo: int
 
 
-def cells_of(norms, bs, seeds=(0,), lr_factors=(1.0,), data=("mnist",), net=("cnn",), **settings) -> list[Cell]:
-    """The cells of all combinations, `settings` (`n_train`, `epochs`, `augment`) the same for each. With
-    `data=["zoo"]`, `net` is a list of tasks, which have no such settings.
+def cells_of(
+    norms: Sequence[str],
+    bs: Iterable[int],
+    seeds: Iterable[int] = (0,),
+    lr_factors: Iterable[float] = (1.0,),
+    data: Iterable[str] = ("mnist",),
+    net: Iterable[str] = ("cnn",),
+    **settings: Any,
+) -> list[Cell]:
+    """The cells of all combinations, in the order of work.
 
-    In the order of work: by data set; then by seed, so that a grid that is cut short has a result for every norm; then
-    small batches first, which take longest.
+    The order is by data set, then by seed, so that an incomplete grid has results for every norm, then by batch size,
+    since small batches take longest.
+
+    Parameters
+    ----------
+    norms, bs, seeds, lr_factors, data, net : sequence
+        Values of the fields of `Cell`. With `data=["zoo"]`, `net` lists tasks.
+    **settings
+        `n_train`, `epochs` and `augment`, the same for all cells. Tasks do not have them.
+
+    Returns
+    -------
+    list of Cell
+
+    Raises
+    ------
+    ValueError
+        If there is no combination, or a norm or value is invalid.
+
+    Examples
+    --------
+    >>> [str(cell) for cell in cells_of(["default", "frn"], bs=[8, 2])][:2]
+    ['mnist cnn default bs 2 seed 0', 'mnist cnn frn bs 2 seed 0']
     """
     product = itertools.product(data, net, seeds, sorted(bs), lr_factors, norms)
     cells = [Cell(n, b, s, f, d, t, **settings) for d, t, s, b, f, n in product]
@@ -56,12 +89,13 @@ def cells_of(norms, bs, seeds=(0,), lr_factors=(1.0,), data=("mnist",), net=("cn
         _try(norm)
     if not cells:
         raise ValueError(
-            "a grid needs a norm, a batch size, a seed, a learning-rate factor, a data set and a net at least"
+            "a grid needs at least a norm, a batch size, a seed, a learning-rate factor, a data set and a net"
         )
     return list(dict.fromkeys(cells))
 
 
-def _try(norm):
+def _try(norm: str) -> None:
+    """Make the norm once, so that its errors come before training."""
     describe(norm)  # raises for an unknown one
     try:
         get_norm(norm)(64)
@@ -69,37 +103,69 @@ def _try(norm):
         raise ValueError(f"'{norm}' cannot be made: {e}") from e
 
 
-def _check(cell):
+def _check(cell: Cell) -> None:
     if cell.task:
         if (cell.n_train, cell.epochs, cell.augment) != (None, 1, False):
             raise ValueError(
-                f"a task has data and length of its own: leave out n_train, epochs and augment for {cell.net}"
+                f"a task has its own data and length: leave out n_train, epochs and augment for {cell.net}"
             )
     elif cell.net not in NETS:
         if cell.data == ZOO:
-            get_task(cell.net)  # names those there are
-        raise ValueError(f"net must be one of {', '.join(LR_RULES)}; got '{cell.net}'")
+            get_task(cell.net)  # its error lists the tasks
+        one_of("net", cell.net, NETS)
     for name, least in (("bs", 1), ("seed", 0), ("epochs", 1)):
-        value = getattr(cell, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
+        whole(name, getattr(cell, name), least)
     if not 0 < cell.lr_factor < float("inf"):
-        raise ValueError(f"a learning-rate factor is a finite number above 0; got {cell.lr_factor!r}")
+        raise ValueError(f"a learning-rate factor must be a finite number above 0; got {cell.lr_factor!r}")
 
 
-def run_grid(cells, path, jobs=None, device="cpu", root=None, norms_every=None, log=print) -> GridResult:
-    """Train those of `cells` that the CSV at `path` has no row for, and add one row for each.
+def run_grid(
+    cells: Iterable[Cell],
+    path: str | Path,
+    jobs: int | None = None,
+    device: str = "cpu",
+    root: str | Path | None = None,
+    norms_every: int | None = None,
+    log: Callable[[str], object] = print,
+) -> GridResult:
+    """Train the cells that have no row in a CSV yet, and add a row for each as soon as it is done.
 
-    - `jobs`: processes, each with one CPU thread; None: a core each, on CUDA one. 0: all in this process.
-    - `device`: "cpu", "cuda", or several such as "cuda:0,cuda:1", which processes take in turn.
-    - `root`: where data sets are, None for $FASTRBN_DATA or a cache.
-    - `norms_every`: record the norms of the convolutions' weights every so many steps, in a CSV a cell, in the folder
-      `<path without .csv>_norms`; a cell without that file is trained again.
-    - `log`: takes each line of progress.
+    A finished cell is one with the same settings, kind of device and version of fastrbn. Ctrl-C ends the call without
+    an error. A cell that fails is reported and does not stop the others.
 
-    Finished are cells with the same settings, kind of device and version of fastrbn. Ctrl-C ends the call, not an
-    error. A cell that fails is named, and does not stop the others. ValueError for a CSV of other columns or settings
-    that fit no data; DataError or OSError for data that cannot be had: all before anything is trained.
+    Parameters
+    ----------
+    cells : iterable of Cell
+    path : str or Path
+        The CSV file.
+    jobs : int, optional
+        Number of processes, each with one CPU thread; by default one per core, on CUDA one. 0 trains in this process.
+    device : str, default "cpu"
+        "cpu", "cuda", or several such as "cuda:0,cuda:1", which processes use in turn.
+    root : str or Path, optional
+        Folder of the data sets; by default $FASTRBN_DATA or a cache.
+    norms_every : int, optional
+        Record the norms of the convolutions' weights every so many steps, in one CSV per cell in the folder
+        `<path without .csv>_norms`. A finished cell without that file is trained again.
+    log : callable, default print
+        Called with each line of progress.
+
+    Returns
+    -------
+    GridResult
+
+    Raises
+    ------
+    ValueError
+        If the CSV has other columns, or settings do not fit the data; before anything is trained.
+    DataError, OSError
+        If data cannot be loaded; before anything is trained.
+
+    Examples
+    --------
+    >>> result = run_grid(cells_of(["default"], bs=[8]), "cells.csv")   # doctest: +SKIP
+    >>> result.rows[0]["accuracy"]                                      # doctest: +SKIP
+    '98.41'
     """
     path = Path(path)
     devices = device.split(",")
@@ -113,7 +179,8 @@ def run_grid(cells, path, jobs=None, device="cpu", root=None, norms_every=None, 
         + (f" in {_count(jobs, 'process', 'es')} on {device}" if jobs and todo else "")
     )
     _warn_of_other_code(finished, keys, log)
-    failed, interrupted = {}, False
+    failed: dict[Cell, str] = {}
+    interrupted = False
     if todo:
         table.begin(path)
         failed, interrupted = _train(todo, keys, path, jobs, devices, root, norms_every, log)
@@ -122,8 +189,19 @@ def run_grid(cells, path, jobs=None, device="cpu", root=None, norms_every=None, 
     return GridResult(rows, failed, interrupted, len(cells) - len(rows))
 
 
-def _train(todo, keys, path, jobs, devices, root, norms_every, log):
-    failed, progress, about = {}, _Progress(todo, log), machine(devices[0])
+def _train(
+    todo: list[Cell],
+    keys: dict[Cell, tuple[str, ...]],
+    path: Path,
+    jobs: int,
+    devices: list[str],
+    root: str | Path | None,
+    norms_every: int | None,
+    log: Callable[[str], object],
+) -> tuple[dict[Cell, str], bool]:
+    """Train the cells and write their rows. Returns the failed ones, and whether it was interrupted."""
+    failed: dict[Cell, str] = {}
+    progress, about = _Progress(todo, log), machine(devices[0])
     if jobs:
         results = in_processes(todo, jobs, devices, root, norms_every)
     else:
@@ -136,7 +214,7 @@ def _train(todo, keys, path, jobs, devices, root, norms_every, log):
                     progress.add(cell, f"FAILED: {failure.strip().splitlines()[-1]}")
                     continue
                 if norms is not None:
-                    write_whole(norms_path(path, keys[cell]), _norms_csv(norms))
+                    write_whole(table.norms_path(path, keys[cell]), table.norms_text(norms))
                 table.append(path, dict(zip(table.KEY, keys[cell])) | row | about)
                 progress.add(cell, _outcome(row))
     except KeyboardInterrupt:
@@ -144,7 +222,7 @@ def _train(todo, keys, path, jobs, devices, root, norms_every, log):
     return failed, False
 
 
-def _outcome(row) -> str:
+def _outcome(row: dict[str, Any]) -> str:
     if row["status"] == "refused":
         return f"refused: {row['note']}"
     lost = f" ({row['note']})" if row["note"] else ""
@@ -152,14 +230,15 @@ def _outcome(row) -> str:
 
 
 class _Progress:
-    """A line a finished cell, with the time that is left at the pace so far."""
+    """Logs a line for each finished cell, with the estimated time left."""
 
-    def __init__(self, todo, log):
+    def __init__(self, todo: list[Cell], log: Callable[[str], object]) -> None:
         self.log, self.total, self.done, self.began = log, len(todo), 0, time.perf_counter()
         self.all_work = sum(map(_work, todo))
         self.work = 0.0
 
-    def add(self, cell, words):
+    def add(self, cell: Cell, words: str) -> None:
+        """Log a finished cell."""
         self.done += 1
         self.work += _work(cell)
         left = (time.perf_counter() - self.began) * (self.all_work / self.work - 1)
@@ -167,27 +246,25 @@ class _Progress:
         self.log(f"[{self.done}/{self.total}] {cell}: {words}{eta}")
 
 
-def _work(cell) -> float:
-    # steps, and a little for each sample: what a cell takes in proportion to others
+def _work(cell: Cell) -> float:
+    """Relative cost of a cell: its steps, and a little for each sample."""
     if cell.task:
         return cell.task.n_steps(cell.bs) * (1 + cell.bs / 32)
     samples = (cell.n_train or 50_000) * cell.epochs
     return samples / cell.bs + samples / 32
 
 
-def _duration(seconds) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _resolve_data(cells, root, log):
-    """Each data set is loaded once here: what is wrong with it is said before processes start, and only one downloads.
-    The cells with the name their data really have, and with the number of their training images."""
+def _resolve_data(cells: list[Cell], root: str | Path | None, log: Callable[[str], object]) -> list[Cell]:
+    """Load each data set once, so that errors come before processes start and only one process downloads.
+
+    Returns the cells with the actual name of their data and number of training images.
+    """
     resolved = {}
     for name in dict.fromkeys(c.data for c in cells if not c.task):
         images = load_images(name, root)
@@ -195,7 +272,7 @@ def _resolve_data(cells, root, log):
             raise ValueError(f"training needs images of two classes or more; {name} has one, {images.classes[0]}")
         real = images.name if images.name == f"{name}-jpeg" else name
         if real != name:
-            log(f"{name} is not here in its own format: the JPEG images in the folder {real} are used, and called that")
+            log(f"{name} was not found in its original format; using the JPEG images in {real}, and that name")
         resolved[name] = real, len(images.train)
     tasks = {name: len(get_task(name).data(root)[0]) for name in dict.fromkeys(c.net for c in cells if c.task)}
     checked = []
@@ -210,46 +287,32 @@ def _resolve_data(cells, root, log):
     return list(dict.fromkeys(checked))
 
 
-def _warn_of_other_code(finished, keys, log):
+def _warn_of_other_code(
+    finished: dict[tuple[str, ...], dict[str, str]],
+    keys: dict[Cell, tuple[str, ...]],
+    log: Callable[[str], object],
+) -> None:
     other = [k for k in set(keys.values()) if k in finished and finished[k]["code"] != code_of()]
     if other:
         log(
-            f"note: {len(other)} of the finished cells were trained with other code of the norms or nets, of the same "
-            f"version; delete their rows to train them again"
+            f"note: {len(other)} of the finished cells were trained with different code of the norms or nets, of the "
+            f"same version; delete their rows to train them again"
         )
 
 
-def norms_path(path, key) -> Path:
-    """Where the norms of a cell's weights are, for the CSV at `path`."""
-    words = dict(zip(table.KEY, key))
-    stem = "-".join(
-        words[k] if k in ("data", "net", "norm") else f"{k}{words[k]}"
-        for k in ("data", "net", "norm", "bs", "lr_factor", "seed")
-    )
-    digest = hashlib.sha1("\0".join(key).encode(), usedforsecurity=False).hexdigest()[:8]
-    path = Path(path)
-    return path.parent / f"{path.stem}_norms" / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', stem)[:120]}-{digest}.csv"
+def _norms_missing(
+    path: Path, key: tuple[str, ...], finished: dict[tuple[str, ...], dict[str, str]], norms_every: int | None
+) -> bool:
+    return bool(norms_every) and finished[key]["status"] != "refused" and not table.norms_path(path, key).is_file()
 
 
-def _norms_missing(path, key, finished, norms_every) -> bool:
-    return bool(norms_every) and finished[key]["status"] != "refused" and not norms_path(path, key).is_file()
-
-
-def _norms_csv(norms) -> str:
-    text = io.StringIO(newline="")
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(norms)
-    out.writerows([step, *(f"{v:.6g}" for v in row)] for step, *row in zip(*norms.values()))
-    return text.getvalue()
-
-
-def _jobs(device) -> int:
+def _jobs(device: str) -> int:
     if torch.device(device).type != "cpu":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def machine(device) -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """The columns that say where a result comes from."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
     return {
@@ -268,5 +331,5 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
-def _count(n, what, plural="s") -> str:
+def _count(n: int, what: str, plural: str = "s") -> str:
     return f"{n} {what}{'' if n == 1 else plural}"

@@ -1,4 +1,4 @@
-"""Norms by text: `batchnorm`, `groupnorm:groups=4`, a recipe such as `default`, a variant `default:mom=0.05`."""
+"""Norms from text: `batchnorm`, `groupnorm:groups=4`, a recipe (`default`) or a variant of one (`default:mom=0.05`)."""
 
 from __future__ import annotations
 
@@ -7,60 +7,67 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastrbn.models import make_norm
 from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm
 from fastrbn.norm import recipes as _recipes
-from fastrbn.util import suggestion
+from fastrbn.util import one_of, suggestion
 
 from .peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
 
-Make = Callable[..., nn.Module]  # a norm for a number of channels, and of `dims` (2) axes after them
+Make = Callable[..., nn.Module | None]  # takes the number of channels, and `dims` (2) axes after them
 
 
-def _group(nf, groups: int = 8, *, dims: int = 2):
-    return make_norm("group", nf, groups=groups if dims else 1)  # over (N, C) one group: LayerNorm
+def _group(nf: int, groups: int = 8, *, dims: int = 2) -> nn.Module:
+    return make_norm("group", nf, groups=groups if dims else 1)  # over (N, C) with one group, which is LayerNorm
 
 
-def _layer(nf, eps: float = 1e-5):
+def _layer(nf: int, eps: float = 1e-5) -> nn.Module:
     return nn.GroupNorm(1, nf, eps=eps)
 
 
-def _instance(nf, eps: float = 1e-5):
+def _instance(nf: int, eps: float = 1e-5) -> nn.Module:
     return nn.InstanceNorm2d(nf, eps=eps, affine=True)
 
 
-def _batch(nf, momentum: float = 0.1, eps: float = 1e-5, *, dims: int = 2):
-    kind = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims]
-    return kind(nf, eps=eps, momentum=momentum)
+def _batch(nf: int, momentum: float = 0.1, eps: float = 1e-5, *, dims: int = 2) -> nn.Module:
+    kinds: list[type[nn.Module]] = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
+    return kinds[dims](nf, eps=eps, momentum=momentum)
 
 
-def _renorm(nf, mom: float | None = None, eps: float = 1e-5, r_max: float = 3.0, d_max: float = 5.0, *, steps: int):
-    if mom is None:  # the paper's 0.01, unless the run is so short that a tenth of it is a shorter memory
+def _renorm(
+    nf: int, mom: float | None = None, eps: float = 1e-5, r_max: float = 3.0, d_max: float = 5.0, *, steps: int
+) -> nn.Module:
+    if mom is None:  # the paper's 0.01, or more if a tenth of the run is a shorter memory than that
         mom = max(0.01, min(0.1, 10 / max(steps, 1)))
     return BatchRenorm(nf, mom, eps, r_max, d_max, BatchRenorm.scaled_warmup(steps))
 
 
-def _response(nf, eps: float = 1e-6, learn_eps: float | None = 1e-4, activate: bool = True):
+def _response(nf: int, eps: float = 1e-6, learn_eps: float | None = 1e-4, activate: bool = True) -> nn.Module:
     return FilterResponseNorm2d(nf, eps, learn_eps, activate)
 
 
-def _online(nf, alpha_f: float = 0.999, alpha_b: float = 0.99, eps: float = 1e-5, layer_scaling: bool = True):
+def _online(
+    nf: int, alpha_f: float = 0.999, alpha_b: float = 0.99, eps: float = 1e-5, layer_scaling: bool = True
+) -> nn.Module:
     return OnlineNorm(nf, alpha_f, alpha_b, eps, layer_scaling)
 
 
-def _moving(nf, window: int = 32, mom: float = 0.02, eps: float = 1e-5, r_max: float = 5.0, *, steps: int):
-    # the published warm-up, and a hundredth and a tenth of runs for which that is less
+def _moving(
+    nf: int, window: int = 32, mom: float = 0.02, eps: float = 1e-5, r_max: float = 5.0, *, steps: int
+) -> nn.Module:
+    # the published warm-up, or a hundredth and a tenth of the run if that is less
     return MABN(nf, window, mom, eps, r_max, (min(100, steps / 100), min(1000, steps / 10)))
 
 
-def _none(nf):
+def _none(nf: int) -> None:
     return None
 
 
-PEERS = {
+PEERS: dict[str, Make] = {
     "batchnorm": _batch,
     "groupnorm": _group,
     "layernorm": _layer,
@@ -72,34 +79,56 @@ PEERS = {
     "groupnorm-ws": _group,
     "none": _none,
 }
-"""What a norm that is no recipe is called, and what makes it: GroupNorm of 8 groups, LayerNorm as GroupNorm of one."""
+"""Norms other than recipes by name, with the function that makes each.
+
+GroupNorm has 8 groups; LayerNorm is GroupNorm with one.
+"""
 
 PREPARE = {"mabn": centralize_weights, "groupnorm-ws": standardize_weights}
-"""What the norms do to the weights of the net that they are in, see `prepare_model`."""
+"""How norms change the weights of their net; see `prepare_model`."""
 
-_GIVEN = ("nf", "steps", "dims")  # arguments that are no settings
+_GIVEN = ("nf", "steps", "dims")  # arguments that are not settings
 
 
 class _OnImages(nn.Module):
-    """A norm over (N, C, H, W) for another rank: all positions of a sample are its H, and W is 1."""
+    """Applies a norm for (N, C, H, W) to another rank: all positions of a sample become its H, and W is 1."""
 
-    def __init__(self, norm):
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm, self.activates = norm, getattr(norm, "activates", False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(x.flatten(2).unsqueeze(-1) if x.dim() > 2 else x[:, :, None, None]).view_as(x)
 
 
-_LAYER = ("mom", "eps", "backend")  # settings of RunningBatchNorm beside its recipe's
+_LAYER = ("mom", "eps", "backend")  # settings of RunningBatchNorm in addition to its recipe's
 _RATES = {name.removeprefix("rate_"): f for name, f in vars(_recipes).items() if name.startswith("rate_")}
 _RATES["memory"] = Memory()
 _MEMORY = tuple(f.name for f in dataclasses.fields(Memory))
 
 
 def split_norms(text: str) -> list[str]:
-    """`a,b:k=1,l=2,c` → a, b:k=1,l=2, c. ValueError for none, or one given twice."""
-    found = []
+    """Split a comma-separated list of norms, which may have settings with commas.
+
+    Parameters
+    ----------
+    text : str
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If there is no norm, or one is given twice.
+
+    Examples
+    --------
+    >>> split_norms("batchnorm,default:mom=0.05,elements=none,frn")
+    ['batchnorm', 'default:mom=0.05,elements=none', 'frn']
+    """
+    found: list[str] = []
     for piece in (p.strip() for p in text.split(",")):
         if "=" in piece and ":" not in piece and found and ":" in found[-1]:
             found[-1] += f",{piece}"
@@ -107,20 +136,39 @@ def split_norms(text: str) -> list[str]:
             found.append(piece)
     twice = sorted({n for n in found if found.count(n) > 1})
     if not found or twice:
-        raise ValueError(f"norms are names with commas between them, each once; got '{text}'")
+        raise ValueError(f"norms must be names separated by commas, each once; got '{text}'")
     return found
 
 
 def get_norm(text: str, steps: int = 1) -> Make:
-    """What makes the norm that `text` names, from a number of channels (None for `none`) and, for other input than
-    (N, C, H, W), `dims`, the number of axes after the channels (0 to 3).
+    """Return a function that makes the norm named by a text.
 
-    - `text`: a name of `PEERS` or `RECIPES`, and after a colon settings: arguments of the peer's layer; fields of
-      `Recipe`, and mom, eps or backend, for a recipe. `rate` takes the name of a rule; `least`, `most` and `share` are
-      those of its `Memory`.
-    - `steps`: the length of the run, which scales batch renormalisation's warm-up.
+    Parameters
+    ----------
+    text : str
+        A name of `PEERS` or `RECIPES`, optionally with settings after a colon: `groupnorm:groups=4`. A peer takes the
+        arguments of its layer. A recipe takes the fields of `Recipe`, and mom, eps or backend; its `rate` is the name
+        of a rule, and `least`, `most` and `share` belong to its `Memory`.
+    steps : int, default 1
+        Length of the run, which scales the warm-ups of batch renormalisation and MABN.
 
-    Raises ValueError for an unknown norm or setting, and suggests the closest.
+    Returns
+    -------
+    callable
+        Takes the number of channels and optionally `dims`, the number of axes after the channels (0 to 3, default 2).
+        Returns a module, or None for `none`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown norm or setting; the message suggests the closest.
+
+    Examples
+    --------
+    >>> get_norm("groupnorm:groups=4")(16).num_groups
+    4
+    >>> type(get_norm("batchnorm")(16, dims=1)).__name__
+    'BatchNorm1d'
     """
     name, settings = _parse(text)
     if name in PEERS:
@@ -130,7 +178,7 @@ def get_norm(text: str, steps: int = 1) -> Make:
     return lambda nf, dims=2: RunningBatchNorm(nf, recipe=recipe, **layer)
 
 
-def _peer(make, settings, nf, dims=2):
+def _peer(make: Make, settings: dict[str, Any], nf: int, dims: int = 2) -> nn.Module | None:
     if "dims" in inspect.signature(make).parameters:
         return make(nf, dims=dims, **settings)
     made = make(nf, **settings)
@@ -138,26 +186,47 @@ def _peer(make, settings, nf, dims=2):
 
 
 def prepare_model(text: str, model: nn.Module) -> nn.Module:
-    """Change the weights of a net built with the norm `text` as that norm requires, in place; for most, nothing.
+    """Change the weights of a net as its norm requires, in place; most norms require nothing.
 
     Parameters
     ----------
     text : str
         The norm, as for `get_norm`.
     model : nn.Module
-        The net, with its weights initialised.
+        The net, with initialised weights.
 
     Returns
     -------
     nn.Module
-        `model` itself: with standardised weights for `groupnorm-ws`, centralised ones for `mabn`.
+        `model` itself: with standardised weights for `groupnorm-ws`, with centralised weights for `mabn`.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8))
+    >>> bool(prepare_model("groupnorm-ws", net)[0].weight[0].mean().abs() < 1e-6)
+    True
     """
     prepare = PREPARE.get(_parse(text)[0])
     return model if prepare is None else prepare(model)
 
 
 def describe(text: str) -> str:
-    """All settings of the norm that `text` names, defaults included: what a result depends on beside the code."""
+    """List all settings of a norm, including defaults: what a result depends on apart from the code.
+
+    Parameters
+    ----------
+    text : str
+        The norm, as for `get_norm`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> describe("groupnorm")
+    'groups=8'
+    """
     name, settings = _parse(text)
     if name in PEERS:
         known = inspect.signature(PEERS[name]).parameters.values()
@@ -167,30 +236,29 @@ def describe(text: str) -> str:
     return _words({f: v for f, v in _fields(recipe).items() if f != "name"} | layer)
 
 
-def _fields(recipe):  # dataclasses.asdict would spread skip and clamp
+def _fields(recipe: Recipe) -> dict[str, Any]:
     return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
 
 
-def _words(settings) -> str:
+def _words(settings: dict[str, Any]) -> str:
     return " ".join(f"{k}={getattr(v, '__name__', v)}".replace(", ", ",") for k, v in settings.items())
 
 
-def _parse(text):
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Split a norm's text into its name and checked settings."""
     name, _, rest = text.partition(":")
-    known = [*RECIPES, *PEERS]
-    if name not in known:
-        raise ValueError(f"a norm is one of {', '.join(known)}; got '{name}'.{suggestion(name, known)}")
-    settings = {}
+    one_of("a norm", name, [*RECIPES, *PEERS])
+    settings: dict[str, Any] = {}
     for piece in filter(None, rest.split(",")):
         key, equals, value = (part.strip() for part in piece.partition("="))
         if not equals or not key or not value:
-            raise ValueError(f"settings of a norm are written {name}:name=value,name=value; got '{text}'")
+            raise ValueError(f"settings of a norm must be written {name}:name=value,name=value; got '{text}'")
         settings[key] = _value(value)
     _check(text, name, settings)
     return name, settings
 
 
-def _check(text, name, settings):
+def _check(text: str, name: str, settings: dict[str, Any]) -> None:
     if name in PEERS:
         takes = [p for p in inspect.signature(PEERS[name]).parameters if p not in _GIVEN]
     else:
@@ -202,7 +270,7 @@ def _check(text, name, settings):
             )
 
 
-def _value(text):
+def _value(text: str) -> Any:
     if text.lower() in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[text.lower()]
     try:
@@ -212,20 +280,20 @@ def _value(text):
     return number if isinstance(number, (int, float)) else text
 
 
-def _variant(text, name, settings):
-    """The recipe and the layer's own settings."""
+def _variant(text: str, name: str, settings: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and the settings of the layer itself."""
     layer = {k: v for k, v in settings.items() if k in _LAYER}
     changes = {k: v for k, v in settings.items() if k not in _LAYER}
     rate = changes.get("rate")
     if "rate" in changes:
         if rate not in _RATES:
             raise ValueError(
-                f"rate is one of {', '.join(_RATES)}; got '{rate}' in '{text}'.{suggestion(str(rate), _RATES)}"
+                f"rate must be one of {', '.join(_RATES)}; got '{rate}' in '{text}'.{suggestion(rate, _RATES)}"
             )
         changes["rate"] = _RATES[rate]
     for key in ("skip", "clamp"):
         if changes.get(key) is not None:
-            raise ValueError(f"as text {key} can only be switched off, {key}=none; got '{changes[key]}' in '{text}'")
+            raise ValueError(f"{key} can only be switched off, {key}=none; got '{changes[key]}' in '{text}'")
     numbers = {k: changes.pop(k) for k in _MEMORY if k in changes}
     memory = changes.get("rate", RECIPES[name].rate)
     if numbers and not isinstance(memory, Memory):

@@ -1,26 +1,19 @@
-"""What a grid has found: a table in Markdown, and pictures."""
+"""The report of a grid: tables in Markdown, and pictures."""
 
 from __future__ import annotations
 
-import csv
-import math
-import statistics
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastrbn import plots
-from fastrbn.norm import RECIPES
 from fastrbn.util import write_whole
 
 from .cell import LR_RULES
-from .grid import norms_path
 from .norms import PEERS
-from .table import number, read_rows, row_key
-from .tasks import task_of
+from .results import Group, Point, Row, Standing, groups_of, standings
+from .table import norms_path, read_norms, read_rows, row_key
 
-STATUSES = ("trained", "diverged", "chance", "refused")
-_COMMON = ("data", "net", "n_train", "epochs", "augment", "device", "version")  # what a table has in its title
-
+Where = tuple[int, float]  # batch size and learning-rate factor
 
 LEGEND = (
     "mean ± standard deviation over the seeds that trained; beside it how many diverged (loss NaN or Inf) or ended at "
@@ -28,143 +21,31 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Point:
-    """The cells of all seeds: how many, how they ended, and the accuracy in percent of those that trained."""
+def markdown(rows: list[Row]) -> str:
+    """The tables of a grid as Markdown.
 
-    total: int
-    diverged: int
-    chance: int
-    refused: int
-    mean: float | None
-    std: float | None  # of a sample; None for fewer than two
-    lost: float | None  # mean accuracy of those that diverged or are at chance
+    Each group of rows has a table norm × batch size, or norm × rate for each batch size if there are several learning
+    rates.
 
-    def __str__(self):
-        if self.refused == self.total:
-            return "refused"
-        counts = {"diverged": self.diverged, "at chance": self.chance, "refused": self.refused}
-        if self.mean is None:
-            return f"{', '.join(word for word, n in counts.items() if n)} ({self.lost:.1f})"
-        spread = "" if self.std is None else f" ± {self.std:.2f}"
-        lost = ", ".join(f"{n} of {self.total} {word}" for word, n in counts.items() if n)
-        return f"{self.mean:.2f}{spread}" + (f" ({lost})" if lost else "")
+    Parameters
+    ----------
+    rows : list of dict
+        From `read_rows`.
 
-    @property
-    def whole(self) -> bool:
-        """Whether every seed trained."""
-        return self.mean is not None and not self.diverged + self.chance + self.refused
+    Returns
+    -------
+    str
 
-    @property
-    def score(self) -> float | None:
-        """Mean accuracy of all seeds, those that diverged or are at chance included; None where the norm refuses."""
-        if self.refused:
-            return None
-        lost = self.diverged + self.chance
-        return ((self.mean or 0) * (self.total - lost) + (self.lost or 0) * lost) / self.total
-
-
-def point_of(rows) -> Point:
-    """The `Point` of rows that differ in nothing but the seed."""
-    by = {s: [number(r, "accuracy") for r in rows if r["status"] == s] for s in STATUSES}
-    good, lost = by["trained"], by["diverged"] + by["chance"]
-    mean = statistics.fmean(good) if good else None
-    std = statistics.stdev(good) if len(good) > 1 else None
-    lost_mean = statistics.fmean(lost) if lost else None
-    return Point(len(rows), len(by["diverged"]), len(by["chance"]), len(by["refused"]), mean, std, lost_mean)
-
-
-@dataclass
-class Group:
-    """Rows under one title: `points[norm label, bs, factor]`."""
-
-    rows: list[dict]
-    labels: dict[tuple[str, str], str]
-    points: dict[tuple[str, int, float], Point]
-    beside: str = ""  # what tells the title from another's
-
-    @property
-    def norms(self):
-        return list(self.labels.values())
-
-    @property
-    def bs(self):
-        return sorted({bs for _, bs, _ in self.points})
-
-    @property
-    def factors(self):
-        return sorted({f for _, _, f in self.points})
-
-    @property
-    def main_factor(self):
-        """1, or the one next to it."""
-        return min(self.factors, key=lambda f: abs(math.log(f)))
-
-    @property
-    def task(self):
-        """The task of these rows; None for a net on images."""
-        return task_of(self.rows[0]["data"], self.rows[0]["net"])
-
-    @property
-    def measure(self):
-        """What the numbers are."""
-        return f"validation {self.task.goal.called if self.task else 'accuracy'}"
-
-    @property
-    def title(self):
-        r = self.rows[0]
-        few, most = (pick(point.total for point in self.points.values()) for pick in (min, max))
-        seeds = f"{most} seed{'s' * (most > 1)}" if few == most else f"{few} to {most} seeds"
-        if self.task:
-            return f"{r['net']}, {seeds}{self.beside}"
-        epochs = "1 epoch" if r["epochs"] == "1" else f"{r['epochs']} epochs"
-        augmented = ", augmented" if r["augment"] == "1" else ""
-        counts = f"{r['n_train']} images, {epochs}{augmented}, {seeds}"
-        return f"{r['data']}, {r['net']}, {counts}{self.beside}"
-
-
-def groups_of(rows) -> list[Group]:
-    """Rows sorted by what they have in common."""
-    found = {}
-    for row in rows:
-        found.setdefault(tuple(row[k] for k in _COMMON), []).append(row)
-    groups = [_group(members) for members in found.values()]
-    titles = [group.title for group in groups]
-    for group, title in zip(groups, titles):
-        if titles.count(title) > 1:
-            group.beside = f", {group.rows[0]['device']}, fastrbn {group.rows[0]['version']}"
-    return groups
-
-
-def _rank(row):
-    """Recipes, each before its variants, then peers: the order of the table."""
-    base = row["norm"].split(":")[0]
-    known = [*RECIPES, *PEERS]
-    return known.index(base) if base in known else len(known), row["norm"]
-
-
-def _group(rows):
-    labels = {}
-    for row in sorted(
-        rows, key=_rank
-    ):  # one name with two settings: a recipe that was changed between versions of the code
-        same = [k for k in labels if k[0] == row["norm"] and k[1] != row["settings"]]
-        labels.setdefault((row["norm"], row["settings"]), row["norm"] + (f" #{len(same) + 1}" if same else ""))
-    cells = {}
-    for row in rows:
-        where = labels[row["norm"], row["settings"]], int(row["bs"]), float(row["lr_factor"])
-        cells.setdefault(where, []).append(row)
-    return Group(rows, labels, {where: point_of(members) for where, members in cells.items()})
-
-
-def markdown(rows) -> str:
-    """The tables of all groups: norm × batch size; with several learning rates, norm × rate for each batch size."""
+    Examples
+    --------
+    >>> print(markdown(read_rows("compare/cells.csv")))   # doctest: +SKIP
+    """
     groups = groups_of(rows)
     legend = [f"In the tables of tasks: {LEGEND}"] if any(group.task for group in groups) else []
     return "\n\n".join([*legend, *map(_section, groups)]) + "\n"
 
 
-def _section(group) -> str:
+def _section(group: Group) -> str:
     if group.task:
         rule = str(group.task)
     else:
@@ -189,7 +70,7 @@ def _section(group) -> str:
     return "\n".join([*parts, "", *notes]).rstrip().replace("\n\n\n", "\n\n")
 
 
-def _table(group, columns, corner):
+def _table(group: Group, columns: list[tuple[str, Where]], corner: str) -> list[str]:
     columns = [c for c in columns if any((n, *c[1]) in group.points for n in group.norms)]
     best = {where: _best(group, where) for _, where in columns}
     lines = [f"| {corner} | {' | '.join(head for head, _ in columns)} |", "| --- |" + " --- |" * len(columns)]
@@ -204,13 +85,56 @@ def _table(group, columns, corner):
     return lines
 
 
-def _best(group, where):
+def _best(group: Group, where: Where) -> float | None:
     points = (group.points.get((n, *where)) for n in group.norms)
-    return max((p.mean for p in points if p is not None and p.whole), default=None)
+    return max((p.mean for p in points if p is not None and p.whole and p.mean is not None), default=None)
 
 
-def accuracy_figure(rows):
-    """Accuracy against batch size, a panel a group, at learning-rate factor 1 or the nearest."""
+USUAL = ("batchnorm", "groupnorm")
+
+
+def standing_table(rows: list[Row]) -> str:
+    """The standings of all norms as a Markdown table, with that of `default` in a sentence.
+
+    Parameters
+    ----------
+    rows : list of dict
+        From `read_rows`.
+
+    Returns
+    -------
+    str
+        With columns for the standing among all peers, and among `USUAL` only.
+
+    Examples
+    --------
+    >>> print(standing_table([]).splitlines()[-1])
+    There is no cell with results of both `default` and a peer.
+    """
+    among_all, among_usual = standings(rows), standings(rows, USUAL)
+    lines = [
+        f"| norm | cells | within two deviations of the best peer | of {' and '.join(USUAL)} | mean rank | "
+        "lost where two peers train |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for norm, s in among_all.items():
+        usual = f"{100 * among_usual[norm].within:.0f} %" if norm in among_usual else ""
+        lines.append(f"| {norm} | {s.cells} | {100 * s.within:.0f} % | {usual} | {s.rank:.2f} | {s.lost} |")
+    return "\n".join([*lines, "", _sentence(among_all.get("default"))])
+
+
+def _sentence(s: Standing | None) -> str:
+    if s is None:
+        return "There is no cell with results of both `default` and a peer."
+    return (
+        f"`default` is within two pooled standard deviations of the best peer in {100 * s.within:.0f} % of {s.cells} "
+        f"cells (task × batch size × learning-rate factor; {s.blank} more, in which no norm learns, are left out); its "
+        f"mean rank is {s.rank:.2f}."
+    )
+
+
+def accuracy_figure(rows: list[Row]) -> Any:
+    """Accuracy against batch size, one panel per group, at learning-rate factor 1 or the closest."""
     panels = []
     for group in groups_of(rows):
         f = group.main_factor
@@ -219,14 +143,14 @@ def accuracy_figure(rows):
     return plots.plot_comparison(panels, "batch size", _dashed(rows))
 
 
-def task_figure(group):
-    """The score of a group's norms against batch size, a panel a learning-rate factor."""
+def task_figure(group: Group) -> Any:
+    """The scores of a group's norms against batch size, one panel per learning-rate factor."""
     panels = [(f"{group.title}, lr×{f:.3g}", _series(group, [(bs, (bs, f)) for bs in group.bs])) for f in group.factors]
     return plots.plot_comparison(panels, "batch size", _dashed(group.rows), f"{group.measure}, %")
 
 
-def sweep_figure(rows):
-    """Accuracy against learning-rate factor, a panel a batch size; None where no group has several factors."""
+def sweep_figure(rows: list[Row]) -> Any:
+    """Accuracy against learning-rate factor, one panel per batch size; None if no group has several factors."""
     panels = [
         (f"{group.title}, batch size {bs}", _series(group, [(f, (bs, f)) for f in group.factors]))
         for group in groups_of(rows)
@@ -236,31 +160,33 @@ def sweep_figure(rows):
     return plots.plot_comparison(panels, "learning-rate factor", _dashed(rows)) if panels else None
 
 
-def _series(group, wheres):
-    series = {}
+def _series(group: Group, wheres: list[tuple[float, Where]]) -> dict[str, list[dict[str, Any]]]:
+    """The points of each norm's line, as plain data."""
+    series: dict[str, list[dict[str, Any]]] = {}
     for norm in group.norms:
-        points = [(x, group.points.get((norm, *where))) for x, where in wheres]
-        points = [_plain(x, p) for x, p in points if p is not None]
+        found = [(x, group.points.get((norm, *where))) for x, where in wheres]
+        points = [_plain(x, p) for x, p in found if p is not None]
         if points:
             series[norm] = points
     return series
 
 
-def _plain(x, p):
+def _plain(x: float, p: Point) -> dict[str, Any]:
     counts = {"at chance": p.chance, "diverged": p.diverged, "refused": p.refused}
     return {"x": x, "mean": p.mean, "std": p.std, "total": p.total, **counts}
 
 
-def _dashed(rows):
+def _dashed(rows: list[Row]) -> set[str]:
+    """Labels of the peers, whose lines are dashed."""
     names = (item for group in groups_of(rows) for item in group.labels.items())
     return {label for (norm, _), label in names if norm.split(":")[0] in PEERS}
 
 
-def norms_figure(rows, path):
-    """Norms of the weights over steps, of the lowest seed, a panel a batch size and learning rate; None without any."""
+def norms_figure(rows: list[Row], path: str | Path) -> Any:
+    """Norms of the weights over steps for the lowest seed, one panel per batch size and rate; None without data."""
     panels = []
     for group in groups_of(rows):
-        found = {}
+        found: dict[Where, dict[str, Path]] = {}
         for row in sorted(group.rows, key=lambda r: int(r["seed"])):
             file = norms_path(path, row_key(row))
             where, label = (int(row["bs"]), float(row["lr_factor"])), group.labels[row["norm"], row["settings"]]
@@ -272,21 +198,36 @@ def norms_figure(rows, path):
     return plots.plot_weight_norms(panels, _dashed(rows)) if panels else None
 
 
-def read_norms(path) -> tuple[list[int], list[float]]:
-    """(steps, norm of all convolutions' weights together) of a cell's file."""
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.reader(f))[1:]
-    return [int(r[0]) for r in rows], [math.fsum(float(v) ** 2 for v in r[1:]) ** 0.5 for r in rows]
+def write_report(
+    path: str | Path, name: str | None = None, rows: list[Row] | None = None
+) -> tuple[str, list[Path]]:
+    """Write the tables and pictures of a grid next to its CSV.
 
+    Parameters
+    ----------
+    path : str or Path
+        The CSV.
+    name : str, optional
+        Write `<name>.md`, `<name>.png`, `<name>_sweep.png` (with several learning rates) and `<name>_norms.png` (if
+        norms were recorded). By default table.md, accuracy.png, sweep.png and weight_norms.png.
+    rows : list of dict, optional
+        Rows to show; by default all of the CSV.
 
-def write_report(path, name=None, rows=None) -> tuple[str, list[Path]]:
-    """Write table and pictures beside the CSV at `path`; (the table, the files).
+    Returns
+    -------
+    text : str
+        The tables.
+    files : list of Path
+        The files written.
 
-    - `name`: None for table.md, accuracy.png, sweep.png (several learning rates) and weight_norms.png (where norms were
-      recorded); else `<name>.md`, `<name>.png`, `<name>_sweep.png`, `<name>_norms.png`.
-    - `rows`: None for all of the CSV.
+    Raises
+    ------
+    ValueError
+        If there is no row to show.
 
-    ValueError where there is no row to show.
+    Examples
+    --------
+    >>> text, files = write_report("compare/cells.csv")   # doctest: +SKIP
     """
     path = Path(path)
     rows = read_rows(path) if rows is None else rows

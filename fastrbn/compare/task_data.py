@@ -1,4 +1,4 @@
-"""Data of the tasks, drawn from a fixed seed or cut from MNIST and CIFAR-10.
+"""Data of the tasks, drawn from a fixed seed or taken from MNIST and CIFAR-10.
 
 Each function takes the folder of the data sets and returns x, y, validation x, validation y.
 """
@@ -6,21 +6,24 @@ Each function takes the folder of the data sets and returns x, y, validation x, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrbn.data import load_dataset
+from fastrbn.data import Dataset, load_dataset
 
-_images = lru_cache(2)(load_dataset)  # several tasks are made from the same
+_images = lru_cache(2)(load_dataset)  # several tasks share a data set
 
+Root = str | Path | None
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _draw(seed):
-    """(random numbers from 0 to 1, normal ones, classes), each a function of a shape."""
+def _draw(seed: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[[int, int], Tensor]]:
+    """Functions that draw uniform numbers in 0-1, normal numbers, and classes."""
     g = torch.Generator().manual_seed(seed)
     return (
         lambda *shape: torch.rand(shape, generator=g),
@@ -29,18 +32,20 @@ def _draw(seed):
     )
 
 
-def _split(x, y, n) -> Tensors:
+def _split(x: Tensor, y: Tensor, n: int) -> Tensors:
     return x[:n], y[:n], x[n:], y[n:]
 
 
-def _standardised(x):
+def _standardised(x: Tensor) -> Tensor:
     return (x - x.mean()) / x.std()
 
 
-def shapes(root=None, gain: bool = False, n: int = 3000, n_valid: int = 400, size: int = 24) -> Tensors:
-    """Three discs or squares on waves and noise, (N, 1, size, size); y is 1 where a shape is.
+def shapes(
+    root: Root = None, gain: bool = False, n: int = 3000, n_valid: int = 400, size: int = 24
+) -> Tensors:
+    """Three discs or squares on waves and noise, (N, 1, size, size); y is 1 inside a shape.
 
-    `gain`: each image has a gain (log-normal, σ 0.7) and an offset (normal) of its own.
+    With `gain` each image has its own gain (log-normal, σ 0.7) and offset (normal).
     """
     rand, randn, _ = _draw(1)
     total, axis = n + n_valid, torch.arange(size).float()
@@ -57,9 +62,11 @@ def shapes(root=None, gain: bool = False, n: int = 3000, n_valid: int = 400, siz
     return _split(_standardised(x).unsqueeze(1), y, n)
 
 
-def signals(root=None, n: int = 4000, n_valid: int = 1000, length: int = 96, classes: int = 6) -> Tensors:
-    """A short burst on a slow wave with noise, (N, 1, length); the class is the burst's frequency. Each signal has a
-    gain and an offset of its own."""
+def signals(root: Root = None, n: int = 4000, n_valid: int = 1000, length: int = 96, classes: int = 6) -> Tensors:
+    """A short burst on a slow wave with noise, (N, 1, length); the class is the burst's frequency.
+
+    Each signal has its own gain and offset.
+    """
     rand, randn, pick = _draw(2)
     total, t = n + n_valid, torch.arange(length).float()
     y = pick(total, classes)
@@ -70,7 +77,7 @@ def signals(root=None, n: int = 4000, n_valid: int = 1000, length: int = 96, cla
     return _split(_standardised(x).unsqueeze(1), y, n)
 
 
-def volumes(root=None, n: int = 3000, n_valid: int = 600, size: int = 10) -> Tensors:
+def volumes(root: Root = None, n: int = 3000, n_valid: int = 600, size: int = 10) -> Tensors:
     """A ball, cube, octahedron, cylinder or three crossed bars with noise, (N, 1, size, size, size); 5 classes."""
     rand, randn, pick = _draw(3)
     total, axis = n + n_valid, torch.arange(size).float()
@@ -90,8 +97,8 @@ def volumes(root=None, n: int = 3000, n_valid: int = 600, size: int = 10) -> Ten
     return _split(_standardised(x + 0.15 * randn(*x.shape)).unsqueeze(1), y, n)
 
 
-def table(root=None, n: int = 6000, n_valid: int = 1500, features: int = 16) -> Tensors:
-    """Raw features of very different scales and offsets, (N, features), and a smooth function of them, (N, 1)."""
+def table(root: Root = None, n: int = 6000, n_valid: int = 1500, features: int = 16) -> Tensors:
+    """Raw features with very different scales and offsets, (N, features), and a smooth function of them, (N, 1)."""
     rand, randn, _ = _draw(4)
     total = n + n_valid
     x = randn(total, features) * torch.exp(1.5 * randn(features)) + 3 * randn(features)
@@ -100,8 +107,8 @@ def table(root=None, n: int = 6000, n_valid: int = 1500, features: int = 16) -> 
     return _split(x, y / y.std() + 0.1 * randn(total, 1), n)
 
 
-def digits(root=None, n: int = 12_000, n_valid: int = 4000, halved: bool = False) -> Tensors:
-    """The first images of MNIST, (N, 1, 28, 28); `halved`: (N, 1, 14, 14)."""
+def digits(root: Root = None, n: int = 12_000, n_valid: int = 4000, halved: bool = False) -> Tensors:
+    """The first images of MNIST, (N, 1, 28, 28), or (N, 1, 14, 14) if `halved`."""
     images = _images("mnist", root)
     x, valid_x = (
         F.avg_pool2d((part.x[:m].float() / 255 - images.mean[0]) / images.std[0], 1 + halved)
@@ -110,23 +117,26 @@ def digits(root=None, n: int = 12_000, n_valid: int = 4000, halved: bool = False
     return x, images.train.y[:n], valid_x, images.valid.y[:n_valid]
 
 
-def small_digits(root=None, flat: bool = False) -> Tensors:
-    """MNIST as rows of a sequence, (N, 14, 14), or `flat`, (N, 196)."""
+def small_digits(root: Root = None, flat: bool = False) -> Tensors:
+    """Halved MNIST as sequences of rows, (N, 14, 14), or (N, 196) if `flat`."""
     x, y, valid_x, valid_y = digits(root, halved=True)
     return (x.flatten(1), y, valid_x.flatten(1), valid_y) if flat else (x[:, 0], y, valid_x[:, 0], valid_y)
 
 
-def other_digits(root=None) -> Tensors:
-    """2,000 images of MNIST in another look: turned by a quarter, dark on light, with half the contrast."""
+def other_digits(root: Root = None) -> Tensors:
+    """2,000 images of MNIST that look different: rotated by a quarter turn, dark on light, with half the contrast."""
     x, y, valid_x, valid_y = digits(root, 2000)
     return 1 - 0.5 * x.rot90(1, (2, 3)), y, 1 - 0.5 * valid_x.rot90(1, (2, 3)), valid_y
 
 
-def real_and_fake(root=None) -> Tensors:
-    """Pairs (N, 2, 1, 14, 14) of a digit, and of the upper half of one with the lower half of another; y is (1, 0)."""
+def real_and_fake(root: Root = None) -> Tensors:
+    """Pairs (N, 2, 1, 14, 14) of a real digit and a fake one; y is (1, 0).
+
+    A fake has the upper half of one digit and the lower half of another.
+    """
     x, _, valid_x, _ = digits(root, halved=True)
 
-    def pairs(real):
+    def pairs(real: Tensor) -> tuple[Tensor, Tensor]:
         others = real.roll(1, 0)
         fake = torch.cat([others[:, :, :7], others.roll(1, 0)[:, :, 7:]], 2)
         return torch.stack([real, fake], 1), torch.tensor([1.0, 0.0]).expand(len(real), 2)
@@ -134,12 +144,12 @@ def real_and_fake(root=None) -> Tensors:
     return *pairs(x), *pairs(valid_x)
 
 
-def cifar(root=None, n: int = 8000, n_valid: int = 2000) -> Tensors:
-    """A random part of CIFAR-10, always the same, (N, 3, 32, 32)."""
+def cifar(root: Root = None, n: int = 8000, n_valid: int = 2000) -> Tensors:
+    """A fixed random part of CIFAR-10, (N, 3, 32, 32)."""
     images = _images("cifar10", root)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.mean, images.std))
 
-    def part(data, m):
+    def part(data: Dataset, m: int) -> tuple[Tensor, Tensor]:
         i = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:m]
         return (data.x[i].float() / 255 - mean) / std, data.y[i]
 

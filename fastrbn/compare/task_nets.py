@@ -1,43 +1,65 @@
-"""Nets of the tasks. Each takes `norm(channels, dims)`, dims being the number of axes after the channels."""
+"""Nets of the tasks. Each takes `norm(channels, dims)`; `dims` is the number of axes after the channels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastrbn.models import Residual
 
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+Norm = Callable[[int, int], nn.Module | None]
+Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
+
+_CONVS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def block(layer, norm, nf, dims, relu_first: bool = False):
-    """`layer`, norm, ReLU, or with ReLU before the norm. `layer(bias)` makes the convolution or linear layer."""
+def block(
+    layer: Callable[..., nn.Module], norm: Norm, nf: int, dims: int, relu_first: bool = False
+) -> nn.Sequential:
+    """`layer`, norm and ReLU, or ReLU before the norm. `layer(bias)` makes the convolution or linear layer."""
     made = norm(nf, dims)
-    relu = [] if getattr(made, "activates", False) else [nn.ReLU()]
+    relu: list[nn.Module] = [] if getattr(made, "activates", False) else [nn.ReLU()]
     normed = [] if made is None else [made]
     return nn.Sequential(layer(bias=made is None), *(relu + normed if relu_first else normed + relu))
 
 
-def conv(ni, nf, norm, dims=2, ks=3, stride=1, relu_first=False):
-    def layer(bias):
+def conv(
+    ni: int, nf: int, norm: Norm, dims: int = 2, ks: int = 3, stride: int = 1, relu_first: bool = False
+) -> nn.Sequential:
+    """A `block` with a convolution of `dims` dimensions."""
+    def layer(bias: bool) -> nn.Module:
         return _CONVS[dims](ni, nf, ks, stride, ks // 2, bias=bias)
 
     return block(layer, norm, nf, dims, relu_first)
 
 
-def dense(ni, nf, norm):
+def dense(ni: int, nf: int, norm: Norm) -> nn.Sequential:
+    """A `block` with a linear layer."""
     return block(lambda bias: nn.Linear(ni, nf, bias=bias), norm, nf, 0)
 
 
 class Average(nn.Module):
-    """(N, C, …) → (N, C): the mean over all positions."""
+    """(N, C, *) to (N, C): the mean over all positions."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(2)
 
 
-def conv_net(norm, widths, classes, dims=2, strides=None, relu_first=False, first_ks=3, ni=1):
+def conv_net(
+    norm: Norm,
+    widths: Sequence[int],
+    classes: int,
+    dims: int = 2,
+    strides: Sequence[int] | None = None,
+    relu_first: bool = False,
+    first_ks: int = 3,
+    ni: int = 1,
+) -> nn.Sequential:
+    """Convolutions of the given widths, average pooling and a linear layer."""
     layers = []
     for i, nf in enumerate(widths):
         ks, stride = first_ks if i == 0 else 3, strides[i] if strides else 2
@@ -46,27 +68,28 @@ def conv_net(norm, widths, classes, dims=2, strides=None, relu_first=False, firs
     return nn.Sequential(*layers, Average(), nn.Linear(ni, classes))
 
 
-def course(norm, relu_first=True):
-    """The course's net for MNIST, with ReLU before the norm as there, or after it."""
+def course(norm: Norm, relu_first: bool = True) -> nn.Sequential:
+    """The course's net for MNIST, with ReLU before the norm as in the course, or after it."""
     return conv_net(norm, [8, 16, 32, 64, 64], 10, relu_first=relu_first, first_ks=5)
 
 
-def mlp(norm, ni, classes, width=64, layers=4):
+def mlp(norm: Norm, ni: int, classes: int, width: int = 64, layers: int = 4) -> nn.Sequential:
+    """Dense blocks and a linear layer."""
     return nn.Sequential(
         *(dense(width if i else ni, width, norm) for i in range(layers)), nn.Linear(width, classes)
     )
 
 
-def table_net(norm, features=16):
+def table_net(norm: Norm, features: int = 16) -> nn.Sequential:
     """The norm on the raw features, then an MLP."""
     first = norm(features, 0)
     return nn.Sequential(nn.Identity() if first is None else first, mlp(norm, features, 1, 48, 3))
 
 
 class EncoderDecoder(nn.Module):
-    """(N, 1, H, W) → (N, H, W): two halvings, and back with the finer features beside."""
+    """(N, 1, H, W) to (N, H, W): two halvings, and back up with the finer features concatenated."""
 
-    def __init__(self, norm, width=8):
+    def __init__(self, norm: Norm, width: int = 8) -> None:
         super().__init__()
         w = width
         self.fine = nn.Sequential(conv(1, w, norm), conv(w, w, norm))
@@ -75,21 +98,21 @@ class EncoderDecoder(nn.Module):
         self.up_middle, self.up_fine = conv(5 * w, 2 * w, norm), conv(3 * w, w, norm)
         self.head = nn.Conv2d(w, 1, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         fine = self.fine(x)
         middle = self.middle(fine)
         up = self.up_middle(torch.cat([_doubled(self.coarse(middle)), middle], 1))
         return self.head(self.up_fine(torch.cat([_doubled(up), fine], 1)))[:, 0]
 
 
-def _doubled(x):
+def _doubled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2)
 
 
 class Recurrent(nn.Module):
-    """(N, T, ni) → classes, from the last h of h = tanh(norm(W·x_t + U·h)): one norm for all steps of the sequence."""
+    """(N, T, ni) to classes, from the last h of h = tanh(norm(W·x_t + U·h)); all time steps share one norm."""
 
-    def __init__(self, norm, ni=14, width=64, classes=10):
+    def __init__(self, norm: Norm, ni: int = 14, width: int = 64, classes: int = 10) -> None:
         super().__init__()
         made = norm(width, 0)
         self.width = width
@@ -98,7 +121,7 @@ class Recurrent(nn.Module):
         self.norm = nn.Identity() if made is None else made
         self.head = nn.Linear(width, classes)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = x.new_zeros(len(x), self.width)
         for part in x.unbind(1):
             h = torch.tanh(self.norm(self.input(part) + self.hidden(h)))
@@ -106,26 +129,29 @@ class Recurrent(nn.Module):
 
 
 class TwoPasses(nn.Module):
-    """A discriminator's step: pairs (N, 2, …) → logits (N, 2), the real ones in one pass and the fakes in another."""
+    """A discriminator's step: pairs (N, 2, *) to logits (N, 2), real ones in one pass and fakes in another."""
 
-    def __init__(self, net):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, pairs):
+    def forward(self, pairs: Tensor) -> Tensor:
         return torch.cat([self.net(part) for part in pairs.unbind(1)], 1)
 
 
-def vgg(norm):
-    layers, ni = [], 3
+def vgg(norm: Norm) -> nn.Sequential:
+    """A small VGG for CIFAR-10: pairs of convolutions, max pooling."""
+    layers: list[nn.Module] = []
+    ni = 3
     for nf in (16, 32, 64):
         layers += [conv(ni, nf, norm), conv(nf, nf, norm), nn.MaxPool2d(2)]
         ni = nf
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 10))
 
 
-def resnet(norm, width=12):
-    def residual(nf):
+def resnet(norm: Norm, width: int = 12) -> nn.Sequential:
+    """A small ResNet for CIFAR-10."""
+    def residual(nf: int) -> nn.Module:
         return Residual(conv(nf, nf, norm), conv(nf, nf, norm))
 
     w = width
@@ -141,10 +167,10 @@ def resnet(norm, width=12):
     )
 
 
-def initialise(model, seed: int) -> None:
-    """Kaiming normal weights and zero biases, a function of the seed alone; the last layer's are 0.3 times as large."""
+def initialise(model: nn.Module, seed: int) -> None:
+    """Kaiming normal weights and zero biases, a function of the seed; the last layer's weights are scaled by 0.3."""
     torch.manual_seed(seed)
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, *_CONVS.values()))]
+    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight)
         if layer.bias is not None:
@@ -153,8 +179,8 @@ def initialise(model, seed: int) -> None:
         layers[-1].weight.mul_(0.3)
 
 
-def weights(model, kinds=(nn.Linear, *_CONVS.values())) -> dict[str, tuple[str, nn.Parameter]]:
-    """For each module of `kinds` its weight's full name and parameter, also where the weight is computed from it."""
+def weights(model: nn.Module, kinds: Kinds = LAYERS) -> dict[str, tuple[str, nn.Parameter]]:
+    """Full name and parameter of the weight of each module of `kinds`, also if the weight is computed from it."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, kinds):

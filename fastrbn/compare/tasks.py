@@ -1,9 +1,9 @@
-"""Tasks that differ in what matters to a norm: net, order of norm and ReLU, optimiser, what a batch is made of.
+"""Tasks that differ in what matters to a norm: net, order of norm and ReLU, optimiser, composition of batches.
 
     cell = Cell("default", 8, data=ZOO, net="dense-gain")      # data=ZOO: `net` names a task
     run_cell(cell, load_task("dense-gain"))
 
-`benchmarks/zoo.py` runs them all. Each cell takes 5 to 60 s on one CPU thread.
+`benchmarks/zoo.py` runs all of them. Each cell takes 5 to 60 s on one CPU thread.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from fastrbn.callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
+from fastrbn.util import one_of
 
 from . import task_data as data
 from . import task_nets as nets
 
 ZOO = "zoo"
-"""A cell's `data` that makes its `net` the name of a task."""
+"""With this as a cell's `data`, its `net` is the name of a task."""
 
-OPTIMISERS = {
+OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
     "SGD": optim.SGD,
     "SGD with momentum 0.9": partial(optim.SGD, momentum=0.9),
     "Adam": optim.Adam,
@@ -40,9 +41,9 @@ LINE, CYCLE = SCHEDULES
 
 @dataclass(frozen=True)
 class Goal:
-    """What a task minimises, and the score in percent it is judged by.
+    """What a task minimises, and the score in percent that judges it.
 
-    `blind(y)` is the score and the loss that a net is above and below once it has learnt something.
+    `blind(y)` gives the score above which, and the loss below which, a net has learnt something.
     """
 
     called: str
@@ -51,25 +52,25 @@ class Goal:
     blind: Callable[[Tensor], tuple[float, float]]
 
 
-def _accuracy(p, y):
+def _accuracy(p: Tensor, y: Tensor) -> Tensor:
     return 100 * (p.argmax(1) == y).float().mean()
 
 
-def _overlap(p, y):
+def _overlap(p: Tensor, y: Tensor) -> Tensor:
     found, there = p > 0, y > 0.5
     return 100 * (found & there).sum() / (found | there).sum().clamp_min(1)
 
 
-def _explained(p, y):
+def _explained(p: Tensor, y: Tensor) -> Tensor:
     return (100 * (1 - F.mse_loss(p, y) / y.var(correction=0))).nan_to_num(-100).clamp_min(-100)
 
 
-def _blind_class(y):
+def _blind_class(y: Tensor) -> tuple[float, float]:
     c = int(y.max()) + 1
     return 200 / c, 0.9 * math.log(c)
 
 
-def _blind_mask(y):
+def _blind_mask(y: Tensor) -> tuple[float, float]:
     share = y.mean().item()
     return 100 * share, -0.9 * (share * math.log(share) + (1 - share) * math.log(1 - share))
 
@@ -85,8 +86,8 @@ TELL_APART = Goal(
 )
 
 
-def _shuffled(y, bs, steps, g) -> Iterator[Tensor]:
-    """Epochs of a random order; what is left over at an epoch's end is dropped."""
+def _shuffled(y: Tensor, bs: int, steps: int, g: torch.Generator) -> Iterator[Tensor]:
+    """Epochs in random order; the remainder of an epoch is dropped."""
     order, at = torch.randperm(len(y), generator=g), 0
     for _ in range(steps):
         if at + bs > len(y):
@@ -95,7 +96,7 @@ def _shuffled(y, bs, steps, g) -> Iterator[Tensor]:
         at += bs
 
 
-def _runs(y, bs, steps, g, length=1) -> Iterator[Tensor]:
+def _runs(y: Tensor, bs: int, steps: int, g: torch.Generator, length: int = 1) -> Iterator[Tensor]:
     """Random samples of one class for `length` steps, then of another."""
     members = [torch.nonzero(y == c)[:, 0] for c in range(int(y.max()) + 1)]
     for step in range(steps):
@@ -104,30 +105,31 @@ def _runs(y, bs, steps, g, length=1) -> Iterator[Tensor]:
         yield chosen[torch.randint(len(chosen), (bs,), generator=g)]
 
 
-def _twice(y, bs, steps, g) -> Iterator[Tensor]:
-    """Each sample twice in its batch (in an odd batch the last one once)."""
+def _twice(y: Tensor, bs: int, steps: int, g: torch.Generator) -> Iterator[Tensor]:
+    """Each sample twice in its batch (the last one once if the batch is odd)."""
     for half in _shuffled(y, (bs + 1) // 2, steps, g):
         yield half.repeat_interleave(2)[:bs]
 
 
-BATCHES = {
+BATCHES: dict[str, Callable[..., Iterator[Tensor]]] = {
     "shuffled": _shuffled,
     "one class each": _runs,
     "runs of one class": partial(_runs, length=8),
     "each sample twice": _twice,
 }
-"""What a batch is made of: f(y, batch size, steps, generator) → indices of each batch."""
+"""How batches are made: f(y, batch size, steps, generator) yields the indices of each batch."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A training that is the same for every norm.
 
-    - `data`: root → x, y, validation x, validation y. `net`: `norm(channels, dims)` → module. `goal`: see `Goal`.
-    - `steps`: by batch size; between two of them that of the smaller.
+    - `data`: function of the data root that returns x, y, validation x, validation y.
+    - `net`: function of `norm(channels, dims)` that returns the model. `goal`: see `Goal`.
+    - `steps`: number of steps by batch size; a batch size in between uses the next smaller one.
     - `rate`, `cap`: the learning rate is `rate`·bs^`power`, at most `cap`. All were fixed before norms were compared.
     - `optimiser`, `schedule`, `batches`: names in `OPTIMISERS`, `SCHEDULES`, `BATCHES`.
-    - `after`: the task whose net, trained with nn.BatchNorm, this one starts from; its last layer is new.
+    - `after`: the task whose net, trained with nn.BatchNorm, this one starts from, with a new last layer.
     """
 
     data: Callable[..., data.Tensors]
@@ -143,12 +145,14 @@ class Task:
     after: str | None = None
 
     def lr(self, bs: int) -> float:
+        """Learning rate at a batch size."""
         return min(self.rate * bs**self.power, self.cap)
 
     def n_steps(self, bs: int) -> int:
+        """Number of steps at a batch size."""
         return self.steps[max(b for b in self.steps if b <= bs)]
 
-    def __str__(self):
+    def __str__(self) -> str:
         start = f"; starts from {self.after}, trained with nn.BatchNorm" if self.after else ""
         return (
             f"Learning rate {self.rate:g}·bs^{self.power:g}, at most {self.cap:g}, times the factor, {self.schedule}; "
@@ -229,68 +233,70 @@ TASKS = {
         goal=TELL_APART,
     ),
 }
-"""The tasks by name."""
+"""Tasks by name."""
 
 
 def task_of(data: str, net: str) -> Task | None:
-    """The task of a cell with this `data` and `net`; None for a net on images, be they in a folder called zoo."""
+    """The task of a cell with this `data` and `net`; None for a net on images, even from a folder called zoo."""
     return TASKS.get(net) if data == ZOO else None
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; ValueError for an unknown one."""
-    if name not in TASKS:
-        raise ValueError(f"a task is one of {', '.join(TASKS)}; got '{name}'")
-    return TASKS[name]
+    """Get a task by name.
+
+    Parameters
+    ----------
+    name : str
+        One of `TASKS`.
+
+    Returns
+    -------
+    Task
+
+    Raises
+    ------
+    ValueError
+        If there is no such task.
+
+    Examples
+    --------
+    >>> get_task("mlp-adam").lr(bs=4)
+    0.002
+    """
+    return TASKS[one_of("a task", name, TASKS)]
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task is trained on: tensors, and the trained state it starts from, if any."""
+    """Tensors that a task is trained on, and the trained state it starts from, if any."""
 
     x: Tensor
     y: Tensor
     valid_x: Tensor
     valid_y: Tensor
-    state: dict | None = None
-
-
-def load_task(name: str, root=None) -> TaskData:
-    """The data of a task, drawn or read from `root` (None: $FASTRBN_DATA or a cache); raises DataError without it.
-
-    The net that fine-tuning starts from is trained here, with nn.BatchNorm, batches of 32 and seed 0.
-    """
-    task = get_task(name)
-    state = None
-    if task.after:
-        from .cell import Cell, run_cell
-
-        models = []
-        run_cell(Cell("batchnorm", 32, data=ZOO, net=task.after), load_task(task.after, root), look=models.append)
-        state = models[0].state_dict()
-    return TaskData(*task.data(root), state)
+    state: dict[str, Tensor] | None = None
 
 
 class Batches:
-    """The batches of a task as a loader of `steps` pairs: a function of `seed` alone, whatever the norm."""
+    """A loader with the batches of a task: `steps` pairs that depend on `seed` only, not on the norm."""
 
-    def __init__(self, task: Task, data: TaskData, bs: int, seed: int, device="cpu"):
+    def __init__(self, task: Task, data: TaskData, bs: int, seed: int, device: str = "cpu") -> None:
         if not 1 <= bs <= len(data.x):
-            raise ValueError(f"a batch has 1 to {len(data.x)} samples here, the number of the task's; got {bs}")
+            raise ValueError(f"the batch size must be 1 to {len(data.x)}, the number of the task's samples; got {bs}")
         self.dataset = torch.utils.data.TensorDataset(data.x.to(device), data.y.to(device))
         self._indices = BATCHES[task.batches], data.y, bs, task.n_steps(bs), seed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._indices[3]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, y, bs, steps, seed = self._indices
         for i in order(y, bs, steps, torch.Generator().manual_seed(seed)):
             yield self.dataset[i.to(self.dataset.tensors[0].device)]
 
 
-def build(task: Task, data: TaskData, norm, seed: int) -> nn.Module:
-    """The net with `norm(channels, dims)` and its initial weights, which `seed` alone decides."""
+def build(task: Task, data: TaskData, norm: Callable[..., nn.Module | None], seed: int) -> nn.Module:
+    """The net with `norm(channels, dims)`; its initial weights depend on `seed` only."""
     model = task.net(norm)
     nets.initialise(model, seed)
     if data.state is not None:
@@ -298,8 +304,8 @@ def build(task: Task, data: TaskData, norm, seed: int) -> nn.Module:
     return model
 
 
-def _adopt(model, state):
-    """Load a state that was trained with nn.BatchNorm, all but the last layer's: what this model's norms have of it."""
+def _adopt(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what fits of a state trained with nn.BatchNorm, except the last layer."""
     own = model.state_dict()
     head = list(nets.weights(model))[-1]
     state = {name: value for name, value in state.items() if not name.startswith(f"{head}.")}
@@ -310,8 +316,8 @@ def _adopt(model, state):
 
 
 @torch.no_grad()
-def score_of(task: Task, data: TaskData, model: nn.Module, device="cpu") -> float:
-    """The score in percent over the validation data, in evaluation."""
+def score_of(task: Task, data: TaskData, model: nn.Module, device: str = "cpu") -> float:
+    """Score in percent over the validation data, in evaluation mode."""
     model.eval()
     outputs = [model(x.to(device)) for x in data.valid_x.split(500)]
     return task.goal.score(torch.cat(outputs), data.valid_y.to(device)).item()

@@ -1,7 +1,7 @@
-"""Data: sets by name or folder as bytes in memory, digits drawn from fonts, and batches cut by index on the device.
+"""Data: sets by name or folder, kept as bytes in memory; digits drawn from fonts; batches cut by index on the device.
 
-`load_dataset` gives an `ImageData`, `image_databunch` makes loaders of it. `get_data`, `normalize_to`, `Dataset` and
-`get_dls` are the course's way, with tensors of one's own.
+`load_dataset` gives an `ImageData`, and `image_databunch` makes loaders from it. `get_data`, `normalize_to`, `Dataset`
+and `get_dls` are the course's functions, for your own tensors.
 """
 
 from .batches import BatchLoader, Dataset

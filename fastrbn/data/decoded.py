@@ -1,29 +1,35 @@
-"""Decoded images kept in a file, so that a folder of them is decoded once and not at each start."""
+"""A cache file of decoded images, so that a folder is decoded once and not at every start."""
+
+from __future__ import annotations
 
 import hashlib
 import os
 import sys
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import PIL
 import torch
+from torch import Tensor
 
 from fastrbn.util import whole_file
 
 __all__ = ["decode_once"]
 
-FORMAT = 2  # another number makes every file of the old one be written anew
-MANY = 5000  # from so many images a line says what the wait is for
+FORMAT = 2  # increase it to invalidate every existing cache file
+MANY = 5000  # from this many images on, a line explains the wait
 
 
-def decode_once(path, files, size, decode):
-    """`decode()`, a uint8 tensor (N, C, H, W) of `files` (N) at `size`, from the file `path` if it was kept there.
+def decode_once(
+    path: str | Path, files: Sequence[str], size: tuple[int, int] | None, decode: Callable[[], Tensor]
+) -> Tensor:
+    """Return `decode()`, a uint8 tensor (N, C, H, W) of `files`, or read it from the cache file `path`.
 
-    What is kept is good for the same files (names, sizes in bytes, times of change), the same `size` and version of
-    Pillow; else it is replaced. It is written whole or not at all. Where it cannot be read or written, a UserWarning
-    says so, and the images are there all the same.
+    The cache is valid for the same files (names, sizes in bytes, modification times), the same `size` and the same
+    version of Pillow; otherwise it is replaced. It is written completely or not at all. If it cannot be read or
+    written, a UserWarning says so and the decoded images are returned.
     """
     path = Path(path)
     key = _key(path, files, size)
@@ -31,18 +37,18 @@ def decode_once(path, files, size, decode):
     if x is not None:
         return x
     if len(files) >= MANY:
-        print(f"decoding {len(files)} images, once: they are kept in {path}", file=sys.stderr)
+        print(f"decoding {len(files)} images once; the result is cached in {path}", file=sys.stderr)
     x = decode()
     try:
         with whole_file(path) as f:
-            torch.save({"key": key, "x": x, "crc32": zlib.crc32(x.numpy())}, f)
+            torch.save({"key": key, "x": x, "crc32": zlib.crc32(x.numpy().data)}, f)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        warnings.warn(f"the decoded images cannot be kept in {path}, so each start decodes them again: {e}",
+        warnings.warn(f"the decoded images cannot be cached in {path}, so every run decodes them again: {e}",
                       stacklevel=3)
     return x
 
 
-def _key(path, files, size):
+def _key(path: Path, files: Sequence[str], size: tuple[int, int] | None) -> str:
     digest = hashlib.sha1(f"{FORMAT} {PIL.__version__} {size}".encode(), usedforsecurity=False)
     for file in files:
         stat = os.stat(file)
@@ -50,20 +56,21 @@ def _key(path, files, size):
     return digest.hexdigest()
 
 
-def _kept(path, key, n):
+def _kept(path: Path, key: str, n: int) -> Tensor | None:
+    """The cached images; None if there are none or they are out of date."""
     try:
         kept = torch.load(path, weights_only=True)
         if kept["key"] != key:
             return None
         x = kept["x"]
         if x.dtype != torch.uint8 or x.dim() != 4 or len(x) != n:
-            raise ValueError(f"it holds {tuple(x.shape)} {x.dtype} for {n} images")
-        if zlib.crc32(x.numpy()) != kept["crc32"]:
-            raise ValueError("the images in it have changed since they were written")
+            raise ValueError(f"it has shape {tuple(x.shape)} {x.dtype} for {n} images")
+        if zlib.crc32(x.numpy().data) != kept["crc32"]:
+            raise ValueError("its checksum does not match")
         return x
     except FileNotFoundError:
         return None
-    except Exception as e:  # noqa: BLE001 - damaged bytes lead the readers of zip and pickle to any exception
+    except Exception as e:  # noqa: BLE001 - on damaged bytes the zip and pickle readers raise all kinds of exceptions
         why = str(e).strip().partition("\n")[0] or type(e).__name__
-        warnings.warn(f"{path} is no file of decoded images and is written anew: {why}", stacklevel=4)
+        warnings.warn(f"{path} is not a valid cache of decoded images and is rewritten: {why}", stacklevel=4)
         return None

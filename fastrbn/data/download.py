@@ -1,4 +1,6 @@
-"""torchvision's data sets on disk: found, checked, and fetched whole or not at all."""
+"""Torchvision's data sets on disk: found, checked, and downloaded completely or not at all."""
+
+from __future__ import annotations
 
 import contextlib
 import io
@@ -13,40 +15,63 @@ import tempfile
 import threading
 import urllib.request
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from .errors import BadDataError, DataNotFoundError, DownloadError
 
 __all__ = ["data_root", "torchvision_set"]
 
-PROBE_SECONDS = 10  # after that without an answer there is no network to speak of
-STALL_SECONDS = 30  # no byte for that long during a download
+PROBE_SECONDS = 10  # without an answer by then, the network counts as unavailable
+STALL_SECONDS = 30  # a download that receives nothing for this long fails
 
 
-def data_root(root=None):
-    """The folder of the data sets, in torchvision's layout: `root`, else $FASTRBN_DATA, else ~/.cache/fastrbn/data.
+def data_root(root: str | Path | None = None) -> Path:
+    """The folder of the data sets, in torchvision's layout.
 
-    It need not exist. BadDataError when it is a file, DataNotFoundError when there is no home directory for the last."""
+    Parameters
+    ----------
+    root : str or Path, optional
+        The folder; by default $FASTRBN_DATA, else ~/.cache/fastrbn/data.
+
+    Returns
+    -------
+    Path
+        It need not exist.
+
+    Raises
+    ------
+    BadDataError
+        If it is a file.
+    DataNotFoundError
+        If the default needs a home directory and there is none.
+
+    Examples
+    --------
+    >>> data_root("my-data").name
+    'my-data'
+    """
     path = Path(root or os.environ.get("FASTRBN_DATA") or "~/.cache/fastrbn/data")
     try:
         path = path.expanduser()
     except RuntimeError as e:
         raise DataNotFoundError(f"there is no home directory for {path} (HOME is not set, and the user has no entry in "
-                                "the password file): say where the data sets are with root, --data-dir, or "
+                                "the password file). Give the folder of the data sets with root, --data-dir or "
                                 "FASTRBN_DATA.") from e
     if path.exists() and not path.is_dir():
-        raise BadDataError(f"the data folder must be a folder; {path} is a file. Pass another root "
+        raise BadDataError(f"the data root must be a folder; {path} is a file. Pass another root "
                            "(--data-dir, or FASTRBN_DATA).")
     return path
 
 
-def torchvision_set(cls, root, train, download):
-    """`cls(root, train=train)`, one of torchvision's MNIST, FashionMNIST, CIFAR10 or CIFAR100, downloaded if missing.
+def torchvision_set(cls: Any, root: Path, train: bool, download: bool) -> Any:
+    """`cls(root, train=train)` for torchvision's MNIST, FashionMNIST, CIFAR10 or CIFAR100, downloaded if missing.
 
-    DataNotFoundError when it is missing and `download` is False, DownloadError when it cannot be had, BadDataError
-    naming the file when one is truncated or damaged: it is left there, since only its owner can say that it may go.
+    Raises DataNotFoundError if it is missing and `download` is False, DownloadError if the download fails, and
+    BadDataError if a file is truncated or damaged. A damaged file is not deleted; that is the owner's decision.
     """
     files = _Files.of(cls, root)
     if not all(f.is_file() for f in files.wanted):
@@ -58,12 +83,13 @@ def torchvision_set(cls, root, train, download):
 
 @dataclass
 class _Files:
-    wanted: dict  # path -> md5, or None for idx files, which carry their own sizes
-    archives: dict  # path -> md5
-    urls: list
+    """The files of a torchvision data set."""
+    wanted: dict[Path, str | None]  # path -> md5, or None for idx files, which contain their own sizes
+    archives: dict[Path, str]  # path -> md5
+    urls: list[str]
 
     @classmethod
-    def of(cls, tv, root):
+    def of(cls, tv: Any, root: Path) -> _Files:
         if hasattr(tv, "resources"):
             folder, names = root / tv.__name__ / "raw", dict(tv.resources)
             first = next(iter(names))
@@ -74,23 +100,24 @@ class _Files:
         return cls({folder / n: m for n, m in wanted.items()}, {root / tv.filename: tv.tgz_md5}, [tv.url])
 
 
-def _fetch(cls, files, root, download):
+def _fetch(cls: Any, files: _Files, root: Path, download: bool) -> None:
+    """Unpack the archives in `root`, or download them first."""
     from torchvision.datasets.utils import check_integrity
 
     here = [a for a, md5 in files.archives.items() if check_integrity(a, md5)]
     if len(here) < len(files.archives):
         if not download:
             missing = [str(f) for f in files.wanted if not f.is_file()]
-            raise DataNotFoundError(f"{cls.__name__} is not in {root}: no file {missing[0]}. Allow the download, or "
-                                    "pass the folder that has it (root, --data-dir or FASTRBN_DATA).")
+            raise DataNotFoundError(f"{cls.__name__} was not found in {root}: there is no file {missing[0]}. Allow the "
+                                    "download, or pass the folder that has it (root, --data-dir or FASTRBN_DATA).")
         _probe(cls.__name__, files.urls)
         print(f"downloading {cls.__name__} to {root}", file=sys.stderr)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # into a folder beside, then renamed file by file: an interrupted download or unpacking leaves nothing that a
+        # download and unpack in a temporary folder, then rename file by file: an interruption leaves nothing that a
         # later run would take for data
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as tmp, _quiet(), _stall_limit():
-            tmp = Path(tmp)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder, _quiet(), _stall_limit():
+            tmp = Path(folder)
             for archive in here:
                 (tmp / archive.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(archive, tmp / archive.relative_to(root))
@@ -100,14 +127,14 @@ def _fetch(cls, files, root, download):
                 os.replace(tmp / path.relative_to(root), path)
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException, tarfile.TarError, zlib.error) as e:
         raise DownloadError(f"{cls.__name__} could not be downloaded to {root}: {e or type(e).__name__}. Nothing was "
-                            "kept; run again, or lay the files there yourself in torchvision's layout.") from e
+                            "kept; run again, or put the files there yourself in torchvision's layout.") from e
 
 
-def _probe(name, urls):
-    """Ask every mirror at once and return when one answers; torchvision would try them in turn, without a time limit."""
-    answers = queue.SimpleQueue()
+def _probe(name: str, urls: list[str]) -> None:
+    """Return once any mirror answers; torchvision would try them one after another, without a timeout."""
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
-    def ask(url):
+    def ask(url: str) -> None:
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS):
                 answers.put(None)
@@ -116,7 +143,7 @@ def _probe(name, urls):
 
     for url in urls:
         threading.Thread(target=ask, args=(url,), daemon=True).start()
-    failures = []
+    failures: list[str] = []
     while len(failures) < len(urls):
         try:
             failure = answers.get(timeout=PROBE_SECONDS)
@@ -131,8 +158,8 @@ def _probe(name, urls):
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Progress bars only where someone watches: in a log file they are thousands of lines."""
+def _quiet() -> Iterator[None]:
+    """Suppress progress bars unless stderr is a terminal; in a log file they are thousands of lines."""
     if sys.stderr.isatty():
         yield
     else:
@@ -141,8 +168,8 @@ def _quiet():
 
 
 @contextlib.contextmanager
-def _stall_limit():
-    # torchvision passes no timeout to urlopen; the process-wide default is the only way to set one
+def _stall_limit() -> Iterator[None]:
+    # torchvision passes no timeout to urlopen, so the process-wide default is the only way
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_SECONDS)
     try:
@@ -151,23 +178,26 @@ def _stall_limit():
         socket.setdefaulttimeout(before)
 
 
-def _check_idx(path):
-    """MNIST's format: two zero bytes, 8 for unsigned bytes, the rank, then each dimension as a big-endian 32-bit integer."""
+def _check_idx(path: Path) -> None:
+    """Check MNIST's file format.
+
+    It is two zero bytes, 8 for unsigned bytes, the rank, and each dimension as a big-endian 32-bit integer.
+    """
     rank = 3 if "idx3" in path.name else 1
     with open(path, "rb") as f:
         header = f.read(4 + 4 * rank)
     size, shape = path.stat().st_size, [int.from_bytes(header[4 * i:4 * i + 4], "big") for i in range(1, rank + 1)]
     expected = [60000 if path.name.startswith("train") else 10000, 28, 28][:rank]
     if header[:4] != bytes([0, 0, 8, rank]) or shape != expected:
-        raise BadDataError(f"{path} is not the idx file it should be (unsigned bytes of shape {expected}): it begins "
+        raise BadDataError(f"{path} must be an idx file of unsigned bytes with shape {expected}; it begins "
                            f"with {header.hex(' ', 4) or 'nothing'}. Delete it and run again to download it.")
     wanted = len(header) + math.prod(shape)
     if size != wanted:
-        raise BadDataError(f"{path} is {'truncated' if size < wanted else 'too long'}: {size} bytes where its header "
+        raise BadDataError(f"{path} is {'truncated' if size < wanted else 'too long'}: {size} bytes, but its header "
                            f"promises {wanted}. Delete it and run again to download it.")
 
 
-def _check_md5(path, md5):
+def _check_md5(path: Path, md5: str) -> None:
     from torchvision.datasets.utils import calculate_md5
 
     came = calculate_md5(path)

@@ -1,23 +1,23 @@
-"""What can go wrong with data on disk or on the network.
+"""Errors of data on disk or on the network.
 
-Every class also derives from the built-in exception a caller would think of, so `except FileNotFoundError` works
-without knowing this module.
+Each class also derives from the built-in exception that callers expect, so `except FileNotFoundError` works without
+this module.
 """
 
 __all__ = ["BadDataError", "DataError", "DataNotFoundError", "DownloadError"]
 
 
 class DataError(Exception):
-    """Root of all data set errors; catch it to catch any of them."""
+    """Base class of all data set errors."""
 
 
 class DataNotFoundError(DataError, FileNotFoundError):
-    """A folder, a file or a named data set is not there."""
+    """A folder, a file or a named data set does not exist."""
 
 
 class BadDataError(DataError, ValueError):
-    """Something is there, but its content breaks a rule: truncated, unreadable, an empty class, differing sizes."""
+    """Data exists but is invalid: truncated, unreadable, an empty class, images of different sizes."""
 
 
 class DownloadError(DataError, OSError):
-    """A download failed: no network, or a file that arrived damaged. Nothing half finished is left behind."""
+    """A download failed: no network, or a damaged file. No partial files are left behind."""

@@ -1,47 +1,69 @@
 """Labelled images in memory, as bytes, and the loaders made from them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
-from .batches import BatchLoader, Dataset
+from .batches import BatchLoader, Dataset, Transforms
 from .bunch import DataBunch
 from .transforms import Cutout, RandomCrop, RandomFlip, to_channels_last
 
 __all__ = ["ImageData", "image_databunch"]
 
 AUGMENTED = ("cifar10", "cifar100", "cifar10-jpeg", "cifar100-jpeg")
-LEAST_VALID = 500  # fewer images would make the accuracy of a quick run a matter of luck
+LEAST_VALID = 500  # with fewer images the accuracy of a quick run would be mostly chance
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
-    """A data set of images, whole and in memory.
+    """A data set of images in memory, split into training and validation.
 
-    name: its name or folder. train, valid: `Dataset`s of x uint8 (N, C, H, W) and y int64 (N,).
-    classes: the class names, in the order of the labels.
-    mean, std: of the training images per channel, on the scale of 0-1, computed once when first read.
+    Parameters
+    ----------
+    name : str
+        Name of the data set or of its folder.
+    train, valid : Dataset
+        `x` uint8 (N, C, H, W) and `y` int64 (N,).
+    classes : tuple of str
+        Class names, in the order of the labels.
+
+    Attributes
+    ----------
+    c, c_in : int
+        Number of classes and of channels.
+    mean, std : tuple of float
+        Mean and standard deviation per channel of the training images, on the 0-1 scale.
+
+    Examples
+    --------
+    >>> images = glyphs(100, 20)
+    >>> images.c, images.c_in, len(images.train)
+    (10, 1, 100)
     """
 
     name: str
     train: Dataset
     valid: Dataset
-    classes: tuple
+    classes: tuple[str, ...]
 
     @property
-    def c(self):
-        """The number of classes."""
+    def c(self) -> int:
+        """Number of classes."""
         return len(self.classes)
 
     @property
-    def c_in(self):
-        """The number of channels."""
+    def c_in(self) -> int:
+        """Number of channels."""
         return self.train.x.shape[1]
 
     @cached_property
-    def _mean_std(self):
-        # counting the 256 values is exact and five times cheaper than converting millions of bytes to float
+    def _mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        # counting the 256 values is exact, and five times cheaper than converting millions of bytes to float
         value = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
         for channel in self.train.x.unbind(1):
@@ -52,49 +74,93 @@ class ImageData:
         return tuple(means), tuple(stds)
 
     @property
-    def mean(self):
-        """Mean of the training images, a number per channel."""
+    def mean(self) -> tuple[float, ...]:
+        """Mean of the training images, one number per channel; computed once."""
         return self._mean_std[0]
 
     @property
-    def std(self):
-        """Standard deviation of the training images, a number per channel."""
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of the training images, one number per channel; computed once."""
         return self._mean_std[1]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (f"ImageData({self.name!r}, {len(self.train)} training and {len(self.valid)} validation images of "
                 f"{tuple(self.train.x.shape[1:])}, {self.c} classes)")
 
 
-def image_databunch(data, bs, valid_bs=None, seed=0, device=None, limit=None, augment=None, drop_last=False,
-                    cutout=None, channels_last=False):
-    """A `DataBunch` of BatchLoaders over `data`: bytes on the device, normalised there batch by batch with the training
-    set's own mean and deviation per channel; batches are float32 (N, C, H, W) and int64 (N,).
+def image_databunch(
+    data: ImageData,
+    bs: int,
+    valid_bs: int | None = None,
+    seed: int | None = 0,
+    device: torch.device | str | None = None,
+    limit: int | None = None,
+    augment: bool | Transforms = None,
+    drop_last: bool = False,
+    cutout: int | None = None,
+    channels_last: bool = False,
+) -> DataBunch:
+    """Make loaders that keep images as bytes on the device and normalise them there, batch by batch.
 
-    data: an `ImageData`, as from `load_dataset`. bs: training batch size; valid_bs: None for `2 * bs`.
-    seed: of shuffling and augmentation. device: where the images are kept, None for the CPU.
-    limit: keep the first `limit` training images, and in proportion, but at least 500, of the validation images, taken
-        at equal distances, for quick runs (statistics stay those of the whole set; a limit beyond the set changes nothing).
-    augment: True for random crop with padding 4 and left-right flip, False for none, None for what suits the set: True
-        for cifar10 and cifar100, False for others (digits must not be mirrored); or a list of transforms.
-    drop_last: drop the last training batch when smaller.
-    cutout: the side in pixels of a square to blank in each training image after that (see `Cutout`), None for none.
-    channels_last: give batches in that memory order, training and validation; for a model that is in it too.
-    ValueError for a bad batch size or limit.
+    Batches are float32 (N, C, H, W) and int64 (N,), normalised with the mean and standard deviation of the training set
+    per channel.
+
+    Parameters
+    ----------
+    data : ImageData
+        As from `load_dataset`.
+    bs : int
+        Training batch size.
+    valid_bs : int, optional
+        Validation batch size; by default `2 * bs`.
+    seed : int or None, default 0
+        Seed of shuffling and augmentation; None draws one.
+    device : torch.device or str, optional
+        Device to keep the images on; by default the CPU.
+    limit : int, optional
+        For quick runs: keep the first `limit` training images and the same share, but at least 500, of the validation
+        images, evenly spaced. The statistics remain those of the whole set. A limit above its size changes nothing.
+    augment : bool, callable or sequence of callables, optional
+        True for random crops with padding 4 and left-right flips, False for none, or your own transforms. By default
+        True for cifar10 and cifar100 and False for other sets, since digits must not be mirrored.
+    drop_last : bool, default False
+        Drop the last training batch if it is smaller.
+    cutout : int, optional
+        Side in pixels of a square to blank in each training image after that; see `Cutout`.
+    channels_last : bool, default False
+        Store training and validation batches in that memory order, for a model that uses it too.
+
+    Returns
+    -------
+    DataBunch
+
+    Raises
+    ------
+    ValueError
+        If the batch size or the limit is invalid.
+
+    Examples
+    --------
+    >>> data = image_databunch(glyphs(100, 20), bs=16)
+    >>> xb, yb = next(iter(data.train_dl))
+    >>> xb.shape, xb.dtype
+    (torch.Size([16, 1, 28, 28]), torch.float32)
     """
     train, valid = data.train, data.valid
     if limit is not None:
         if limit < 1:
-            raise ValueError(f"limit is the number of training images to keep, at least 1; got {limit}. "
+            raise ValueError(f"limit must be at least 1, the number of training images to keep; got {limit}. "
                              "Leave it out to keep all.")
         keep = max(LEAST_VALID, round(len(valid) * limit / len(train)))
-        if keep < len(valid):  # spread over all, since those of a folder come class by class
+        if keep < len(valid):  # spread over the whole set, since a folder's images are ordered by class
             rows = torch.arange(keep) * len(valid) // keep
             valid = Dataset(valid.x[rows], valid.y[rows])
         train = Dataset(train.x[:limit], train.y[:limit])
     if augment is None:
         augment = data.name in AUGMENTED
-    tfms = (RandomCrop(4), RandomFlip()) if augment is True else (augment,) if callable(augment) else tuple(augment or ())
+    tfms: tuple[Callable[..., Tensor], ...] = (RandomCrop(4), RandomFlip())
+    if augment is not True:
+        tfms = (augment,) if callable(augment) else tuple(augment or ())
     tfms += () if cutout is None else (Cutout(cutout),)
     last = (to_channels_last,) if channels_last else ()
     stats, valid_bs = (data.mean, data.std), 2 * bs if valid_bs is None else valid_bs

@@ -1,9 +1,14 @@
-"""Data sets by name: `load_dataset` for bytes in memory, `get_data` for the course's MNIST rows."""
+"""Data sets by name: `load_dataset` returns bytes in memory, `get_data` the course's rows of MNIST."""
+
+from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastrbn.util import suggestion
 
@@ -20,41 +25,104 @@ __all__ = ["NAMES", "get_data", "load_dataset"]
 _CLASSES = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 JPEG = "-jpeg"
 NAMES = (*_CLASSES, "glyphs")
-"""The names `load_dataset` knows; anything else is taken for a folder of images."""
+"""Names that `load_dataset` knows; anything else is a folder of images."""
 
 
-def get_data(root=None):
-    """MNIST as the course has it: `x_train (50000, 784), y_train (50000,), x_valid (10000, 784), y_valid (10000,)`.
+def get_data(root: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Load MNIST as flat rows, split as in the course.
 
-    float32 in 0-1 (bytes / 255), int64. The first 50,000 and last 10,000 of MNIST's 60,000 training images; its test
-    images are not touched. (course: 02_fully_connected, whose pickle had bytes / 256)
+    Training data is the first 50,000 and validation data the last 10,000 of MNIST's 60,000 training images; the test
+    images are not used. The course divided bytes by 256; here it is 255.
 
-    root: a folder in torchvision's layout, None for $FASTRBN_DATA or ~/.cache/fastrbn/data; MNIST is downloaded there
-    if missing. Raises as `load_dataset`.
+    Parameters
+    ----------
+    root : str or Path, optional
+        Folder in torchvision's layout; by default $FASTRBN_DATA or ~/.cache/fastrbn/data. MNIST is downloaded there if
+        missing.
+
+    Returns
+    -------
+    x_train, y_train, x_valid, y_valid : Tensor
+        Inputs float32 (N, 784) in 0-1, labels int64 (N,).
+
+    Raises
+    ------
+    DataError
+        As in `load_dataset`.
+
+    Examples
+    --------
+    >>> x_train, y_train, x_valid, y_valid = get_data()   # doctest: +SKIP
+    >>> x_train.shape, x_valid.shape                      # doctest: +SKIP
+    (torch.Size([50000, 784]), torch.Size([10000, 784]))
+
+    References
+    ----------
+    fast.ai course notebook 02_fully_connected.
     """
     data = load_dataset("mnist", root)
     x_train, x_valid = (ds.x.flatten(1).float().div_(255) for ds in (data.train, data.valid))
     return x_train, data.train.y, x_valid, data.valid.y
 
 
-def load_dataset(name_or_path, root=None, download=True, valid="auto", size=None, seed=0, workers=None):
-    """A data set as an `ImageData`: bytes in memory, split into training and validation.
+def load_dataset(
+    name_or_path: str | Path,
+    root: str | Path | None = None,
+    download: bool = True,
+    valid: str | float = "auto",
+    size: int | Sequence[int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+) -> ImageData:
+    """Load a data set by name, or a folder of images, into memory.
 
-    name_or_path: "mnist", "fashion", "cifar10", "cifar100", "glyphs", or a folder of images: of `train` and one of
-        `valid`, `val`, `test`, with a folder per class in each, or of the class folders themselves. Names win over
-        folders of the same name: write "./mnist" for such a folder.
-    root: where the named sets are kept; None for $FASTRBN_DATA or ~/.cache/fastrbn/data.
-        A set that is not there in torchvision's format, but as a folder of images `<name>-jpeg`, is read from that, and
-        has the folder's name: a JPEG image is not the original bit for bit. "cifar10-jpeg" asks for it. The decoded
-        images are kept beside it in `<name>-jpeg.decoded.pt`, and used as long as the files are the same.
-    download: fetch a missing set; False raises DataNotFoundError instead. What was fetched is found without network.
-    valid: "auto" is the last 10,000 training images for mnist and fashion (the course's split, which keeps the test
-        images for the end), the test images for the cifars, the validation folder of a folder, else a fifth of it;
-        "test" is the test images; a share between 0 and 1 splits the training images by `seed`, class by class.
-    size: for folders, a side or (height, width) to bring images to; see `load_folder`. workers: threads that decode.
+    Parameters
+    ----------
+    name_or_path : str or Path
+        "mnist", "fashion", "cifar10", "cifar100", "glyphs", or a folder of images as in `load_folder`. Names take
+        precedence: use "./mnist" for a folder called mnist.
+    root : str or Path, optional
+        Folder of the named sets, in torchvision's layout; by default $FASTRBN_DATA or ~/.cache/fastrbn/data.
+    download : bool, default True
+        Download a missing set. Once downloaded, it is found without a network.
+    valid : {"auto", "test"} or float, default "auto"
+        The validation images. "test": the test images. A number between 0 and 1: this share of the training images,
+        chosen by `seed`, class by class. "auto": for mnist and fashion the last 10,000 training images (the course's
+        split, which keeps the test images for the end), for cifar10 and cifar100 the test images, for a folder see
+        `load_folder`.
+    size : int or (height, width), optional
+        For folders: the size to scale images to; see `load_folder`.
+    seed : int, default 0
+        Seed of the split, of a folder's order, and of glyphs.
+    workers : int, optional
+        Threads that decode images; by default one per core.
 
-    DataNotFoundError (a FileNotFoundError), BadDataError (a ValueError) or DownloadError (an OSError), each naming the
-    file or folder and what to do; DownloadError within seconds when there is no network.
+    Returns
+    -------
+    ImageData
+
+    Raises
+    ------
+    DataNotFoundError
+        If the set or folder is missing and `download` is False. Also a FileNotFoundError.
+    BadDataError
+        If a file is damaged or a folder is invalid. Also a ValueError.
+    DownloadError
+        If the download fails, within seconds if there is no network. Also an OSError.
+    ValueError
+        If `valid` or `size` does not fit the data set.
+
+    Notes
+    -----
+    If a set is missing in torchvision's format but `root` has a folder of images called `<name>-jpeg`, that is loaded
+    instead. The result is named after the folder, because a JPEG image is not identical to the original. "cifar10-jpeg"
+    asks for it by name. The decoded images are cached in `<name>-jpeg.decoded.pt` until the files change.
+
+    Examples
+    --------
+    >>> load_dataset("glyphs")
+    ImageData('glyphs', 20000 training and 4000 validation images of (1, 28, 28), 10 classes)
+    >>> images = load_dataset("cifar10", valid=0.1)   # doctest: +SKIP
     """
     name = str(name_or_path)
     check_valid(valid)
@@ -63,26 +131,28 @@ def load_dataset(name_or_path, root=None, download=True, valid="auto", size=None
         _check_path(name)
         return load_folder(name, size=size, valid=valid, seed=seed, workers=workers)
     if size is not None:
-        raise ValueError(f"size is for folders of images; {name} has its own. Leave it out.")
+        raise ValueError(f"size is only for folders of images; {name} has a fixed size. Leave it out.")
     if jpeg:
         return _jpeg(data_root(root) / name, valid, seed, workers)
     if name == "glyphs":
         if not isinstance(valid, str):
-            raise ValueError("glyphs draws its own validation set; pass n_train and n_valid to fastrbn.data.glyphs "
+            raise ValueError("glyphs draws its own validation set; pass n_train and n_valid to fastrbn.glyphs "
                              f"instead of valid={valid}.")
         return glyphs(seed=seed)
     return _named(name, data_root(root), download, valid, seed, workers)
 
 
-def _jpeg(folder, valid, seed, workers):
-    """The images in `folder`, which is named after a data set, decoded once."""
+def _jpeg(folder: Path, valid: str | float, seed: int, workers: int | None) -> ImageData:
+    """A folder of images that is named after a data set; decoded once."""
     if isinstance(valid, float) and (folder / "train").is_dir():
         return dataclasses.replace(load_folder(folder / "train", None, valid, seed, workers), name=folder.name)
     cache = folder.with_name(f"{folder.name}.decoded.pt")
     return load_folder(folder, valid=valid, seed=seed, workers=workers, cache=cache)
 
 
-def _named(name, root, download, valid, seed, workers):
+def _named(
+    name: str, root: Path, download: bool, valid: str | float, seed: int, workers: int | None
+) -> ImageData:
     import torchvision
 
     cls = getattr(torchvision.datasets, _CLASSES[name])
@@ -99,13 +169,13 @@ def _named(name, root, download, valid, seed, workers):
     elif valid == "auto":
         train, held = (x[:50000], y[:50000]), (x[50000:], y[50000:])
     else:
-        rows, held_rows = split(y, valid, seed)
+        rows, held_rows = split(y, float(valid), seed)
         train, held = (x[rows], y[rows]), (x[held_rows], y[held_rows])
     return ImageData(name, Dataset(*train), Dataset(*held), tuple(whole.classes))
 
 
-def _bytes(tv, root):
-    """A torchvision set's images as uint8 (N, C, H, W), its labels as int64."""
+def _bytes(tv: Any, root: Path) -> tuple[Tensor, Tensor]:
+    """A torchvision set's images as uint8 (N, C, H, W) and labels as int64."""
     x = torch.as_tensor(tv.data)
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
     y = torch.as_tensor(tv.targets, dtype=torch.int64)
@@ -115,9 +185,9 @@ def _bytes(tv, root):
     return x, y
 
 
-def _check_path(name):
+def _check_path(name: str) -> None:
     if Path(name).is_dir():
         return
     hint = suggestion(name, NAMES) or " Pass a name or an existing folder of images."
     what = "a file, not a folder" if Path(name).exists() else "neither the name of a data set nor a folder"
-    raise DataNotFoundError(f"{name!r} is {what}; the names are {', '.join(NAMES)}.{hint}")
+    raise DataNotFoundError(f"{name!r} is {what}; known data sets are {', '.join(NAMES)}.{hint}")

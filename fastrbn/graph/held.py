@@ -1,4 +1,4 @@
-"""Who keeps tensors with a graph: the attributes of a model, of callbacks, of whatever training leaves lying around."""
+"""Who keeps tensors with a graph alive: attributes of models, callbacks and anything else around a training."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import gc
 import itertools
 import sys
 import types
-from typing import NamedTuple
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import walk
 
-_DEPTH, _ENDS = 5, 64  # how deep containers are looked into; of long ones the first and the last so many
+_DEPTH, _ENDS = 5, 64  # how deep containers are searched, and how many items at each end of long ones
 _MODULE_TABLES = frozenset(vars(nn.Module()))  # hooks and the like
 _FOREIGN = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib", "pandas", "IPython"}) - {"__main__"}
 _NO_STATE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
 class Held(NamedTuple):
-    """An attribute by its qualified name, what it is ("buffer", "attribute", "gradient", "state"), and the tensors with
-    a graph in it."""
+    """An attribute that keeps tensors with a graph.
+
+    `name` is its qualified name and `kind` one of "buffer", "attribute", "gradient", "state".
+    """
 
     name: str
     kind: str
@@ -29,34 +32,39 @@ class Held(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """What was changed in place after `nodes` had saved it for their backward: its qualified name, or its shape where
-    it has none, and what it is ("buffer", "attribute", "tensor", "parameter")."""
+    """A tensor that was changed in place after `nodes` had saved it for their backward pass.
+
+    `name` is its qualified name, or its shape if it has none; `kind` is one of "buffer", "attribute", "tensor",
+    "parameter".
+    """
 
     name: str
     kind: str
     nodes: tuple[str, ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} was changed in place after {', '.join(self.nodes)} had saved it"
 
 
-_KINDS = ("buffer", "attribute", "tensor", "parameter")  # an optimiser changes parameters in each step
+_KINDS = ("buffer", "attribute", "tensor", "parameter")  # parameters last: an optimiser changes them in every step
 
 
 def changed_in_place(tensor: Tensor, model: nn.Module) -> list[Changed]:
-    """What the backward pass of `tensor` needs, and will not find as it was."""
-    names, nodes = names_by_memory(model), {}
+    """The tensors that the backward pass of `tensor` needs and that have been changed in place."""
+    names = names_by_memory(model)
+    nodes: dict[tuple[str, str], dict[str, None]] = {}
     for node in walk.reach([tensor.grad_fn]):
         for t in [] if walk.is_leaf(node) else walk.saved_by(node)[2]:
             name, kind = name_of(t, names)
             shape = "" if t is None else " " + ("×".join(map(str, t.shape)) or "number")
             nodes.setdefault((name or f"a tensor{shape}", kind), {})[walk.name_of(node)] = None
-    return sorted((Changed(*key, tuple(of)) for key, of in nodes.items()), key=lambda c: _KINDS.index(c.kind))
+    found = [Changed(name, kind, tuple(of)) for (name, kind), of in nodes.items()]
+    return sorted(found, key=lambda c: _KINDS.index(c.kind))
 
 
-def names_by_memory(model: nn.Module) -> dict:
-    """(qualified name, kind) of parameters, buffers and tensors in attributes, by the memory they are in."""
-    names = {}
+def names_by_memory(model: nn.Module) -> dict[Any, tuple[str, str]]:
+    """(qualified name, kind) of parameters, buffers and tensor attributes, by their memory."""
+    names: dict[Any, tuple[str, str]] = {}
     for prefix, module in model.named_modules():
         own = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
         for kind, table in (("buffer", module._buffers), ("parameter", module._parameters), ("attribute", own)):
@@ -66,13 +74,15 @@ def names_by_memory(model: nn.Module) -> dict:
     return names
 
 
-def name_of(tensor: Tensor | None, names: dict) -> tuple[str | None, str]:
+def name_of(tensor: Tensor | None, names: dict[Any, tuple[str, str]]) -> tuple[str | None, str]:
+    """(qualified name, kind) of a tensor; (None, "tensor") if it has no name."""
     return (None, "tensor") if tensor is None else names.get(walk.memory_of(tensor)[0], (None, "tensor"))
 
 
 def of_model(model: nn.Module, prefix: str = "", buffers_only: bool = False) -> list[Held]:
-    """What buffers, gradients and attributes of all modules keep."""
-    found, seen = [], {id(m) for m in model.modules()}
+    """What the buffers, gradients and attributes of all modules hold."""
+    found: list[Held] = []
+    seen = {id(m) for m in model.modules()}
     for path, module in model.named_modules():
         base = f"{prefix}{path}." if path else prefix
         for name, buffer in module._buffers.items():
@@ -87,8 +97,10 @@ def of_model(model: nn.Module, prefix: str = "", buffers_only: bool = False) -> 
     return found
 
 
-def of_attributes(owner, base: str, without=frozenset(), seen=None) -> list[Held]:
-    """What the attributes of an object keep, those `without` left out. `seen`: ids of objects not to enter."""
+def of_attributes(
+    owner: Any, base: str, without: Container[str] = frozenset(), seen: set[int] | None = None
+) -> list[Held]:
+    """What the attributes of an object hold, except those `without`; `seen` has the ids of objects not to enter."""
     seen = set() if seen is None else seen
     found = []
     for name, value in list(getattr(owner, "__dict__", {}).items()):
@@ -97,13 +109,13 @@ def of_attributes(owner, base: str, without=frozenset(), seen=None) -> list[Held
     return found
 
 
-def of_object(owner, base: str, seen) -> list[Held]:
-    """What an object keeps, a module or any other."""
+def of_object(owner: Any, base: str, seen: set[int]) -> list[Held]:
+    """What a module or any other object holds."""
     return of_model(owner, base) if isinstance(owner, nn.Module) else of_attributes(owner, base, (), seen)
 
 
-def of_optimiser(opt, names: dict) -> list[Held]:
-    """What an optimiser's state keeps; `names`: parameter → name."""
+def of_optimiser(opt: Any, names: dict[Tensor, str]) -> list[Held]:
+    """What an optimiser's state holds; `names` maps parameters to names."""
     found = []
     for p, state in opt.state.items():
         name = names.get(p, "…") if isinstance(p, Tensor) else p
@@ -111,7 +123,7 @@ def of_optimiser(opt, names: dict) -> list[Held]:
     return found
 
 
-def _of_value(value, name, seen, depth) -> list[Held]:
+def _of_value(value: Any, name: str, seen: set[int], depth: int) -> list[Held]:
     if isinstance(value, Tensor):
         return [Held(name, "attribute", [value])] if value.grad_fn is not None else []
     if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, *_NO_STATE)) or id(value) in seen:
@@ -129,8 +141,8 @@ def _of_value(value, name, seen, depth) -> list[Held]:
     return [h for n, v in list(vars(value).items()) for h in _of_value(v, f"{name}.{n}", seen, depth - 1)]
 
 
-def _items(value):
-    """What a container holds, of a long one both ends; None for what is none."""
+def _items(value: Any) -> list[Any] | None:
+    """The items of a container, only both ends of a long one; None if it is not a container."""
     if isinstance(value, dict):
         value = value.values()
     if not isinstance(value, (list, tuple, set, frozenset, type({}.values()))) and type(value).__name__ != "deque":
@@ -141,7 +153,7 @@ def _items(value):
 
 
 def _together(found: list[Held]) -> list[Held]:
-    """The elements of one container count as one."""
+    """Merge the entries of each container into one."""
     joined: dict[str, Held] = {}
     for h in found:
         if h.name in joined:
@@ -152,8 +164,8 @@ def _together(found: list[Held]) -> list[Held]:
 
 
 def found_by_collector(tensor: Tensor) -> str | None:
-    """The global variable that holds a tensor, or a container with it, as "module.name". Searches all objects: slow."""
-    spaces = {}
+    """The global variable that holds a tensor or its container, as "module.name". Slow: searches all objects."""
+    spaces: dict[int, str] = {}
     for name, module in list(sys.modules.items()):
         if isinstance(module, types.ModuleType):
             spaces.setdefault(id(vars(module)), name)
@@ -167,12 +179,12 @@ def found_by_collector(tensor: Tensor) -> str | None:
     return None
 
 
-def steps_of(tensor, step_of, limit: int) -> set[int]:
+def steps_of(tensor: Tensor, step_of: Callable[[Any], int], limit: int) -> set[int]:
     """The steps, by `step_of(node)`, in which the nodes of a tensor's graph were made."""
-    steps = set()
+    steps: set[int] = set()
     walk.count_nodes(tensor.grad_fn, lambda node: steps.add(step_of(node)), limit)
     return steps
 
 
-def has_graph(tensor) -> bool:
+def has_graph(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None

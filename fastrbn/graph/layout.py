@@ -1,6 +1,6 @@
-"""Where the boxes of a graph go: in layers from inputs down to the result (after Sugiyama, Tagawa and Toda, 1981).
+"""Placing the boxes of a graph in layers from inputs down to the result (after Sugiyama, Tagawa and Toda, 1981).
 
-Sizes and places are in inches, y upwards, a place is a box's centre. A route is the points an edge passes through.
+Sizes and places are in inches, with y upwards; a place is a box's centre. A route is the points an edge passes through.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ import collections
 import itertools
 import shutil
 import subprocess
+from collections.abc import Sequence
 
-_ROW_GAP, _BOX_GAP, _LANE = 0.26, 0.22, 0.12  # between layers, between boxes, width of an edge that passes a layer
+Point = tuple[float, float]
+Edge = tuple[int, int]
+
+_ROW_GAP, _BOX_GAP, _LANE = 0.26, 0.22, 0.12  # gap between layers, between boxes; width of an edge that passes a layer
 _COLUMN_GAP = 0.5
 _SWEEPS = 12
-_MINOR = 1e-3  # what a parameter's place counts against an operation's: these stand in line
+_MINOR = 1e-3  # weight of a parameter's place, so that operations stand in line
 
 
-def layered(sizes, edges, minor=()):
-    """Places and routes. `sizes` [(width, height)], `edges` [(from, to)] without circles; `minor`: which boxes stand
-    beside their user rather than above (parameters)."""
+def layered(
+    sizes: Sequence[Point], edges: Sequence[Edge], minor: Sequence[bool] = ()
+) -> tuple[list[Point], list[list[Point]]]:
+    """Place boxes in layers and route the edges between them.
+
+    `sizes` are [(width, height)] and `edges` [(from, to)] without cycles. `minor` boxes (parameters) stand beside their
+    user rather than above it. Returns the centre of each box and the points of each edge.
+    """
     layer = _layers(len(sizes), edges)
     sizes, chains = list(sizes), []
     minor = [*minor, *[False] * (len(sizes) - len(minor))]
@@ -43,15 +52,17 @@ def layered(sizes, edges, minor=()):
     return places[: len(sizes) - sum(len(c) - 2 for c in chains)], routes
 
 
-def _layers(n, edges) -> list[int]:
-    """The longest way from an input; what hangs on no more inputs than it has users moves down to these."""
-    before, after, waiting = collections.defaultdict(list), collections.defaultdict(list), [0] * n
+def _layers(n: int, edges: Sequence[Edge]) -> list[int]:
+    """The longest path from an input; boxes with no more inputs than users move down to their users."""
+    before: dict[int, list[int]] = collections.defaultdict(list)
+    after: dict[int, list[int]] = collections.defaultdict(list)
+    waiting = [0] * n
     for a, b in edges:
         before[b].append(a)
         after[a].append(b)
         waiting[b] += 1
     layer, order = [0] * n, [i for i in range(n) if not waiting[i]]
-    for i in order:  # grows while it is read
+    for i in order:  # grows during the loop
         for j in after[i]:
             layer[j] = max(layer[j], layer[i] + 1)
             waiting[j] -= 1
@@ -63,12 +74,13 @@ def _layers(n, edges) -> list[int]:
     return layer
 
 
-def _ordered(layer, links):
-    """Rows from left to right, by the middle of their neighbours, to and fro; the fewest crossings win."""
-    rows = [[] for _ in range(max(layer, default=-1) + 1)]
+def _ordered(layer: list[int], links: list[Edge]) -> list[list[int]]:
+    """Rows ordered by the mean of their neighbours, swept down and up; the order with the fewest crossings wins."""
+    rows: list[list[int]] = [[] for _ in range(max(layer, default=-1) + 1)]
     for i, level in enumerate(layer):
         rows[level].append(i)
-    up, down = collections.defaultdict(list), collections.defaultdict(list)
+    up: dict[int, list[int]] = collections.defaultdict(list)
+    down: dict[int, list[int]] = collections.defaultdict(list)
     for a, b in links:
         up[b].append(a)
         down[a].append(b)
@@ -86,18 +98,19 @@ def _ordered(layer, links):
     return best
 
 
-def _crossings(rows, down) -> int:
+def _crossings(rows: list[list[int]], down: dict[int, list[int]]) -> int:
     total = 0
     for upper, lower in itertools.pairwise(rows):
         place = {i: k for k, i in enumerate(lower)}
-        ends = [place[j] for i in upper for j in sorted(down[i], key=place.get)]
+        ends = [place[j] for i in upper for j in sorted(down[i], key=place.__getitem__)]
         total += sum(a > b for k, a in enumerate(ends) for b in ends[k + 1 :])
     return total
 
 
-def _across(rows, links, sizes, minor):
-    """x of each box: near the mean of its neighbours, at its distance from those beside it."""
-    up, down = collections.defaultdict(list), collections.defaultdict(list)
+def _across(rows: list[list[int]], links: list[Edge], sizes: list[Point], minor: list[bool]) -> list[float]:
+    """x of each box: near the mean of its neighbours, at a distance from the boxes beside it."""
+    up: dict[int, list[tuple[int, float]]] = collections.defaultdict(list)
+    down: dict[int, list[tuple[int, float]]] = collections.defaultdict(list)
     for a, b in links:
         up[b].append((a, _MINOR if minor[a] else 1.0))
         down[a].append((b, 1.0))
@@ -107,39 +120,38 @@ def _across(rows, links, sizes, minor):
             offsets[i] = offsets[left] + (sizes[left][0] + sizes[i][0]) / 2 + _BOX_GAP
         for i in row:
             x[i] = offsets[i] - offsets[row[-1]] / 2
-    for sweep in range(2 * _SWEEPS):  # from above, from below, in the end from both
+    for sweep in range(2 * _SWEEPS):  # from above and from below in turn, at the end from both
         downwards, both = sweep % 2 == 0, sweep >= 2 * _SWEEPS - 2
         for row in rows if downwards else reversed(rows):
             near = [up[i] + down[i] if both else (up if downwards else down)[i] for i in row]
-            wanted = [_mean(x, links, x[i]) for i, links in zip(row, near)]
-            weights = [_MINOR if minor[i] or not links else 1.0 for i, links in zip(row, near)]
+            wanted = [_mean(x, ends, x[i]) for i, ends in zip(row, near)]
+            weights = [_MINOR if minor[i] or not ends else 1.0 for i, ends in zip(row, near)]
             for i, place in zip(row, _spaced(wanted, weights, [offsets[i] for i in row])):
                 x[i] = place
     return x
 
 
-def _mean(x, links, alone):
+def _mean(x: list[float], links: list[tuple[int, float]], alone: float) -> float:
     total = sum(w for _, w in links)
     return sum(x[i] * w for i, w in links) / total if total else alone
 
 
-def _spaced(wanted, weights, offsets):
-    """The places nearest to the wanted ones that keep the distances: pooling neighbours that are too close."""
-    pools = []  # (weighted mean of what remains after the offsets, weight, how many)
+def _spaced(wanted: list[float], weights: list[float], offsets: list[float]) -> list[float]:
+    """The places nearest to the wanted ones that keep the distances, by pooling neighbours that are too close."""
+    pools: list[tuple[float, float, int]] = []  # (weighted mean of place minus offset, weight, number of boxes)
     for w, weight, offset in zip(wanted, weights, offsets):
-        pools.append([w - offset, weight, 1])
+        pools.append((w - offset, weight, 1))
         while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            value, mass, n = pools.pop()
-            last = pools[-1]
-            last[0] = (last[0] * last[1] + value * mass) / (last[1] + mass)
-            last[1] += mass
-            last[2] += n
+            (left, m, k), (value, mass, n) = pools[-2:]
+            pools[-2:] = [((left * m + value * mass) / (m + mass), m + mass, k + n)]
     flat = [value for value, _, n in pools for _ in range(n)]
     return [value + offset for value, offset in zip(flat, offsets)]
 
 
-def _down(rows, sizes) -> list[float]:
-    y, at = [], 0.0
+def _down(rows: list[list[int]], sizes: list[Point]) -> list[float]:
+    """y of each row."""
+    y: list[float] = []
+    at = 0.0
     for row in rows:
         height = max(sizes[i][1] for i in row)
         y.append(at - height / 2)
@@ -147,8 +159,10 @@ def _down(rows, sizes) -> list[float]:
     return y
 
 
-def in_columns(places, routes, sizes, edges, columns: int):
-    """A tall picture cut into columns of equal height, side by side; edges over a cut go up between these."""
+def in_columns(
+    places: list[Point], routes: list[list[Point]], sizes: list[Point], edges: Sequence[Edge], columns: int
+) -> tuple[list[Point], list[list[Point]]]:
+    """Cut a tall picture into columns of equal height, side by side; edges across a cut go up between the columns."""
     if columns == 1 or len(places) < 2:
         return places, routes
     top, low = max(y for _, y in places), min(y for _, y in places)
@@ -163,21 +177,21 @@ def in_columns(places, routes, sizes, edges, columns: int):
         at += right - left + _COLUMN_GAP
         lanes.append(at - _COLUMN_GAP / 2)
 
-    def moved(point, c):
+    def moved(point: Point, c: int) -> Point:
         return point[0] + shifts[c][0], point[1] + shifts[c][1]
 
     found = []
     for (a, b), route in zip(edges, routes):
         if column[a] == column[b]:
             found.append([moved(p, column[a]) for p in route])
-        else:  # down, round the bottom, up the lane before the other's column, over the top
+        else:  # up the lane before the other column and into the box from above
             (ax, ay), (bx, by) = moved(route[0], column[a]), moved(route[-1], column[b])
             found.append([(ax, ay), (lanes[column[b] - 1], ay), (lanes[column[b] - 1], by), (bx, by)])
     return [moved(p, c) for p, c in zip(places, column)], found
 
 
-def by_graphviz(sizes, edges):
-    """Places and routes as Graphviz's `dot` computes them. RuntimeError where it is not installed."""
+def by_graphviz(sizes: list[Point], edges: Sequence[Edge]) -> tuple[list[Point], list[list[Point]]]:
+    """Places and routes computed by Graphviz's `dot`. Raises RuntimeError if it is not installed."""
     program = shutil.which("dot")
     if program is None:
         raise RuntimeError(
@@ -189,7 +203,8 @@ def by_graphviz(sizes, edges):
     done = subprocess.run([program, "-Tplain"], input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"dot failed with status {done.returncode}: {done.stderr.strip()}")
-    places, routes = {}, {}
+    places: dict[str, Point] = {}
+    routes: dict[tuple[str, str], list[Point]] = {}
     for line in done.stdout.splitlines():
         words = line.split()
         if words[:1] == ["node"]:
@@ -198,5 +213,5 @@ def by_graphviz(sizes, edges):
             numbers = [float(v) for v in words[4 : 4 + 2 * int(words[3])]]
             routes[words[1], words[2]] = list(zip(numbers[::2], numbers[1::2]))
     order = [routes[f"n{a}", f"n{b}"] for a, b in edges]
-    # the points are a spline's: every third is on the line
+    # the points are control points of a spline: every third one is on the line
     return [places[f"n{i}"] for i in range(len(sizes))], [points[::3] for points in order]

@@ -1,33 +1,39 @@
-"""Reading PyTorch's autograd nodes: their order, names and sizes, and what they save. What is no public API is here."""
+"""Reading PyTorch's autograd nodes: their order, names, sizes and saved tensors. All use of private API is here."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from fastrbn.util import items_of
+
 _LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)  # AccumulateGrad
-_SAVED: dict[type, list[str]] = {}  # the names under which a kind of node saves tensors
-CHANGED = "modified by an inplace operation"  # in the text of autograd's error
+_SAVED: dict[type, list[str]] = {}  # the attributes in which each kind of node saves tensors
+CHANGED = "modified by an inplace operation"  # part of autograd's error message
 
 
-def root_of(tensor: Tensor):
-    """The node that a tensor's gradient arrives at: its grad_fn, for a leaf the one that accumulates. None without."""
+def root_of(tensor: Tensor) -> Any:
+    """The node that receives a tensor's gradient; None if the tensor does not require grad."""
     return get_gradient_edge(tensor).node if tensor.requires_grad else None
 
 
-def is_leaf(node) -> bool:
+def is_leaf(node: Any) -> bool:
     return type(node) is _LEAF
 
 
-def reach(roots) -> list:
-    """All nodes from `roots` on, each once, in the order of a forward pass: inputs before what uses them."""
-    order, seen = [], set()
+def reach(roots: Iterable[Any]) -> list[Any]:
+    """All nodes reachable from `roots`, each once, in the order of a forward pass: inputs before their users."""
+    order: list[Any] = []
+    seen: set[Any] = set()
     for root in roots:
         if root in seen:
             continue
         seen.add(root)
-        stack = [(root, iter(_inputs(root)))]  # no recursion: graphs are as deep as training is long
+        stack = [(root, iter(_inputs(root)))]  # no recursion: a leaking graph is as deep as the training is long
         while stack:
             node, rest = stack[-1]
             for child in rest:
@@ -41,14 +47,14 @@ def reach(roots) -> list:
     return order
 
 
-def _inputs(node):
-    """Operations first, then parameters: these end up next to their use."""
+def _inputs(node: Any) -> list[Any]:
+    """Operations first, then parameters, which therefore end up next to their users."""
     found = [child for child, _ in node.next_functions if child is not None]
     return sorted(found, key=is_leaf)
 
 
-def count_nodes(root, visit, limit: int) -> int:
-    """How many nodes there are from `root` on, at most about `limit`; `visit` is called with each that is no leaf."""
+def count_nodes(root: Any, visit: Callable[[Any], object], limit: int) -> int:
+    """Number of nodes from `root` on, up to about `limit`; `visit` is called with each non-leaf node."""
     seen, stack = {root}, [root]
     while stack and len(seen) < limit:
         node = stack.pop()
@@ -63,42 +69,46 @@ def count_nodes(root, visit, limit: int) -> int:
 
 
 def clock() -> int:
-    """The number that the next node made in this thread gets; nodes made later have larger ones."""
+    """The sequence number that the next node made in this thread gets; later nodes get larger ones."""
     return torch._C._autograd._get_sequence_nr()
 
 
-def made_at(node) -> int:
-    """A node's number in the sense of `clock`. Each thread counts by itself."""
+def made_at(node: Any) -> int:
+    """A node's sequence number, see `clock`. Each thread counts separately."""
     return node._sequence_nr()
 
 
-def notes(node) -> dict:
-    """A dictionary that lives as long as the node: to know it again without holding it, which would keep it alive."""
+def notes(node: Any) -> dict[str, Any]:
+    """A dictionary that lives as long as the node; it marks nodes without keeping them alive."""
     return node.metadata
 
 
-def name_of(node) -> str:
+def name_of(node: Any) -> str:
+    """Autograd's name of the node, without its namespace."""
     return node.name().rpartition("::")[2]
 
 
 def output_of(node) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
-    """Shape and dtype of the first output."""
-    for one in getattr(node, "_input_metadata", ()):  # the inputs of a backward node are the outputs of the forward
+    """Shape and dtype of the node's first output."""
+    for one in getattr(node, "_input_metadata", ()):  # a backward node's inputs are the forward pass's outputs
         return tuple(one.shape), one.dtype
     return None, None
 
 
-def saved_by(node) -> tuple[list[Tensor], bool, list[Tensor | None]]:
-    """The tensors a node keeps for its backward; whether it has freed them; those that were changed in place since
-    (None for one that torch before 2.10 does not show).
+def saved_by(node: Any) -> tuple[list[Tensor], bool, list[Tensor | None]]:
+    """Read what a node saved for its backward pass.
 
-    What hooks on saved tensors have packed (offloading, activation checkpointing) is not unpacked: that may compute a
-    forward pass again. torch before 2.10 does not tell, and there they run.
+    Returns the saved tensors, whether they have been freed, and those that were changed in place since (None for one
+    that torch before 2.10 does not show).
+
+    Values packed by hooks on saved tensors (offloading, activation checkpointing) are not unpacked, because that may
+    recompute a forward pass. torch before 2.10 does not say which values are packed, so there they are unpacked.
     """
     kind = type(node)
     if kind not in _SAVED:
         _SAVED[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
-    tensors, freed, changed = [], False, []
+    tensors: list[Tensor] = []
+    freed, changed = False, []
     for name in _SAVED[kind]:
         try:
             raw = getattr(node, name)
@@ -109,45 +119,38 @@ def saved_by(node) -> tuple[list[Tensor], bool, list[Tensor | None]]:
             continue
         for i, one in enumerate(raw) if isinstance(raw, (tuple, list)) else ((None, raw),):
             try:
-                tensors += _tensors(_unpacked(node, name, i, one))
+                tensors += items_of(_unpacked(node, name, i, one), Tensor)
             except RuntimeError as error:
                 if "been freed" in str(error):
                     freed = True
                 elif CHANGED not in str(error):
                     raise
-                elif i is None or not _unpacks(one):  # of several tensors, one fails for all
+                elif i is None or not _unpacks(one):  # if several are saved together, one that changed makes all fail
                     changed.append(getattr(one, "data", None))
     own = getattr(node, "__dict__", {}) if isinstance(node, torch.autograd.function.BackwardCFunction) else {}
-    return tensors + _tensors(tuple(own.values())), freed, changed
+    return [*tensors, *items_of(own, Tensor)], freed, changed
 
 
-def _unpacks(one) -> bool:
+def _unpacks(one: Any) -> bool:
     try:
         return hasattr(one, "unpack") and one.unpack() is not None
     except RuntimeError:
         return False
 
 
-def _unpacked(node, name, i, one):
+def _unpacked(node: Any, name: str, i: int | None, one: Any) -> Any:
+    """The value of a saved tensor, or the packed one if a hook packed it."""
     if getattr(one, "unpack_hook", None) is not None:
         return one.data
     value = getattr(node, "saved_tensors" if name == "_raw_saved_tensors" else name.replace("_raw", "", 1))
     return value if i is None else value[i]
 
 
-def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, (tuple, list)) else []
-
-
 def memory_of(tensor: Tensor) -> tuple[object, int]:
-    """What tells one piece of memory from another, and how many bytes of it this tensor keeps."""
+    """A key that identifies the tensor's memory, and the number of bytes of it that the tensor uses."""
     try:
         storage = tensor.untyped_storage()
         key = (str(tensor.device), storage.data_ptr() or id(tensor))
         return key, min(storage.nbytes(), tensor.numel() * tensor.element_size())
-    except (RuntimeError, NotImplementedError):  # sparse, or without memory of its own
+    except (RuntimeError, NotImplementedError):  # sparse, or a tensor without storage
         return id(tensor), 0

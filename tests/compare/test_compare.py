@@ -1,4 +1,4 @@
-"""Comparisons: what a cell trains, what a grid keeps through interrupts and crashes, what table and pictures say."""
+"""Comparisons: training a cell, surviving interrupts and crashes, tables and pictures."""
 
 import dataclasses
 import math
@@ -12,7 +12,19 @@ from torch import nn
 
 from fastrbn import compare, plots
 from fastrbn.callbacks import Recorder
-from fastrbn.compare import Cell, cells_of, describe, get_norm, grid, run_cell, run_grid, split_norms, table, workers
+from fastrbn.compare import (
+    Cell,
+    cells_of,
+    describe,
+    get_norm,
+    grid,
+    results,
+    run_cell,
+    run_grid,
+    split_norms,
+    table,
+    workers,
+)
 from fastrbn.compare import cell as cell_module
 from fastrbn.compare import report as report_module
 from fastrbn.compare.peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm
@@ -53,7 +65,7 @@ def test_a_list_of_norms_keeps_the_settings_with_their_norm():
 
 
 @pytest.mark.parametrize("text", ["", " , ", "frn,frn"])
-def test_no_norm_or_one_twice_is_refused(text):
+def test_an_empty_list_and_repeated_norms_are_refused(text):
     with pytest.raises(ValueError, match="each once; got"):
         split_norms(text)
 
@@ -92,27 +104,27 @@ def test_settings_reach_the_layer():
     assert get_norm("course:rate=memory,share=0.02")(4).recipe.rate == Memory(share=0.02)
 
 
-def test_batch_renorms_warm_up_and_memory_fit_the_length_of_the_run():
+def test_batch_renorms_warm_up_and_memory_scale_with_the_run():
     made = get_norm("batchrenorm", steps=320)(4)
     assert made.warmup == (10, 80, 50) and made.mom == pytest.approx(10 / 320)
     assert get_norm("batchrenorm", steps=160_000)(4).mom == 0.01 and get_norm("batchrenorm", steps=20)(4).mom == 0.1
     assert get_norm("batchrenorm:mom=0.05,r_max=2", steps=20)(4).r_max == 2
 
 
-def test_mabns_warm_up_fits_the_length_of_the_run():
+def test_mabns_warm_up_scales_with_the_run():
     assert get_norm("mabn", steps=320)(4).warmup == (3.2, 32) and get_norm("mabn", steps=160_000)(4).warmup == (100, 1000)
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("defalt", "a norm is one of default, .*got 'defalt'. Did you mean 'default'?"),
+        ("defalt", "a norm must be one of default, .*got 'defalt'. Did you mean 'default'?"),
         ("groupnorm:group=4", "groupnorm takes groups; got 'group'.*Did you mean 'groups'?"),
         ("default:element=1", "got 'element' in 'default:element=1'. Did you mean 'elements'?"),
         ("default:elements=0", "'default:elements=0': elements must be a whole number of elements.*got 0"),
         ("default:elements=abc", "'default:elements=abc': "),
-        ("default:rate=fast", "rate is one of fixed, course, per_32_samples, memory; got 'fast'"),
-        ("default:rate=none", "rate is one of .*; got 'None'"),
+        ("default:rate=fast", "rate must be one of fixed, course, per_32_samples, memory; got 'fast'"),
+        ("default:rate=none", "rate must be one of .*; got 'None'"),
         ("default:most=1", "'default:most=1': Memory needs numbers: `least` above 0, `most` at least `least`.*most=1"),
         ("default:most=abc", "'default:most=abc': "),
         ("course:most=30", "most belong to rate=memory; 'course:most=30' has rate=course"),
@@ -122,7 +134,7 @@ def test_mabns_warm_up_fits_the_length_of_the_run():
         ("groupnorm:groups=0", "'groupnorm:groups=0' cannot be made: groups must be a whole number, 1 or more; got 0"),
     ],
 )
-def test_a_norm_that_is_none_is_refused_before_anything_is_trained(text, words):
+def test_an_unknown_norm_or_setting_is_refused_before_training(text, words):
     with pytest.raises(ValueError, match=words):
         cells_of([text], [8])
 
@@ -197,18 +209,18 @@ def test_batches_are_all_of_the_cells_size_and_the_rate_falls_to_a_tenth(monkeyp
     assert made[0].lrs[0] == pytest.approx([rate * (1 - 0.9 * i / 4) for i in range(4)])
 
 
-def test_batch_norm_refuses_one_value_a_channel_and_that_is_a_result():
+def test_batch_norm_refusing_one_value_per_channel_is_a_result():
     row, _ = run_cell(Cell("batchnorm", 1), small())
     assert (row["status"], row["accuracy"]) == ("refused", None) and "more than 1 value per channel" in row["note"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_cell_with_the_accuracy_of_then():
+def test_a_nonfinite_loss_ends_the_cell():
     row, _ = run_cell(Cell("none", 8, lr_factor=1e6, epochs=5), small())
     assert row["status"] == "diverged" and row["note"].startswith(("loss nan at step", "loss inf at step"))
     assert row["steps"] < 40 and 0 <= row["accuracy"] <= 100 and row["train_loss"] == "nan"
 
 
-def test_a_net_that_knows_nothing_is_at_chance_and_one_that_only_evaluates_badly_is_not(monkeypatch):
+def test_a_net_that_learnt_nothing_is_at_chance_but_one_that_evaluates_badly_is_not(monkeypatch):
     monkeypatch.setattr(cell_module, "valid_accuracy", lambda *_: 0.1)
     row, _ = run_cell(Cell("default", 8, lr_factor=1e-9), small())
     assert row["status"] == "chance"
@@ -229,7 +241,7 @@ def test_recorded_norms_are_those_of_the_convolutions(monkeypatch):
 
 @pytest.mark.parametrize("net", ["cnn", "resnet-small"])
 @pytest.mark.parametrize("norm", ["groupnorm-ws", "mabn"])
-def test_norms_that_change_the_weights_start_from_those_of_all_others_and_their_norms_are_of_what_is_trained(
+def test_norms_that_change_weights_start_from_the_same_parameters_and_record_them(
     norm, net, monkeypatch
 ):
     cell = Cell(norm, 24, net=net, n_train=48)
@@ -264,12 +276,12 @@ def test_recording_norms_changes_no_result():
 
 
 @pytest.mark.parametrize("n_train", [7, 65])
-def test_more_images_than_there_are_or_less_than_a_batch_are_refused(n_train):
+def test_an_impossible_number_of_images_is_refused(n_train):
     with pytest.raises(ValueError, match=f"from the batch size, 8, to the 64 training images of glyphs; got {n_train}"):
         run_cell(Cell("default", 8, n_train=n_train), small())
 
 
-def test_a_cell_on_cuda_stops_at_a_loss_that_is_not_finite():
+def test_a_cell_on_cuda_stops_at_a_nonfinite_loss():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     row, _ = run_cell(Cell("none", 8, lr_factor=1e6, epochs=100), small(), "cuda")
@@ -280,7 +292,7 @@ def test_a_cell_on_cuda_stops_at_a_loss_that_is_not_finite():
 # the grid
 
 
-def test_a_grid_is_all_combinations_seed_by_seed_and_small_batches_first():
+def test_a_grid_has_all_combinations_by_seed_with_small_batches_first():
     cells = cells_of(["default", "frn"], [8, 2], seeds=[0, 1], lr_factors=[1, 2], n_train=64)
     assert len(cells) == 16 and len(set(cells)) == 16 and all(c.n_train == 64 for c in cells)
     assert [(c.seed, c.bs) for c in cells[::4]] == [(0, 2), (0, 8), (1, 2), (1, 8)]
@@ -293,15 +305,15 @@ def test_a_grid_is_all_combinations_seed_by_seed_and_small_batches_first():
         ({"seeds": [1.5]}, "seed must be a whole number, 0 or more; got 1.5"),
         ({"net": ["vgg"]}, "net must be one of cnn, .*got 'vgg'"),
         ({"lr_factors": [math.inf]}, "finite number above 0; got inf"),
-        ({"norms": []}, "a grid needs a norm"),
+        ({"norms": []}, "a grid needs at least a norm"),
     ],
 )
-def test_a_grid_of_nothing_or_of_settings_that_are_none_is_refused(kwargs, words):
+def test_an_empty_grid_and_invalid_settings_are_refused(kwargs, words):
     with pytest.raises(ValueError, match=words):
         cells_of(**{"norms": ["default"], "bs": [8], **kwargs})
 
 
-def test_a_row_a_cell_with_settings_results_machine_and_versions(here):
+def test_each_cell_has_a_row_with_settings_results_machine_and_versions(here):
     result, lines = run(few(), here)
     rows = table.read_rows(here)
     assert result.rows == rows and len(rows) == 4 and not result.failed and result.todo == 0
@@ -330,12 +342,12 @@ def test_another_version_or_recipe_is_another_cell(here, monkeypatch):
     assert len(table.read_rows(here)) == 3
 
 
-def test_finished_cells_of_other_code_are_kept_and_it_is_said(here, monkeypatch):
+def test_finished_cells_of_different_code_are_kept_and_noted(here, monkeypatch):
     run(few(["default"], [8]), here)
     monkeypatch.setattr(grid, "code_of", lambda: "changed")
     lines = run(few(["default"], [8]), here)[1]
     assert lines[0] == "1 cell, 1 finished, 0 to train"
-    assert lines[1].startswith("note: 1 of the finished cells were trained with other code")
+    assert lines[1].startswith("note: 1 of the finished cells were trained with different code")
 
 
 def test_the_same_cell_again_gives_the_same_result(here):
@@ -354,7 +366,7 @@ def break_cell(monkeypatch, norm, error):
     monkeypatch.setattr(workers, "run_cell", broken)
 
 
-def test_a_cell_that_fails_is_named_stops_no_other_and_is_tried_again(here, monkeypatch):
+def test_a_failing_cell_is_named_and_tried_again_and_stops_no_other(here, monkeypatch):
     with monkeypatch.context() as broken:
         break_cell(broken, "default", RuntimeError("out of luck"))
         result, lines = run(few(), here)
@@ -365,7 +377,7 @@ def test_a_cell_that_fails_is_named_stops_no_other_and_is_tried_again(here, monk
     assert lines[0] == "4 cells, 2 finished, 2 to train" and len(result.rows) == 4 and not result.failed
 
 
-def test_ctrl_c_keeps_what_is_finished_and_the_next_call_goes_on(here, monkeypatch):
+def test_ctrl_c_keeps_finished_cells_and_the_next_call_continues(here, monkeypatch):
     with monkeypatch.context() as broken:
         break_cell(broken, "batchnorm", KeyboardInterrupt())
         result, _ = run(few(), here)
@@ -383,7 +395,7 @@ def test_ctrl_c_in_the_middle_of_training_leaves_no_row(here, monkeypatch):
     assert result.interrupted and result.rows == [] and table.read_rows(here) == []
 
 
-def test_a_row_that_was_cut_off_is_left_out_and_its_cell_trained_again(here):
+def test_an_incomplete_row_is_ignored_and_its_cell_trained_again(here):
     run(few(["default"], [8, 16]), here)
     whole = here.read_text()
     here.write_text(whole[:-40])
@@ -407,7 +419,7 @@ def test_a_row_that_was_cut_off_is_left_out_and_its_cell_trained_again(here):
     ],
     ids=["no text", "a comma", "a number"],
 )
-def test_a_damaged_row_is_named_and_the_file_left_as_it_is(damage, text, here):
+def test_a_damaged_row_is_named_and_the_file_unchanged(damage, text, here):
     run(few(["default"], [8, 16]), here)
     head, first, second = here.read_bytes().splitlines(keepends=True)
     damaged = head + second + damage(first)
@@ -417,14 +429,14 @@ def test_a_damaged_row_is_named_and_the_file_left_as_it_is(damage, text, here):
     assert here.read_bytes() == damaged
 
 
-def test_a_csv_of_other_columns_is_refused_and_left_as_it_is(here):
+def test_a_csv_with_other_columns_is_refused_and_unchanged(here):
     here.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has other columns than this version of fastrbn writes"):
         run(few(), here)
     assert here.read_text() == "a,b\n1,2\n"
 
 
-def test_norms_are_recorded_beside_and_a_cell_without_its_file_is_trained_again(here):
+def test_weight_norms_have_their_own_file_and_a_cell_without_it_is_trained_again(here):
     result, _ = run(few(["default", "batchnorm"], [8]), here)
     assert not list(here.parent.glob("*_norms"))
     result, lines = run(few(["default", "batchnorm"], [8]), here, norms_every=3)
@@ -433,16 +445,16 @@ def test_norms_are_recorded_beside_and_a_cell_without_its_file_is_trained_again(
     assert len(files) == 2 and files[0].name.startswith("glyphs-cnn-batchnorm-bs8-")
     assert files[0].read_text().splitlines()[0].startswith("step,0.0,1.0")
     assert run(few(["default"], [8]), here, norms_every=3)[1] == ["1 cell, 1 finished, 0 to train"]
-    steps, norms = report_module.read_norms(files[1])
+    steps, norms = table.read_norms(files[1])
     assert steps == [0, 3, 6] and all(n > 1 for n in norms)
 
 
-def test_jpeg_images_take_the_place_of_a_set_that_is_not_there_and_are_called_that(here, monkeypatch):
+def test_jpeg_images_replace_a_missing_set_under_their_own_name(here, monkeypatch):
     jpeg = dataclasses.replace(small(), name="cifar10-jpeg")
     for module in (grid, workers):
         monkeypatch.setattr(module, "load_images", lambda *_: jpeg)
     result, lines = run(cells_of(["default"], [8], data=["cifar10"]), here)
-    assert result.rows[0]["data"] == "cifar10-jpeg" and lines[0].startswith("cifar10 is not here in its own format")
+    assert result.rows[0]["data"] == "cifar10-jpeg" and lines[0].startswith("cifar10 was not found in its original format")
 
 
 def test_the_jpeg_folder_is_found_under_the_data_root(tmp_path):
@@ -475,7 +487,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_processes_give_what_this_one_gives_and_one_that_dies_costs_its_cell_only(folder, monkeypatch):
+def test_processes_give_the_same_results_and_a_dying_one_costs_its_cell_only(folder, monkeypatch):
     cells = cells_of(["default", "batchnorm"], [8, 16], data=[str(folder / "images")])
     alone, _ = run(cells, folder / "alone.csv")
     real = workers._Worker.give
@@ -514,7 +526,7 @@ def cells_in(text, norm):
     return [c.strip() for c in line.split("|")[2:-1]]
 
 
-def test_the_table_has_mean_and_spread_and_what_did_not_train():
+def test_the_table_has_mean_spread_and_failures():
     rows = [made_row(seed=s, accuracy=a) for s, a in enumerate([98.0, 98.2, 98.4])]
     rows += [made_row("batchnorm", seed=s, accuracy=a) for s, a in enumerate([97.0, 97.2])]
     rows += [made_row("batchnorm", seed=2, accuracy=9.9, status="diverged")]
@@ -538,13 +550,13 @@ def test_the_best_of_some_seeds_is_not_bold():
     assert cells_in(text, "frn") == ["99.00 (1 of 2 diverged)"] and cells_in(text, "default") == ["**90.00**"]
 
 
-def test_several_learning_rates_give_a_table_a_batch_size_with_the_rates():
+def test_several_learning_rates_give_one_table_per_batch_size():
     rows = [made_row(bs=b, lr_factor=f, accuracy=90 + f) for b in (1, 512) for f in (0.5, 1, 2)]
     text = compare.markdown(rows)
     assert "| norm | 0.5 (0.025) | 1 (0.05) | 2 (0.1) |" in text and "| norm | 0.5 (1) | 1 (2) | 2 (4) |" in text
 
 
-def test_data_nets_and_devices_do_not_share_a_table_nor_a_title():
+def test_data_nets_and_devices_have_separate_tables_and_titles():
     rows = [made_row(), made_row(device="cuda"), made_row(data="fashion"), made_row(accuracy=50, settings="changed")]
     titles = [line for line in compare.markdown(rows).splitlines() if line.startswith("###")]
     assert len(titles) == len(set(titles)) == 3
@@ -553,7 +565,7 @@ def test_data_nets_and_devices_do_not_share_a_table_nor_a_title():
 
 def test_the_order_is_recipes_with_their_variants_then_peers():
     names = ["frn", "batchnorm", "default:mom=0.05", "course", "default"]
-    (group,) = report_module.groups_of([made_row(n) for n in names])
+    (group,) = results.groups_of([made_row(n) for n in names])
     assert group.norms == ["default", "default:mom=0.05", "course", "batchnorm", "frn"]
 
 

@@ -60,7 +60,7 @@ SHAPES = [(4, 3), (1, 3), (2, 3, 6), (4, 3, 5, 5), (1, 3, 2, 2), (1, 3, 1, 1), (
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_batch_renorm_is_the_papers_algorithm_with_its_gradients_over_several_steps(shape):
+def test_batch_renorm_matches_the_papers_algorithm_and_gradients(shape):
     layer = shaken(BatchRenorm2d(3, mom=0.3, warmup=(1, 5, 3)))
     oracle = RenormOracle(layer)
     for step in range(7):
@@ -75,7 +75,7 @@ def test_batch_renorm_is_the_papers_algorithm_with_its_gradients_over_several_st
         torch.testing.assert_close(layer.running_std.tolist(), oracle.std)
 
 
-def test_batch_renorm_begins_as_batch_norm_and_relaxes_on_straight_lines():
+def test_batch_renorm_begins_as_batch_norm_and_relaxes_linearly():
     layer = BatchRenorm2d(2)
     assert [layer.bounds(s) for s in (0, 5000, 15_000, 25_000, 40_000, 10**6)] == [
         (1, 0),
@@ -89,12 +89,12 @@ def test_batch_renorm_begins_as_batch_norm_and_relaxes_on_straight_lines():
     torch.testing.assert_close(layer(x), nn.BatchNorm2d(2)(x))
 
 
-def test_the_published_schedule_keeps_its_shares_in_a_run_of_another_length():
+def test_the_published_schedule_scales_with_the_run():
     assert BatchRenorm2d.scaled_warmup(160_000) == (5000, 40_000, 25_000)
     assert BatchRenorm2d.scaled_warmup(320) == (10, 80, 50)
 
 
-def test_batch_renorm_evaluates_with_its_running_statistics_and_leaves_them_alone():
+def test_batch_renorm_evaluates_with_unchanged_running_statistics():
     layer = shaken(BatchRenorm2d(2))
     layer(torch.randn(4, 2, 3, 3).double() * 3 + 1)
     layer.eval()
@@ -105,7 +105,7 @@ def test_batch_renorm_evaluates_with_its_running_statistics_and_leaves_them_alon
     assert torch.equal(mean, layer.running_mean) and torch.equal(std, layer.running_std)
 
 
-def test_a_short_run_of_batch_renorm_does_not_evaluate_with_the_values_it_began_with():
+def test_a_short_run_of_batch_renorm_is_not_evaluated_with_initial_values():
     layer = BatchRenorm2d(1)
     for _ in range(5):
         layer(torch.randn(64, 1, 4, 4) * 3 + 7)
@@ -114,7 +114,7 @@ def test_a_short_run_of_batch_renorm_does_not_evaluate_with_the_values_it_began_
     )
 
 
-def test_a_loaded_or_copied_batch_renorm_goes_on_at_its_step():
+def test_a_loaded_or_copied_batch_renorm_continues_at_its_step():
     first, fresh = BatchRenorm2d(2, warmup=(2, 6, 6)), BatchRenorm2d(2, warmup=(2, 6, 6))
     fresh(torch.randn(2, 2, 2, 2))
     for _ in range(4):
@@ -170,7 +170,7 @@ def scaled(layer, y):
 
 @pytest.mark.parametrize("layer_scaling", [True, False])
 @pytest.mark.parametrize("rest", [(), (4,), (3, 2), (2, 1, 2), (1, 1)], ids=str)
-def test_online_norm_is_the_papers_equations_over_batches_of_changing_size(rest, layer_scaling):
+def test_online_norm_matches_the_papers_equations_for_changing_batch_sizes(rest, layer_scaling):
     layer = shaken(OnlineNorm(3, alpha_f=0.8, alpha_b=0.6, layer_scaling=layer_scaling))
     oracle = OnlineOracle(layer)
     for step, n in enumerate((1, 4, 2, 1, 5, 1)):
@@ -189,7 +189,7 @@ def test_online_norm_is_the_papers_equations_over_batches_of_changing_size(rest,
         torch.testing.assert_close(layer.error_1.tolist(), oracle.error_1)
 
 
-def test_the_order_of_samples_matters_to_online_norm_and_their_division_into_batches_does_not():
+def test_online_norm_depends_on_the_order_of_samples_but_not_on_batches():
     whole, parts = OnlineNorm(2, alpha_f=0.9), OnlineNorm(2, alpha_f=0.9)
     x = torch.randn(6, 2, 3) + 1
     torch.testing.assert_close(whole(x), torch.cat([parts(piece) for piece in x.split((1, 3, 2))]))
@@ -249,7 +249,7 @@ class MovingOracle:
 
 
 @pytest.mark.parametrize("rest", [(), (4,), (3, 2), (2, 1, 2), (1, 1)], ids=str)
-def test_mabn_is_the_papers_algorithm_over_batches_of_changing_size(rest):
+def test_mabn_matches_the_papers_algorithm_for_changing_batch_sizes(rest):
     layer = shaken(MABN(3, window=6, mom=0.2, r_max=1.3, warmup=(3, 5)))
     oracle = MovingOracle(3)
     windows, renormalised = [], False
@@ -305,7 +305,7 @@ def test_evaluation_uses_the_running_statistics_and_changes_no_buffer(make):
 
 
 @pytest.mark.parametrize("make", [OnlineNorm, lambda nf: MABN(nf, window=4, warmup=(2, 5))], ids=["online", "mabn"])
-def test_a_loaded_or_copied_layer_goes_on_where_the_first_is(make):
+def test_a_loaded_or_copied_layer_continues_like_the_original(make):
     def step(layer, x):
         x = x.clone().requires_grad_()
         y = layer(x)
@@ -372,7 +372,7 @@ def test_weights_are_standardised_or_centralised_for_each_output_with_the_gradie
     torch.testing.assert_close(layer.parametrizations.weight.original.grad, want_dv)
 
 
-def test_only_layers_before_a_norm_change_once_and_not_those_with_one_weight_an_output():
+def test_only_layers_before_a_norm_change_once_and_only_with_several_weights_per_output():
     net = nn.Sequential(
         nn.Conv2d(1, 4, 1),
         nn.Conv2d(4, 4, 3),
@@ -397,7 +397,7 @@ def test_only_layers_before_a_norm_change_once_and_not_those_with_one_weight_an_
     assert len(net[1].parametrizations.weight) == 1
 
 
-def test_the_state_of_changed_weights_loads_into_a_model_changed_likewise():
+def test_the_state_of_parametrised_weights_loads_into_a_model_parametrised_likewise():
     def made():
         return centralize_weights(conv_layer(2, 4, norm=MABN))
 
@@ -429,7 +429,7 @@ def response_formula(layer, x):
 
 @pytest.mark.parametrize("shape", [(3, 2, 4, 5), (1, 2, 1, 1)], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"learn_eps": None}, {"activate": False}], ids=str)
-def test_filter_response_norm_is_the_papers_formula_with_its_gradients(shape, kwargs):
+def test_filter_response_norm_matches_the_papers_formula_and_gradients(shape, kwargs):
     layer = shaken(FilterResponseNorm2d(2, **kwargs))
     if layer.learnt_eps is not None:
         layer.learnt_eps.data[0] *= -1  # its size is what counts
@@ -442,7 +442,7 @@ def test_filter_response_norm_is_the_papers_formula_with_its_gradients(shape, kw
     torch.testing.assert_close(layer.eval()(x), got)
 
 
-def test_filter_response_norm_takes_the_place_of_relu():
+def test_filter_response_norm_replaces_relu():
     conv, norm = conv_layer(1, 4, norm=FilterResponseNorm2d)
     assert conv.bias is None and type(norm) is FilterResponseNorm2d
     kinds = [type(m) for m in resnet9(norm=FilterResponseNorm2d, width=4).modules()]
@@ -457,21 +457,21 @@ def test_filter_response_norm_takes_the_place_of_relu():
     "make, words",
     [
         (lambda: BatchRenorm2d(2, mom=0), "0 < mom <= 1.*got mom=0"),
-        (lambda: BatchRenorm2d(2, r_max=0.5), "r_max of 1 or more.*got 0.5"),
+        (lambda: BatchRenorm2d(2, r_max=0.5), "r_max >= 1 .*got 0.5"),
         (lambda: FilterResponseNorm2d(2, eps=0), "above 0.*got 0"),
-        (lambda: OnlineNorm(2, alpha_b=1), "from 0 to below 1.*got 0.999, 1 and"),
+        (lambda: OnlineNorm(2, alpha_b=1), "0 <= alpha_f, alpha_b < 1 .*got 0.999, 1 and"),
         (lambda: MABN(2, window=0), "window of 1 or more.*window=0"),
-        (lambda: MABN(2)(torch.zeros(2, 3, 4)), r"MABN takes .* with C = 2; got \(2, 3, 4\)"),
-        (lambda: OnlineNorm(2)(torch.zeros(2)), r"OnlineNorm takes .* with C = 2; got \(2,\)"),
+        (lambda: MABN(2)(torch.zeros(2, 3, 4)), r"MABN needs .* with C = 2; got \(2, 3, 4\)"),
+        (lambda: OnlineNorm(2)(torch.zeros(2)), r"OnlineNorm needs .* with C = 2; got \(2,\)"),
     ],
 )
-def test_settings_that_make_no_norm_are_refused(make, words):
+def test_invalid_settings_and_shapes_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
 
 @pytest.mark.parametrize("make", [BatchRenorm, FilterResponseNorm2d, OnlineNorm, MABN])
-def test_peers_run_on_cuda_as_on_the_cpu(make):
+def test_peers_give_the_same_on_cuda(make):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     here, there, x = make(3), make(3).cuda(), torch.randn(4, 3, 5, 5)

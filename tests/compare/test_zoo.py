@@ -1,4 +1,4 @@
-"""Tasks of `fastrbn.compare`: what each trains, that all norms have the same start, and the standing over all tasks."""
+"""Tasks of `fastrbn.compare`: training each, equal starts for all norms, and the standing over all tasks."""
 
 import dataclasses
 import runpy
@@ -30,7 +30,8 @@ from fastrbn.compare import (
     tasks,
     workers,
 )
-from fastrbn.compare.report import groups_of, markdown
+from fastrbn.compare.report import markdown
+from fastrbn.compare.results import groups_of
 from fastrbn.data import DataError, glyphs
 from fastrbn.data.image_data import ImageData
 from fastrbn.data.sets import Dataset
@@ -107,14 +108,14 @@ def test_the_course_net_has_both_orders_and_without_a_norm_layers_have_a_bias():
     assert [type(m).__name__ for m in bare] == ["Conv2d", "ReLU"] and bare[0].bias is not None
 
 
-def test_the_rate_follows_the_tasks_rule_and_the_number_of_steps_that_of_the_next_smaller_batch():
+def test_rate_and_number_of_steps_follow_the_tasks_rule():
     assert Cell("default", 8, lr_factor=3, data=ZOO, net="mlp-adam").lr == pytest.approx(3 * 1e-3 * 8**0.5)
     assert Cell("default", 256, data=ZOO, net="dense").lr == 1
     assert [TASKS["dense"].n_steps(bs) for bs in (1, 4, 8, 500)] == [1500, 1200, 500, 60]
 
 
 @pytest.mark.parametrize("kind", tasks.BATCHES)
-def test_batches_are_made_of_what_their_name_says(kind):
+def test_batches_are_composed_as_their_name_says(kind):
     y = torch.arange(200) % 10
     found = list(tasks.BATCHES[kind](y, 6, 40, torch.Generator().manual_seed(0)))
     assert len(found) == 40 and all(len(i) == 6 for i in found)
@@ -130,7 +131,7 @@ def test_batches_are_made_of_what_their_name_says(kind):
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny):
-    with pytest.raises(ValueError, match="1 to 64 samples here, the number of the task's; got 65"):
+    with pytest.raises(ValueError, match="the batch size must be 1 to 64, the number of the task's samples; got 65"):
         tasks.Batches(TASKS["dense"], load_task("dense"), 65, 0)
 
 
@@ -146,7 +147,7 @@ def test_fine_tuning_starts_from_the_state_trained_with_batch_norm_and_a_new_hea
     assert not torch.equal(state["6.weight"], data.state["6.weight"])
 
 
-def test_real_and_fake_pass_the_norms_apart_and_a_recurrent_net_uses_one_norm_at_each_step(tiny):
+def test_real_and_fake_pass_separately_and_a_recurrent_net_uses_one_norm_at_each_step(tiny):
     for name, calls in (("two-passes", 2), ("recurrent", 14)):
         model, data = tasks.build(TASKS[name], load_task(name), get_norm("batchnorm"), 0), load_task(name)
         model(data.x[:8])
@@ -172,7 +173,7 @@ def test_scores_are_percents_and_a_blind_net_is_below_the_bounds():
 
 @pytest.mark.parametrize("norm", ["default", *(n for n in PEERS if n not in ("none", "instancenorm"))])
 @pytest.mark.parametrize("dims", [0, 1, 3])
-def test_a_norm_over_another_rank_is_that_over_images_of_one_column(norm, dims):
+def test_a_norm_over_another_rank_equals_that_over_images_of_one_column(norm, dims):
     torch.manual_seed(0)
     x = torch.randn(6, 16, *[3, 4, 2][:dims])
     if norm in ("groupnorm", "groupnorm-ws") and dims == 0:
@@ -205,18 +206,18 @@ def test_finished_cells_of_tasks_are_not_trained_again(tiny, tmp_path):
     assert rows["regression", "default", "1"]["steps"] == "2" and rows["regression", "default", "1"]["lr"] == "0.005"
 
 
-def test_a_folder_called_zoo_is_a_data_set_as_any_other():
+def test_a_folder_called_zoo_is_an_ordinary_data_set():
     assert cells_of(["default"], [8], data=[ZOO], n_train=64)[0].task is None
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"net": ["sense"]}, "a task is one of dense, .*got 'sense'"),
+        ({"net": ["sense"]}, "a task must be one of dense, .*got 'sense'"),
         ({"net": ["dense"], "epochs": 2}, "leave out n_train, epochs and augment for dense"),
     ],
 )
-def test_a_task_that_does_not_exist_or_with_settings_it_has_itself_is_refused(settings, words):
+def test_an_unknown_task_and_settings_of_a_task_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         cells_of(["default"], [8], data=[ZOO], **settings)
 
@@ -280,7 +281,7 @@ def test_the_table_of_a_task_names_its_score_rule_and_optimiser():
 # the command
 
 
-def test_the_script_runs_goes_on_and_leaves_a_task_without_data_out(tiny, tmp_path, monkeypatch, capsys):
+def test_the_script_runs_resumes_and_skips_a_task_without_data(tiny, tmp_path, monkeypatch, capsys):
     if not SCRIPT.is_file():
         pytest.skip("the tests run outside the repository")
 

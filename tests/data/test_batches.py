@@ -1,4 +1,4 @@
-"""BatchLoader: what it yields, in which order, and that an epoch can be taken up anywhere."""
+"""BatchLoader: what it yields, in which order, and that an epoch can be resumed anywhere."""
 
 import copy
 import pickle
@@ -41,7 +41,7 @@ sizes = st.tuples(st.integers(1, 60), st.integers(1, 20))
 
 @law
 @given(sizes, st.booleans(), st.integers(0, 2**40), st.integers(0, 5))
-def test_every_sample_comes_exactly_once_an_epoch_with_its_own_target(size, shuffle, seed, epoch):
+def test_every_sample_comes_once_per_epoch_with_its_target(size, shuffle, seed, epoch):
     n, bs = size
     x, y = numbered(n)
     loader = BatchLoader(x, y, bs, shuffle=shuffle, seed=seed)
@@ -112,7 +112,7 @@ def test_the_global_random_state_is_untouched_with_a_seed():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_without_a_seed_manual_seed_repeats_the_batches():
+def test_without_a_seed_torchs_manual_seed_repeats_the_batches():
     orders = []
     for global_seed in (7, 7, 8):
         torch.manual_seed(global_seed)
@@ -129,7 +129,7 @@ def test_the_state_continues_the_next_epoch_in_another_loader():
     assert_same_batches(a, b)
 
 
-def test_the_mid_epoch_state_continues_the_epoch_begun():
+def test_the_mid_epoch_state_continues_the_started_epoch():
     a = BatchLoader(*images(), 4, shuffle=True, seed=3, tfms=RandomCrop(2))
     list(a)
     batches = iter(a)
@@ -168,7 +168,7 @@ def test_normalisation_equals_the_float64_formula(seed, dtype):
 
 
 @pytest.mark.parametrize("normalize", [None, (0.0, 1.0)])
-def test_bytes_become_floats_in_0_to_1_whatever_the_default_dtype(normalize):
+def test_bytes_become_floats_in_0_to_1_for_any_default_dtype(normalize):
     x, y = images()
     torch.set_default_dtype(torch.float64)
     try:
@@ -179,7 +179,7 @@ def test_bytes_become_floats_in_0_to_1_whatever_the_default_dtype(normalize):
     torch.testing.assert_close(xb, x.float() / 255)
 
 
-def test_one_mean_serves_flat_rows_and_leaves_the_data_alone():
+def test_a_single_mean_normalises_flat_rows_without_changing_the_data():
     x, y = numbered(6)
     before = x.clone()
     (xb, _), *_ = BatchLoader(x, y, 6, normalize=(5.0, 2.0))
@@ -187,7 +187,7 @@ def test_one_mean_serves_flat_rows_and_leaves_the_data_alone():
     assert torch.equal(x, before)
 
 
-def test_integers_that_are_not_bytes_stay_as_they_are():
+def test_integers_other_than_bytes_are_unchanged():
     x, y = torch.arange(12).reshape(6, 2), torch.arange(6)
     (xb, _), *_ = BatchLoader(x, y, 6)
     assert xb.dtype == torch.int64 and torch.equal(xb, x)
@@ -269,7 +269,7 @@ def test_bad_arguments_are_named_with_what_came(args, kwargs, error, words):
 
 
 @pytest.mark.parametrize("k", [-1, 4])
-def test_iter_from_refuses_a_batch_that_is_not_there(k):
+def test_iter_from_refuses_a_batch_beyond_the_epoch(k):
     loader = BatchLoader(X, Y, 2)
     with pytest.raises(ValueError, match=f"0 to 3.*got {k}"):
         loader.iter_from(k)
@@ -318,7 +318,7 @@ def test_parts_make_the_batches_of_one_loader_with_world_times_the_size(n, shuff
 
 def test_a_last_batch_with_fewer_samples_than_parts_is_left_out_of_training_only():
     x = torch.arange(26).float()
-    with pytest.warns(UserWarning, match="an epoch's last 2 samples are left out of training: they are fewer than the 3"):
+    with pytest.warns(UserWarning, match="the last 2 samples of each epoch are not trained on: there are fewer of them than the 3"):
         first = BatchLoader(x, x, 4).shard(0, 3)
     parts = [first, BatchLoader(x, x, 4).shard(1, 3), BatchLoader(x, x, 4).shard(2, 3)]
     assert [len(p) for p in parts] == [len(list(p)) for p in parts] == [2, 2, 2]
@@ -328,7 +328,7 @@ def test_a_last_batch_with_fewer_samples_than_parts_is_left_out_of_training_only
     assert len(first.shard()) == 7 and first.world == 1 and "part" not in repr(first)
 
 
-def test_parts_draw_other_transforms_and_the_first_those_of_the_whole():
+def test_parts_draw_different_transforms_and_the_first_those_of_one_loader():
     x = torch.rand(16, 1, 4, 4)
 
     def draws(rank, world):
@@ -343,9 +343,9 @@ def test_parts_draw_other_transforms_and_the_first_those_of_the_whole():
 
 @pytest.mark.parametrize(
     "args, text",
-    [((2, 2), "shard takes a rank from 0 to world - 1; got rank 2 of world 2"), ((0, 9), "needs 9 samples; there are 8")],
+    [((2, 2), "shard needs a rank from 0 to world - 1; got rank 2 with world 2"), ((0, 9), "needs 9 samples; there are 8")],
 )
-def test_parts_that_cannot_be_say_so_and_change_nothing(args, text):
+def test_impossible_parts_are_refused_and_change_nothing(args, text):
     loader = BatchLoader(torch.rand(8, 2), torch.rand(8), 4)
     with pytest.raises(ValueError, match=text):
         loader.shard(*args)

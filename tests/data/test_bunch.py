@@ -1,4 +1,4 @@
-"""get_dls and DataBunch: which loader comes for which data, and what a bunch knows."""
+"""get_dls and DataBunch: which loader is made for which data, and what a bunch knows."""
 
 import pytest
 import torch

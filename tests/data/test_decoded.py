@@ -1,4 +1,4 @@
-"""Decoded images in a file: used while the images are the same, replaced when they are not, never trusted half."""
+"""Decoded images in a file: used while the images are the same, replaced when they change, never half trusted."""
 
 import os
 import warnings
@@ -47,7 +47,7 @@ def test_images_in_place_of_a_set_are_decoded_once(images, decodings):
     assert same(load_dataset("cifar10-jpeg", images), first) and decodings == [16, 16]
 
 
-def test_the_seed_mixes_what_was_kept_anew(images, decodings):
+def test_the_seed_shuffles_cached_images_too(images, decodings):
     a, b = (load_dataset("cifar10", images, seed=s) for s in (0, 1))
     assert len(decodings) == 1 and not torch.equal(a.train.x, b.train.x)
     assert torch.equal(a.train.y, a.train.x[:, 0, 0, 0].long() // 100), "labels follow their images"
@@ -71,20 +71,20 @@ def test_other_images_are_decoded_again(images, decodings, change):
     assert (data.train.x == 77).any() == (change in ("added", "replaced"))
 
 
-def test_another_size_is_kept_anew(images, decodings):
+def test_another_size_is_cached_separately(images, decodings):
     for size in (None, 8, 8):
         data = load_folder(images / "cifar10-jpeg", size=size, cache=images / "kept.pt")
     assert decodings == [16, 16] and data.train.x.shape == (8, 3, 8, 8)
 
 
-def test_a_folder_of_ones_own_gets_no_file_unless_asked(images, decodings):
+def test_other_folders_are_cached_only_if_asked(images, decodings):
     for _ in range(2):
         load_dataset(images / "cifar10-jpeg")
     assert decodings == [16, 16] and os.listdir(images) == ["cifar10-jpeg"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", "cut", {"x": 1}, "short"])
-def test_a_file_that_is_damaged_is_said_and_written_anew(images, decodings, content):
+def test_a_damaged_cache_is_reported_and_rewritten(images, decodings, content):
     whole = load_dataset("cifar10", images)
     path = images / "cifar10-jpeg.decoded.pt"
     if content == "cut":
@@ -95,13 +95,13 @@ def test_a_file_that_is_damaged_is_said_and_written_anew(images, decodings, cont
         torch.save(content, path)
     else:
         path.write_bytes(content)
-    with pytest.warns(UserWarning, match="cifar10-jpeg.decoded.pt is no file of decoded images and is written anew"):
+    with pytest.warns(UserWarning, match="cifar10-jpeg.decoded.pt is not a valid cache of decoded images and is rewritten"):
         again = load_dataset("cifar10", images)
     assert same(again, whole) and len(decodings) == 2
     assert same(load_dataset("cifar10", images), whole) and len(decodings) == 2
 
 
-def test_a_bit_that_changed_in_the_kept_images_is_found(images, decodings):
+def test_a_changed_bit_in_the_cached_images_is_found(images, decodings):
     whole = load_dataset("cifar10", images)
     path = images / "cifar10-jpeg.decoded.pt"
     data = path.read_bytes()
@@ -111,19 +111,19 @@ def test_a_bit_that_changed_in_the_kept_images_is_found(images, decodings):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             assert same(load_dataset("cifar10", images), whole), at
-        assert all("is no file of decoded images and is written anew" in str(w.message) for w in told)
+        assert all("is not a valid cache of decoded images and is rewritten" in str(w.message) for w in told)
     assert len(decodings) > 2
 
 
-def test_what_cannot_be_kept_is_said_and_the_images_are_there(images, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported_and_the_images_are_returned(images, monkeypatch):
     monkeypatch.setattr(decoded, "whole_file", lambda path: (images / "no such" / "folder").open("wb"))
-    with pytest.warns(UserWarning, match="cannot be kept in .*cifar10-jpeg.decoded.pt, so each start decodes"):
+    with pytest.warns(UserWarning, match="cannot be cached in .*cifar10-jpeg.decoded.pt, so every run decodes"):
         data = load_dataset("cifar10", images)
     assert len(data.train) == 8
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_what_is_cut_short_leaves_no_file(images, monkeypatch, error):
+def test_an_interruption_leaves_no_file(images, monkeypatch, error):
     def fails(*args):
         raise error("here")
 
@@ -133,13 +133,13 @@ def test_what_is_cut_short_leaves_no_file(images, monkeypatch, error):
     assert os.listdir(images) == ["cifar10-jpeg"]
 
 
-def test_many_images_are_announced_before_the_wait_and_few_are_not(images, monkeypatch, capsys):
+def test_decoding_many_images_is_announced(images, monkeypatch, capsys):
     load_dataset("cifar10", images)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(decoded, "MANY", 16)
     (images / "cifar10-jpeg.decoded.pt").unlink()
     load_dataset("cifar10", images)
-    assert capsys.readouterr().err == f"decoding 16 images, once: they are kept in {images}/cifar10-jpeg.decoded.pt\n"
+    assert capsys.readouterr().err == f"decoding 16 images once; the result is cached in {images}/cifar10-jpeg.decoded.pt\n"
 
 
 def test_a_share_of_the_training_images_may_be_held_out_instead_of_the_test_images(images):
@@ -147,10 +147,10 @@ def test_a_share_of_the_training_images_may_be_held_out_instead_of_the_test_imag
     assert (len(data.train), len(data.valid), data.name) == (6, 2, "cifar10-jpeg")
 
 
-def test_without_any_images_a_set_that_is_not_there_is_not_found_and_a_size_is_refused(tmp_path, images):
-    with pytest.raises(DataNotFoundError, match="CIFAR100 is not in"):
+def test_a_missing_set_without_images_is_not_found_and_a_size_is_refused(tmp_path, images):
+    with pytest.raises(DataNotFoundError, match="CIFAR100 was not found in"):
         load_dataset("cifar100", images, download=False)
     with pytest.raises(DataNotFoundError, match="'cifar100-jpeg' is neither"):
         load_dataset("cifar100-jpeg", images)
-    with pytest.raises(ValueError, match="size is for folders of images; cifar10-jpeg has its own"):
+    with pytest.raises(ValueError, match="size is only for folders of images; cifar10-jpeg has a fixed size"):
         load_dataset("cifar10-jpeg", images, size=8)

@@ -1,4 +1,4 @@
-"""Folders of images: decoded whole, mixed, split; every fault named."""
+"""Folders of images: decoded, shuffled, split; every fault is named."""
 
 import os
 from pathlib import Path
@@ -51,14 +51,14 @@ def test_train_and_validation_folders_keep_their_images_and_labels(held, tmp_pat
     assert (data.name, data.classes, data.c_in) == ("pets", ("cat", "dog"), 3)
 
 
-def test_the_training_images_are_mixed_by_seed_so_that_a_first_part_is_a_sample(tmp_path):
+def test_training_images_are_shuffled_by_seed(tmp_path):
     make(tmp_path, n=30)
     a, b, c = (numbers(load_folder(tmp_path, seed=s).train.x) for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert 0 < (a[:20] < 30).sum() < 20
 
 
-def test_valid_is_taken_before_test_and_test_on_demand(tmp_path):
+def test_valid_is_preferred_to_test_unless_asked(tmp_path):
     make(tmp_path, ("train", "test", "valid"))
     assert numbers(load_folder(tmp_path).valid.x).min() == 20
     assert numbers(load_folder(tmp_path, valid="test").valid.x).min() == 10
@@ -102,7 +102,7 @@ def test_palettes_and_transparency_become_rgb(mode, tmp_path):
 
 
 @pytest.mark.parametrize("size, shape", [(8, (8, 8)), ((5, 7), (5, 7))])
-def test_differing_sizes_are_brought_to_the_size_asked(size, shape, tmp_path):
+def test_images_of_different_sizes_are_resized(size, shape, tmp_path):
     write(tmp_path / "a", 2, size=(12, 9))
     write(tmp_path / "a", 3, start=2, size=(6, 30))
     data = load_dataset(tmp_path, size=size)
@@ -119,14 +119,14 @@ def test_resizing_cuts_at_the_centre(tmp_path):
     assert load_folder(tmp_path, size=10).train.x.unique().tolist() == [200]
 
 
-def test_differing_sizes_name_two_files(tmp_path):
+def test_different_sizes_without_resizing_name_two_files(tmp_path):
     write(tmp_path / "a", 2)
     write(tmp_path / "a", 1, start=7, size=(9, 5))
     with pytest.raises(BadDataError, match=r"a/000.png is 4 by 6 .*a/007.png is 5 by 9 .*size=N, or `fastrbn train --size N`"):
         load_folder(tmp_path)
 
 
-def test_an_absent_folder_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_folder(tmp_path / "nowhere")
 
@@ -149,7 +149,7 @@ def test_an_empty_class_is_named(tmp_path):
 def test_classes_that_differ_between_the_folders_are_named(tmp_path):
     make(tmp_path)
     write(tmp_path / "valid" / "eel", 1)
-    with pytest.raises(BadDataError, match="same class folders; eel is in one"):
+    with pytest.raises(BadDataError, match="same class folders; eel is in only one"):
         load_folder(tmp_path)
 
 
@@ -180,10 +180,10 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
     ("train/emu", "train/cat", "train/emu is .*train/cat again"),
     ("valid/dog/more", "train/dog", "valid/dog/more is .*train/dog again"),
 ])
-def test_a_link_by_which_a_folder_is_found_twice_is_refused(link, target, again, tmp_path):
+def test_a_link_that_leads_to_a_folder_twice_is_refused(link, target, again, tmp_path):
     make(tmp_path)
     (tmp_path / link).symlink_to(tmp_path / target)
-    with pytest.raises(BadDataError, match=f"each folder of images must be found once; through a link .*{again}"):
+    with pytest.raises(BadDataError, match=f"each folder of images must be found only once; .*{again}, through a link"):
         load_folder(tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         load_folder(tmp_path)
 
 
-def test_names_that_are_not_utf8_are_shown_by_their_bytes(tmp_path):
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
     root = tmp_path / "b\udcffb"
     make(root, classes=("k\udce4fer", "ähre"))
     data = load_folder(root)
@@ -225,7 +225,7 @@ def test_names_that_are_not_utf8_are_shown_by_their_bytes(tmp_path):
 def test_images_of_more_than_8_bits_are_refused_not_clipped(tmp_path):
     make(tmp_path)
     Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(tmp_path / "train" / "dog" / "deep.png")
-    with pytest.raises(BadDataError, match="deep.png.*8 bits a channel"):
+    with pytest.raises(BadDataError, match="deep.png.*8 bits per channel"):
         load_folder(tmp_path)
 
 
@@ -239,10 +239,10 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path):
 @pytest.mark.parametrize("parts, kwargs, error, words", [
     (("train",), {}, DataNotFoundError, "valid or val or test"),
     (("train", "valid"), {"valid": "test"}, DataNotFoundError, "validation images: test"),
-    (("train", "valid"), {"valid": 0.5}, ValueError, "train folder, which is used whole"),
+    (("train", "valid"), {"valid": 0.5}, ValueError, "train folder, which is not split; got valid=0.5"),
     (("a", "b"), {"valid": "test"}, DataNotFoundError, "has no train"),
-    (("train", "valid"), {"size": 0}, ValueError, "size is a side"),
-    (("train", "valid"), {"size": (1, 2, 3)}, ValueError, "size is a side"),
+    (("train", "valid"), {"size": 0}, ValueError, "size must be a side"),
+    (("train", "valid"), {"size": (1, 2, 3)}, ValueError, "size must be a side"),
     (("train", "valid"), {"valid": -0.5}, ValueError, "-0.5"),
 ])
 def test_layouts_that_do_not_fit_the_request_are_refused(parts, kwargs, error, words, tmp_path):

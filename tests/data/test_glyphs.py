@@ -49,7 +49,7 @@ def test_one_seed_gives_one_set_and_another_gives_another():
     assert not torch.equal(a.train.x, c.train.x)
 
 
-def test_validation_images_are_drawn_anew_and_a_quarter_in_fonts_unseen_in_training(monkeypatch):
+def test_a_quarter_of_the_validation_images_use_unseen_fonts(monkeypatch):
     module, drawn = sys.modules["fastrbn.data.glyphs"], []
     monkeypatch.setattr(module, "_draw", lambda atlas, cell, *_: drawn.append(cell) or cell.new_zeros(len(cell), 1, 28, 28))
     data = glyphs(2000, 2000)

@@ -1,4 +1,4 @@
-"""ImageData's statistics, and the normalised, perhaps augmented loaders made of it."""
+"""ImageData's statistics, and the loaders made from it."""
 
 import pickle
 
@@ -22,7 +22,7 @@ def test_statistics_are_those_of_the_training_images():
     torch.testing.assert_close(torch.tensor(data.std).double(), x.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
 
 
-def test_image_data_is_frozen_and_says_what_it_is():
+def test_image_data_is_frozen_and_has_a_repr():
     data = some_images()
     with pytest.raises(AttributeError):
         data.name = "other"
@@ -30,7 +30,7 @@ def test_image_data_is_frozen_and_says_what_it_is():
     assert len(pickle.loads(pickle.dumps(data)).train) == 800
 
 
-def test_a_bunch_is_normalised_per_channel_by_the_training_set():
+def test_a_bunch_is_normalised_per_channel_with_training_statistics():
     data = image_databunch(some_images(), 100)
     x = torch.cat([xb for xb, _ in data.train_dl]).double()
     assert x.mean((0, 2, 3)).abs().max() < 1e-5 and (x.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
@@ -44,13 +44,13 @@ def test_a_bunch_is_normalised_per_channel_by_the_training_set():
     ("mnist", None, []), ("glyphs", None, []), ("cifar10", False, []), ("mnist", True, [RandomCrop, RandomFlip]),
     ("mnist", [RandomCrop(2)], [RandomCrop]),
 ])
-def test_augmentation_suits_the_set_unless_told(name, augment, kinds):
+def test_augmentation_depends_on_the_set_unless_given(name, augment, kinds):
     data = image_databunch(some_images(name), 8, augment=augment)
     assert [type(t) for t in data.train_dl.tfms] == kinds and data.valid_dl.tfms == ()
 
 
 @pytest.mark.parametrize("limit, n_train, n_valid", [(80, 80, 150), (1, 1, 150), (400, 400, 150), (10**6, 1500, 300)])
-def test_a_limit_keeps_the_first_images_and_validation_in_proportion(limit, n_train, n_valid, monkeypatch):
+def test_a_limit_keeps_the_first_images_and_the_same_share_of_validation(limit, n_train, n_valid, monkeypatch):
     monkeypatch.setattr("fastrbn.data.image_data.LEAST_VALID", 150)
     whole = some_images(n=1800)
     whole = ImageData("some", Dataset(*whole.train[:1500]), Dataset(*whole.train[1300:1600]), whole.classes)
@@ -60,7 +60,7 @@ def test_a_limit_keeps_the_first_images_and_validation_in_proportion(limit, n_tr
     assert data.train_dl.normalize == image_databunch(whole, 8).train_dl.normalize
 
 
-def test_a_limit_leaves_every_class_in_a_validation_set_that_comes_class_by_class(monkeypatch):
+def test_a_limit_keeps_every_class_of_a_sorted_validation_set(monkeypatch):
     monkeypatch.setattr("fastrbn.data.image_data.LEAST_VALID", 20)
     x, y = torch.arange(6400).remainder(256).to(torch.uint8).view(100, 1, 8, 8), torch.arange(100) // 20
     held = Dataset(torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(100, 1, 8, 8), y)
@@ -91,7 +91,7 @@ def test_options_of_the_bunch_reach_the_loaders():
     assert data.train_dl.device.type == data.valid_dl.device.type == "meta"
 
 
-@pytest.mark.parametrize("kwargs, words", [({"bs": 0}, "batch size"), ({"bs": 8, "limit": 0}, "at least 1; got 0")])
-def test_a_bunch_refuses_senseless_sizes(kwargs, words):
+@pytest.mark.parametrize("kwargs, words", [({"bs": 0}, "batch size"), ({"bs": 8, "limit": 0}, "at least 1, .*; got 0")])
+def test_invalid_sizes_are_refused(kwargs, words):
     with pytest.raises(ValueError, match=words):
         image_databunch(some_images(), **kwargs)

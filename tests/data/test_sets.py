@@ -1,4 +1,4 @@
-"""Named data sets: found, checked, fetched whole or not at all. No test needs the network."""
+"""Named data sets: found, checked, downloaded completely or not at all. No test needs the network."""
 
 import gzip
 import hashlib
@@ -83,7 +83,7 @@ def fake_mnist(mirror, serve, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """The addresses that were asked."""
+    """The addresses that were requested."""
     asked = []
 
     def refuse(request, *args, **kwargs):
@@ -106,14 +106,14 @@ def image_numbers(x):
     return x[:, 0, 0, 0].long() + 256 * x[:, 0, 0, 1].long()
 
 
-def test_the_data_folder_is_the_argument_else_the_variable_else_the_cache(monkeypatch, tmp_path):
+def test_the_data_folder_is_the_argument_or_the_variable_or_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTRBN_DATA", "~/elsewhere")
     assert data_root(tmp_path) == tmp_path and data_root() == Path.home() / "elsewhere"
     monkeypatch.setenv("FASTRBN_DATA", "")
     assert data_root() == Path.home() / ".cache/fastrbn/data"
 
 
-def test_without_a_home_the_data_folder_has_to_be_given(monkeypatch):
+def test_without_a_home_directory_the_data_folder_is_required(monkeypatch):
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
     monkeypatch.delenv("HOME", raising=False)
 
@@ -121,7 +121,7 @@ def test_without_a_home_the_data_folder_has_to_be_given(monkeypatch):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     monkeypatch.setattr("pwd.getpwuid", no_entry)
-    with pytest.raises(DataNotFoundError, match="no home directory .*: say where .* --data-dir, or FASTRBN_DATA"):
+    with pytest.raises(DataNotFoundError, match="no home directory .*Give the folder .* --data-dir or FASTRBN_DATA"):
         data_root()
 
 
@@ -184,14 +184,14 @@ def test_archives_already_there_are_unpacked_without_network(fake_mnist, mirror,
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion", "cifar10", "cifar100"])
-def test_without_network_a_download_asks_each_address_once_and_leaves_nothing(name, no_network, tmp_path):
+def test_a_download_without_network_asks_each_address_once_and_leaves_nothing(name, no_network, tmp_path):
     with pytest.raises(DownloadError, match="no route to host.*--data-dir") as e:
         load_dataset(name, tmp_path / "data")
     assert len(set(no_network)) == len(no_network) > 0
     assert isinstance(e.value, OSError) and not (tmp_path / "data").exists()
 
 
-def test_a_network_that_swallows_everything_is_given_up_while_it_is_silent(monkeypatch, tmp_path):
+def test_a_silent_network_times_out(monkeypatch, tmp_path):
     answer, waiting = threading.Event(), []
 
     def swallow(*args, **kwargs):
@@ -211,7 +211,7 @@ def test_a_network_that_swallows_everything_is_given_up_while_it_is_silent(monke
             thread.join()
 
 
-def test_a_download_cut_short_leaves_no_file_behind_and_the_next_run_repeats_it(
+def test_an_interrupted_download_leaves_no_file_and_is_repeated(
     fake_mnist, mirror, serve, monkeypatch, tmp_path
 ):
     real = fake_mnist.resources
@@ -223,7 +223,7 @@ def test_a_download_cut_short_leaves_no_file_behind_and_the_next_run_repeats_it(
     with pytest.raises(DownloadError, match="Nothing was kept"):
         load_dataset("mnist", tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
-    # also when the sums do not tell, and unpacking is what fails
+    # also if the checksums match and unpacking fails
     monkeypatch.setattr(fake_mnist, "resources", [(n, md5(broken / n)) for n, _ in real])
     with pytest.raises(DownloadError, match="Nothing was kept"):
         load_dataset("mnist", tmp_path / "data")
@@ -233,8 +233,8 @@ def test_a_download_cut_short_leaves_no_file_behind_and_the_next_run_repeats_it(
     assert len(load_dataset("mnist", tmp_path / "data").train) == 50000
 
 
-def test_a_set_that_is_absent_is_not_fetched_against_the_callers_will(tmp_path):
-    with pytest.raises(DataNotFoundError, match="MNIST is not in .*train-images-idx3-ubyte.*FASTRBN_DATA") as e:
+def test_a_missing_set_is_not_downloaded_if_forbidden(tmp_path):
+    with pytest.raises(DataNotFoundError, match="MNIST was not found in .*train-images-idx3-ubyte.*FASTRBN_DATA") as e:
         load_dataset("mnist", tmp_path, download=False)
     assert isinstance(e.value, FileNotFoundError) and list(tmp_path.iterdir()) == []
 
@@ -246,8 +246,8 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how, words", [
-    ("truncated", "is truncated: 47040015 bytes where its header promises 47040016"),
-    ("too long", "is too long"), ("empty", "nothing"), ("zeros", "not the idx file"), ("other", "begins with"),
+    ("truncated", "is truncated: 47040015 bytes, but its header promises 47040016"),
+    ("too long", "is too long"), ("empty", "nothing"), ("zeros", "must be an idx file"), ("other", "begins with"),
 ])
 def test_a_damaged_image_file_is_named_with_what_to_do(how, words, fake_mnist, mirror, tmp_path):
     path = lay_out(mirror, tmp_path) / "train-images-idx3-ubyte"
@@ -288,7 +288,7 @@ def fake_cifar(tmp_path, serve, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_fetched_checked_and_split_as_published(name, fake_cifar, tmp_path, monkeypatch):
+def test_cifar_is_downloaded_checked_and_split_as_published(name, fake_cifar, tmp_path, monkeypatch):
     data = load_dataset(name, tmp_path / "data")
     assert torch.equal(data.train.x, torch.from_numpy(fake_cifar).view(6, 3, 32, 32)) and data.train.x.is_contiguous()
     assert data.train.y.tolist() == [0, 1] * 3 and data.valid.y.tolist() == [1, 0]
@@ -309,16 +309,16 @@ def test_a_damaged_cifar_file_is_named(fake_cifar, tmp_path):
 
 
 @pytest.mark.parametrize("args, kwargs, error, words", [
-    (("mnits",), {}, DataNotFoundError, "names are mnist.*Did you mean 'mnist'"),
+    (("mnits",), {}, DataNotFoundError, "known data sets are mnist.*Did you mean 'mnist'"),
     (("/no/such/folder",), {}, DataNotFoundError, "neither the name of a data set nor a folder"),
     ((__file__,), {}, DataNotFoundError, "a file, not a folder"),
     (("mnist",), {"valid": "train"}, ValueError, "'auto', 'test', or the share.*'train'"),
     (("mnist",), {"valid": 1.5}, ValueError, "1.5"),
     (("mnist",), {"valid": 1}, ValueError, "got 1"),
-    (("mnist",), {"size": 32}, ValueError, "size is for folders"),
+    (("mnist",), {"size": 32}, ValueError, "size is only for folders"),
     (("glyphs",), {"valid": 0.5}, ValueError, "n_valid"),
 ])
-def test_bad_requests_are_answered(args, kwargs, error, words):
+def test_bad_arguments_are_refused(args, kwargs, error, words):
     with pytest.raises(error, match=words):
         load_dataset(*args, **kwargs)
 

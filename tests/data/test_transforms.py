@@ -22,7 +22,7 @@ def test_view_tfm_makes_images_of_rows(tfm):
     assert torch.equal(tfm(x[:, ::1].T.contiguous().T), x.view(2, 1, 28, 28))
 
 
-def test_view_tfm_says_what_does_not_divide():
+def test_view_tfm_names_the_shape_that_does_not_divide():
     with pytest.raises(ValueError, match=r"multiple of 784.*\(2, 780\)"):
         view_tfm(1, 28, 28)(torch.zeros(2, 780))
 
@@ -62,7 +62,7 @@ def test_each_crop_is_a_window_of_its_own_padded_image(n, c, padding, seed):
         assert any(torch.equal(windows[:, i, j], after) for i in range(2 * padding + 1) for j in range(2 * padding + 1))
 
 
-def test_crops_reach_every_place():
+def test_crops_reach_every_position():
     x = torch.arange(1.0, 10).view(1, 1, 3, 3).expand(500, -1, -1, -1)
     assert len(RandomCrop(1)(x, generator()).flatten(1).unique(dim=0)) == 9
 
@@ -72,7 +72,7 @@ def test_the_crops_border_is_filled_as_asked():
     assert set(out.unique().tolist()) == {0.0, 9.0}
 
 
-def test_each_image_is_flipped_or_not_about_half_of_them():
+def test_about_half_of_the_images_are_flipped():
     x = torch.randn(1000, 2, 3, 4, generator=generator())
     out = RandomFlip()(x, generator(1))
     flipped = (out == x.flip(-1)).flatten(1).all(1)
@@ -102,7 +102,7 @@ def test_augmentation_of_rows_is_refused(tfm):
 
 
 @pytest.mark.parametrize("make", [lambda: RandomCrop(0), lambda: RandomFlip(1.5), lambda: RandomCrop(1.5)])
-def test_augmentations_with_senseless_settings_are_refused(make):
+def test_invalid_settings_of_augmentations_are_refused(make):
     with pytest.raises(ValueError, match="got"):
         make()
 
@@ -123,7 +123,7 @@ def test_cutout_blanks_a_square_around_one_of_the_pixels_and_nothing_else(n, c, 
         assert any(squares)
 
 
-def test_cutout_centres_on_all_pixels_alike_each_image_for_itself():
+def test_cutout_centres_are_uniform_and_drawn_per_image():
     blank = (Cutout(1)(torch.ones(40_000, 1, 4, 5), generator()) == 0).float()
     assert torch.equal(blank.sum((1, 2, 3)), torch.ones(40_000))
     torch.testing.assert_close(blank.mean((0, 1)), torch.full((4, 5), 1 / 20), atol=0.005, rtol=0)
@@ -139,7 +139,7 @@ def test_cutout_keeps_dtype_and_its_input(dtype):
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "8"])
-def test_cutout_refuses_a_size_that_is_none(size):
+def test_cutout_refuses_an_invalid_size(size):
     with pytest.raises(ValueError, match="positive number of pixels; got"):
         Cutout(size)
 

@@ -1,4 +1,4 @@
-"""The autograd graph as data: against a walk of its own, on every recipe and backend, as text, DOT and picture."""
+"""The autograd graph as data: checked by an independent walk, on every recipe and backend, as text, DOT and picture."""
 
 import gc
 import os
@@ -53,7 +53,7 @@ def has_no_circle(graph):
 
 
 @pytest.mark.parametrize(("recipe", "backend"), [("default", "fused"), *((recipe, "reference") for recipe in RECIPES)])
-def test_every_recipe_and_backend_is_read_completely_and_makes_one_box_a_layer(recipe, backend):
+def test_every_recipe_and_backend_is_read_completely_and_makes_one_box_per_layer(recipe, backend):
     model = get_cnn_model(SimpleNamespace(c=10, c_in=1), [4, 6], conv_rbn, recipe=recipe, backend=backend)
     for _ in range(2):
         with record_modules(model):
@@ -72,7 +72,7 @@ def test_every_recipe_and_backend_is_read_completely_and_makes_one_box_a_layer(r
         loss.backward()
 
 
-def test_without_a_record_parameters_tell_the_modules_and_the_others_are_unknown():
+def test_without_a_record_modules_are_inferred_from_parameters():
     model = course_net()
     graph = autograd_graph(loss_of(model), model)
     by_name = {}
@@ -107,7 +107,7 @@ def test_saved_bytes_are_those_that_pytorch_packs():
     assert graph.held_bytes == sum(size for ptr, size in packed.items() if ptr not in owned)
 
 
-def test_after_backward_the_graph_is_there_and_what_it_had_saved_is_freed():
+def test_after_backward_the_graph_remains_and_its_saved_tensors_are_freed():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     loss = model(torch.randn(3, 4)).square().sum()
     before = autograd_graph(loss, model)
@@ -116,11 +116,11 @@ def test_after_backward_the_graph_is_there_and_what_it_had_saved_is_freed():
     assert len(after) == len(before)
     assert after.saved_bytes == 0 < before.saved_bytes
     assert not any(n.freed for n in before.nodes)
-    assert "a backward pass has freed what 4 nodes had saved" in str(after)
+    assert "a backward pass has freed the saved tensors of 4 nodes" in str(after)
     assert "freed" not in str(before)
 
 
-def test_a_buffer_that_is_never_detached_holds_the_graph_and_makes_it_grow_step_by_step():
+def test_an_undetached_buffer_holds_the_graph_and_makes_it_grow():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Forgetful(8), nn.Linear(8, 2))
     sizes = []
     for _ in range(4):
@@ -136,14 +136,14 @@ def test_a_buffer_that_is_never_detached_holds_the_graph_and_makes_it_grow_step_
     assert autograd_graph(loss_of(course_net())).holders == {}
 
 
-def test_the_buffers_that_a_layer_keeps_for_its_backward_have_their_names():
+def test_buffers_saved_for_backward_are_named():
     model = course_net(backend="fused")
     graph = autograd_graph(loss_of(model), model)
     assert {"0.2.running_grad", "4.2.running_grad"} <= set(graph.buffers)
     assert graph.nodes[graph.buffers["0.2.running_grad"][0]].module == "0.2"
 
 
-def test_what_was_changed_in_place_since_it_was_saved_is_said():
+def test_saved_tensors_changed_in_place_are_reported():
     y = torch.ones(3, requires_grad=True).sigmoid()
     loss = y.sum()
     assert not any(n.changed for n in autograd_graph(loss).nodes)
@@ -151,7 +151,7 @@ def test_what_was_changed_in_place_since_it_was_saved_is_said():
         y.mul_(2)
     graph = autograd_graph(loss)
     assert [n.name for n in graph.nodes if n.changed] == ["SigmoidBackward0"]
-    assert "changed in place since it was saved, the backward pass will fail: SigmoidBackward0" in str(graph)
+    assert "the backward pass will fail, saved tensors were changed in place: SigmoidBackward0" in str(graph)
 
 
 class Running(nn.Module):
@@ -172,7 +172,7 @@ class Running(nn.Module):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch before 2.10 does not tell which tensor was changed")
-def test_of_what_was_changed_in_place_the_buffer_is_named():
+def test_a_buffer_changed_in_place_is_named():
     model = nn.Sequential(nn.Linear(4, 8), Running(8))
     x = torch.randn(6, 4)
     graph = autograd_graph((model(x) + model(x)).sum(), model)
@@ -180,13 +180,13 @@ def test_of_what_was_changed_in_place_the_buffer_is_named():
         ("DivBackward0", ("1.count",)),
         ("MulBackward0", ("1.seen",)),
     ]
-    assert "pass will fail: DivBackward0 (1.count), MulBackward0 (1.seen)" in str(graph)
+    assert "were changed in place: DivBackward0 (1.count), MulBackward0 (1.seen)" in str(graph)
     graph = autograd_graph(lambda: (model(x) + model(x)).sum(), model).by_module()
     assert [(n.name, n.call, n.changed_tensors) for n in graph.nodes if n.changed] == [("1", 1, ("1.count", "1.seen"))]
 
 
 @pytest.mark.skipif(torch.__version__ < "2.10", reason="torch before 2.10 does not tell which tensor was changed")
-def test_of_several_tensors_that_a_function_saves_the_changed_one_is_named():
+def test_the_changed_one_of_several_saved_tensors_is_named():
     class Scale(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, a, b):
@@ -240,7 +240,7 @@ def test_a_function_is_called_once_as_training_would():
     assert {n.module for n in graph.nodes if n.name == "ReluBackward0"} == {f"{i}.1" for i in range(5)}
 
 
-def test_each_call_of_a_shared_module_is_a_box_and_residual_nets_have_no_circles():
+def test_each_call_of_a_shared_module_is_a_box_and_residual_nets_have_no_cycles():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     view = autograd_graph(lambda: model(torch.randn(2, 4)).sum(), model).by_module()
@@ -268,14 +268,14 @@ class Around(nn.Module):
         return a + self.child(a)
 
 
-def test_a_module_around_another_is_cut_in_two_rather_than_drawn_as_a_circle():
+def test_a_module_around_another_is_cut_in_two_rather_than_drawn_as_a_cycle():
     model = nn.Sequential(Around())
     view = autograd_graph(lambda: model(torch.randn(2, 3)).sum(), model).by_module()
     assert [n.name for n in view.nodes] == ["0", "0.child", "0", "SumBackward0"]
     assert view.edges == [(0, 1), (0, 2), (1, 2), (2, 3)]
 
 
-def test_thousands_of_operations_in_a_row_are_no_problem():
+def test_thousands_of_operations_in_a_row_are_read():
     x = torch.ones(2, requires_grad=True)
     y = x
     for _ in range(5000):
@@ -323,7 +323,7 @@ def test_the_picture_has_each_box_and_edge_once_and_no_box_on_another(level, col
     fig.savefig(tmp_path / "graph.png")
 
 
-def test_graphviz_places_the_boxes_where_it_is_installed_and_is_missed_by_name(monkeypatch, tmp_path):
+def test_graphviz_places_the_boxes_and_its_absence_is_an_error(monkeypatch, tmp_path):
     graph = autograd_graph(torch.ones(2, requires_grad=True).exp())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="needs Graphviz's program dot, which is not on the PATH"):
@@ -352,12 +352,12 @@ def test_graphviz_places_the_boxes_where_it_is_installed_and_is_missed_by_name(m
         (lambda: autograd_graph(3), TypeError, "needs a tensor, several in a list, or a function.*got int"),
         (lambda: autograd_graph(torch.ones(1, requires_grad=True), "model"), TypeError, "nn.Module or None; got str"),
         (lambda: record_modules(3).__enter__(), TypeError, "needs an nn.Module; got int"),
-        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).by_module(0), ValueError, "from 1, or None; got 0"),
-        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(0), ValueError, "from 1; got 0"),
-        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(engine="x"), ValueError, "\"dot\"; got 'x'"),
+        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).by_module(0), ValueError, "depth must be a whole number, 1 or more; got 0"),
+        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(0), ValueError, "columns must be a whole number, 1 or more; got 0"),
+        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(engine="x"), ValueError, "engine must be one of fastrbn, dot; got 'x'"),
     ],
 )
-def test_wrong_input_is_told(call, error, words):
+def test_wrong_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
 

@@ -7,7 +7,7 @@ from torch import nn
 from fastrbn import RunningBatchNorm, leaf_table
 
 
-def test_each_parameter_and_buffer_has_its_row_with_what_autograd_says_of_it():
+def test_each_parameter_and_buffer_has_a_row():
     model = nn.Sequential(nn.Linear(3, 4), RunningBatchNorm(4))
     model[0].weight.requires_grad_(False)
     table = leaf_table(model)
@@ -33,7 +33,7 @@ def test_a_buffer_that_holds_a_graph_stands_out():
     assert leaf_table(layer)["sums"].note == ""
 
 
-def test_it_prints_as_a_table_with_aligned_columns():
+def test_the_table_prints_with_aligned_columns():
     lines = repr(leaf_table(nn.Linear(2, 3))).splitlines()
     assert lines[0].split() == "name kind requires_grad is_leaf grad_fn shape dtype device version".split()
     assert lines[1].split() == ["weight", "parameter", "yes", "yes", "-", "3×2", "float32", "cpu", "1"], "filled once"
@@ -50,7 +50,7 @@ def test_tied_lazy_and_inference_tensors_have_rows_too():
         assert leaf_table(nn.Linear(1, 1))["weight"].version is None
 
 
-def test_wrong_input_is_told():
+def test_wrong_input_is_refused():
     with pytest.raises(TypeError, match="needs an nn.Module; got list"):
         leaf_table([])
     with pytest.raises(KeyError, match="no parameter or buffer is named 'x'; there are: weight, bias"):
