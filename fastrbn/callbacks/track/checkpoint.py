@@ -1,14 +1,12 @@
-"""Checkpoints to go on from after whatever ended a fit, and the weights of the best epoch."""
+"""Checkpoints: files that a fit can go on from."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import threading
 import warnings
-import weakref
 from pathlib import Path
 
 import torch
@@ -18,10 +16,8 @@ from fastrbn.learn import checkpoint_file as checkpoints
 from fastrbn.learn.batch import gradients_are_whole
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.checkpoint_file import CheckpointError
-from fastrbn.learn.snapshot import plain_state_dict
-from fastrbn.util import write_whole
+from fastrbn.learn.ranks import rank
 
-from .changes import changed, looks
 from .monitor import Monitor
 
 
@@ -94,13 +90,13 @@ class Checkpoint(Callback):
         self.best = self._best_name = None
         if self.monitor is not None:
             self.monitor.begin(run)
-        if _rank() == 0:
+        if rank() == 0:
             self._claim_folder()
         stateless = (cb for cb in run.cbs if type(cb).state_dict is Callback.state_dict)
-        self._watched = [(cb, looks(cb)) for cb in stateless if not type(cb).__module__.startswith("fastrbn.")]
+        self._watched = [(cb, _looks(cb)) for cb in stateless if not type(cb).__module__.startswith("fastrbn.")]
         loaders = (run.data.train_dl, run.data.valid_dl)
         # elsewhere Distributed takes it, and tells rank 0
-        if self.on_interrupt and _rank() == 0 and not any(getattr(dl, "num_workers", 0) for dl in loaders):
+        if self.on_interrupt and rank() == 0 and not any(getattr(dl, "num_workers", 0) for dl in loaders):
             self._handler = _handle(self._interrupted)
 
     def begin_epoch(self):
@@ -135,7 +131,7 @@ class Checkpoint(Callback):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._clear()
         reason = run.stop_reason
-        if pending is not None and _rank() == 0 and reason is not None and reason.startswith("interrupted"):
+        if pending is not None and rank() == 0 and reason is not None and reason.startswith("interrupted"):
             # only now: the others have taken back what they lent the model
             self._write(pending, self._next_name(run.n_iter), final=True)
         if asked and reason is None:
@@ -178,7 +174,7 @@ class Checkpoint(Callback):
 
     def _save(self, phase, final=False, best=None):
         self._due = False
-        if _rank() != 0:
+        if rank() != 0:
             return
         self._tell_of_stateless()
         before = self.best, self._best_name
@@ -229,7 +225,7 @@ class Checkpoint(Callback):
                     "it an attribute of a callback (self.sched = …), then it is saved and goes on in a resumed fit",
                     stacklevel=2,
                 )
-        found = [(cb, names) for cb, before in self._watched if (names := changed(before, looks(cb)))]
+        found = [(cb, names) for cb, before in self._watched if (names := _changed(before, _looks(cb)))]
         if found:
             self._watched = []
             which = "; ".join(f"{type(cb).__name__} ({', '.join(names)})" for cb, names in found)
@@ -252,70 +248,6 @@ class Checkpoint(Callback):
         return f"Checkpoint({str(self.path)!r}, every={self.every}, keep={self.keep})"
 
 
-class SaveBest(Callback):
-    """Keeps the weights of the best epoch in one file: `model.load_state_dict(torch.load(path, weights_only=True))`.
-
-    - `path`: the file, written whole; folders that are missing are made. An old one stays until the first epoch ends. A
-      relative path is one from where the program is when this is made.
-    - `monitor`: the name of an average such as "valid_loss" (default) or of a metric (that of validation).
-    - `mode`: "min" or "max", whether it should fall or rise; needed unless its name ends in `loss` or `accuracy`.
-
-    `.best` is the best value so far, None before there is one, `.best_epoch` the number of its epoch in its fit, from 0.
-    Further fits of the same model count on: only a better epoch replaces the file, as long as it is there. With another
-    model, and in another process that does not resume, the search begins anew.
-
-    Under `EMA` the averages are saved, with validation and without. Of a model that `torch.compile` has wrapped, the
-    names are those of the model inside: load them into that one. An epoch of NaN is never the best. A file that cannot
-    be written (OSError) ends the fit; the one before stays. To go on with training, use `Checkpoint`.
-    """
-
-    _order = 20  # after the averages of the epoch are in the history
-
-    def __init__(self, path="best.pt", monitor="valid_loss", mode=None):
-        self.path, self.monitor = Path(path).absolute(), Monitor(monitor, mode, "SaveBest")
-        self.best = self.best_epoch = self._model = None
-
-    def begin_fit(self):
-        if self.path.is_dir():
-            raise IsADirectoryError(f"SaveBest needs a file; got the folder {self.path}: add a name, best.pt")
-        model = self.run.learn.model
-        if self._model is None or self._model() is not model or not self.path.exists():
-            self.best, self.best_epoch, self._model = None, None, weakref.ref(model)
-        self.monitor.begin(self.run)
-
-    def after_epoch(self):
-        value = self.monitor.value(self.run)
-        if self.monitor.better(value, self.best):
-            if _rank() == 0:
-                averaged = vars(self.run).get("averaged")  # EMA's
-                weights = plain_state_dict(self.run.learn.model) if averaged is None else averaged()
-                file = io.BytesIO()
-                torch.save({name: _on_host(v) for name, v in weights.items()}, file)
-                write_whole(self.path, file.getvalue())
-            self.best, self.best_epoch = value, self.run.epoch
-
-    def state_dict(self):
-        return {"best": self.best, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state):
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_model": None}  # a copy is for another run
-
-    def __repr__(self):
-        return f"SaveBest({str(self.path)!r}, {self.monitor.name!r}, {self.monitor.mode!r})"
-
-
-def _on_host(value):
-    return value.cpu() if isinstance(value, torch.Tensor) else value
-
-
-def _rank() -> int:
-    dist = torch.distributed
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def _handle(handler):
     """Take over Ctrl-C where it has Python's own meaning; the handler, or None where it is somebody else's."""
     if threading.current_thread() is not threading.main_thread():
@@ -324,3 +256,26 @@ def _handle(handler):
         return None
     signal.signal(signal.SIGINT, handler)
     return handler
+
+
+def _looks(cb) -> dict:
+    """Something for each public attribute that is another when the attribute has changed, without copies of data."""
+    looks = {}
+    for name, value in vars(cb).items():
+        if name.startswith("_") or name == "run" or isinstance(value, LRScheduler):  # those Callback.state_dict keeps
+            continue
+        if isinstance(value, (bool, int, float, str, type(None))):
+            looks[name] = value
+        elif isinstance(value, torch.Tensor):
+            looks[name] = (id(value), value._version)
+        elif isinstance(value, (list, dict, set)):
+            looks[name] = (id(value), len(value))
+        else:
+            looks[name] = id(value)
+    return looks
+
+
+def _changed(before, now) -> list[str]:
+    """The attributes of which `looks` differ."""
+    nothing = object()
+    return [name for name in {**before, **now} if before.get(name, nothing) != now.get(name, nothing)]

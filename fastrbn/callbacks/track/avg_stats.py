@@ -1,4 +1,4 @@
-"""What a fit writes down: loss and learning rate of each step, averages of each epoch."""
+"""Averages of each epoch."""
 
 from __future__ import annotations
 
@@ -14,127 +14,7 @@ from fastrbn.learn.callback import Callback
 from fastrbn.learn.ranks import rank
 
 from . import metrics as _metrics
-from .metrics import EpochMetric, accuracy
-
-__all__ = ["AvgStats", "AvgStatsCallback", "EpochMetric", "Recorder", "accuracy"]
-
-_CHUNK = 64  # scalars kept one by one before they are joined on their device: more are slower, they leave the cache
-
-
-class _Tape:
-    """Rows of scalars that stay on their device until someone reads them, then come over in one go."""
-
-    def __init__(self, width):
-        self._new, self._joined, self._columns = [], [[] for _ in range(width)], [[] for _ in range(width)]
-
-    def add(self, row) -> None:
-        self._new.append(row)
-        if len(self._new) >= _CHUNK:
-            self._join()
-
-    def _join(self):
-        for joined, column in zip(self._joined, zip(*self._new)):
-            tensors = [v if isinstance(v, torch.Tensor) else torch.tensor(float(v)) for v in column]
-            joined.append(torch.stack(tensors).flatten())
-        self._new = []
-
-    def read(self) -> list[list[float]]:
-        """A list for each column."""
-        self._join()
-        for joined, column in zip(self._joined, self._columns):
-            if joined:
-                column.extend(torch.cat(joined).tolist())
-                joined.clear()
-        return self._columns
-
-    def state_dict(self) -> dict:
-        return {"columns": [torch.tensor(column, dtype=torch.float64) for column in self.read()]}
-
-    def load_state_dict(self, state) -> None:
-        self.__init__(len(state["columns"]))
-        self._columns = [column.tolist() for column in state["columns"]]
-
-    def __getstate__(self):
-        return {"_new": [], "_joined": [[] for _ in self._columns], "_columns": self.read()}
-
-
-class Recorder(Callback):
-    """Keeps loss and learning rates of each training step; a batch that was cancelled before its loss leaves none.
-
-    - `.losses`: a float for each step. They stay on the device during an epoch; reading them waits for it.
-    - `.lrs`: for each param group a list with a rate for each step.
-
-    Both begin anew with each fit and survive its errors.
-
-    Source: fast.ai course, part 2 (2019), notebooks 05 and 05b.
-    """
-
-    _needs_opt = ("param_groups", "lr")
-
-    def __init__(self):
-        self._tape, self._lrs, self._lrs_on_device = _Tape(1), [], False
-
-    def begin_fit(self):
-        groups = self.run.opt.param_groups
-        self._tape, self._lrs = _Tape(1), [[] for _ in groups]
-        self._lrs_on_device = any(isinstance(g["lr"], torch.Tensor) for g in groups)
-
-    def after_loss(self):
-        run = self.run
-        if run.in_train:
-            self._tape.add((run.loss.detach(),))
-            for lrs, group in zip(self._lrs, run.opt.param_groups):
-                lr = group["lr"]
-                lrs.append(lr.clone() if self._lrs_on_device and isinstance(lr, torch.Tensor) else lr)
-
-    def after_epoch(self):
-        self._tape.read()
-
-    def after_fit(self):
-        self._tape.read()
-
-    def state_dict(self):
-        """Losses and rates so far. Waits for the device."""
-        return {"losses": self._tape.state_dict(), "lrs": [torch.tensor(r, dtype=torch.float64) for r in self.lrs]}
-
-    def load_state_dict(self, state):
-        self._tape.load_state_dict(state["losses"])
-        self._lrs = [rates.tolist() for rates in state["lrs"]]
-
-    @property
-    def losses(self) -> list[float]:
-        return self._tape.read()[0]
-
-    @property
-    def lrs(self) -> list[list[float]]:
-        if self._lrs_on_device:  # a compiled or captured optimiser keeps its rate in a tensor
-            for lrs in self._lrs:
-                lrs[:] = map(float, lrs)
-        return self._lrs
-
-    def plot_lr(self, pgid=-1):
-        """Learning rate of param group `pgid` over the steps. Returns the matplotlib Figure."""
-        from fastrbn import plots
-
-        return plots.plot_lr(self._group(pgid))
-
-    def plot_loss(self, skip_last=0):
-        """Loss over the steps, without the last `skip_last`. Returns the matplotlib Figure."""
-        from fastrbn import plots
-
-        return plots.plot_loss(self.losses[: max(len(self.losses) - skip_last, 0)])
-
-    def plot(self, skip_last=0, pgid=-1):
-        """Loss against learning rate, as after `LR_Find`. Returns the matplotlib Figure."""
-        from fastrbn import plots
-
-        n = max(len(self.losses) - skip_last, 0)
-        return plots.plot_lr_find(self._group(pgid)[:n], self.losses[:n])
-
-    def _group(self, pgid):
-        if not self._lrs:
-            raise ValueError("the Recorder has nothing to plot: it has not been part of a fit yet")
-        return self.lrs[pgid]
+from .tape import Tape
 
 
 class AvgStats:
@@ -161,7 +41,7 @@ class AvgStats:
         self.reset()
 
     def reset(self) -> None:
-        self._sizes, self._tape, self._computed, self._summed = [], _Tape(len(self._averaged)), None, False
+        self._sizes, self._tape, self._computed, self._summed = [], Tape(len(self._averaged)), None, False
         for metric in self._objects.values():
             metric.reset()
 
