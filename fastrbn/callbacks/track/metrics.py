@@ -68,7 +68,9 @@ def check(metric) -> None:
     """TypeError for what is neither a function of a batch nor an object that accumulates."""
     has = [name for name in _PROTOCOL if callable(getattr(metric, name, None))]
     if isinstance(metric, type) and has:
-        raise TypeError(f"a metric is a function or an object; got the class {metric.__name__}: write {metric.__name__}()")
+        raise TypeError(
+            f"a metric is a function or an object; got the class {metric.__name__}: write {metric.__name__}()"
+        )
     if has and len(has) < len(_PROTOCOL):
         lacks = ", ".join(name for name in _PROTOCOL if name not in has)
         raise TypeError(

@@ -127,7 +127,7 @@ def test_a_model_that_is_compiled_already_is_told_and_stays_so():
     learn = make_learn()
     learn.model.compile(backend="eager")
     before = learn.model._compiled_call_impl
-    with pytest.raises(RuntimeError, match="compiles the model for the fit, and this Sequential is compiled already"):
+    with pytest.raises(RuntimeError, match="compiles the model itself, but this Sequential is compiled already"):
         Runner([CompileCallback()]).fit(1, learn)
     assert learn.model._compiled_call_impl is before
     learn.model = torch.compile(make_learn().model, backend="eager")
@@ -136,7 +136,7 @@ def test_a_model_that_is_compiled_already_is_told_and_stays_so():
 
 
 def test_arguments_are_those_of_torch_compile():
-    with pytest.raises(TypeError, match="takes what torch.compile takes by name: .*mode.*; got modus"):
+    with pytest.raises(TypeError, match="takes the keyword arguments of torch.compile: .*mode.*; got modus"):
         CompileCallback(modus="default")
     assert repr(CompileCallback(mode="reduce-overhead")) == "CompileCallback(mode='reduce-overhead')"
 

@@ -290,7 +290,7 @@ def test_averages_that_hold_nan_are_not_kept():
             self.run.learn.model.load_state_dict(good)
 
     good = {name: v.clone() for name, v in learn.model.state_dict().items()}
-    with pytest.warns(UserWarning, match="the averages hold NaN or Inf; the model keeps the trained weights"):
+    with pytest.warns(UserWarning, match="the averages contain NaN or Inf; the model keeps the trained weights"):
         quiet(EMA(0.9, keep=True), Plants(), Repairs()).fit(1, learn)
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
@@ -304,17 +304,17 @@ def test_the_wrong_moments_are_told():
         def after_epoch(self):
             self.run.ema.put()
 
-    with pytest.raises(RuntimeError, match="EMA.put is for after the fit"):
+    with pytest.raises(RuntimeError, match="EMA.put is for use after the fit"):
         quiet(EMA(), Puts()).fit(1, make_learn())
 
 
 @pytest.mark.parametrize("kwargs", [{"decay": 1.0}, {"decay": -0.1}, {"decay": "0.9"}, {"decay": True}], ids=str)
 def test_a_decay_that_is_none_is_an_error(kwargs):
-    with pytest.raises(ValueError, match="share of the old average, 0 or more and below 1; got"):
+    with pytest.raises(ValueError, match="decay must be a share of the old average, 0 or more and below 1; got"):
         EMA(**kwargs)
 
 
 @pytest.mark.parametrize("kwargs", [{"warmup": 10}, {"keep": "yes"}], ids=str)
 def test_switches_are_true_or_false(kwargs):
-    with pytest.raises(ValueError, match="is True or False; got"):
+    with pytest.raises(ValueError, match="must be True or False; got"):
         EMA(**kwargs)

@@ -97,13 +97,13 @@ def test_a_bad_gradient_is_not_spread_so_that_its_parameter_is_named(bad, opt):
     [
         (
             {},
-            "needs a limit, either max_norm of all gradients together or value of each element; got max_norm=None and",
+            "needs one limit, either max_norm for all gradients together or value for each element; got max_norm=None and",
         ),
         ({"max_norm": 1, "value": 1}, "give one, such as"),
-        ({"max_norm": 0}, "max_norm is a finite number above 0; got 0"),
-        ({"max_norm": "1"}, "max_norm is a finite number above 0; got '1'"),
-        ({"value": math.nan}, "value is a finite number above 0; got nan"),
-        ({"max_norm": 1.0, "norm_type": 0}, "norm_type is a number above 0, such as 2 or math.inf; got 0"),
+        ({"max_norm": 0}, "max_norm must be a finite number above 0; got 0"),
+        ({"max_norm": "1"}, "max_norm must be a finite number above 0; got '1'"),
+        ({"value": math.nan}, "value must be a finite number above 0; got nan"),
+        ({"max_norm": 1.0, "norm_type": 0}, "norm_type must be a number above 0, such as 2; got 0"),
     ],
     ids=str,
 )
@@ -305,5 +305,5 @@ def test_two_of_them_are_an_error():
 
 @pytest.mark.parametrize("n", [0, -1, 2.0, True, "4", None])
 def test_n_must_be_a_whole_number(n):
-    with pytest.raises(ValueError, match="needs a whole number of batches a step, 1 or more; got"):
+    with pytest.raises(ValueError, match="n, the batches per step, must be a whole number, 1 or more; got"):
         GradientAccumulation(n)

@@ -246,7 +246,7 @@ def test_a_state_of_the_other_kind_is_refused():
         def begin_fit(self):
             self.run.mixed_precision.load_state_dict({})
 
-    with pytest.raises(ValueError, match="goes on with the dtype that it was begun with, and only fp16 has a scale"):
+    with pytest.raises(ValueError, match="the saved state has no scale, which only fp16 uses, and dtype is torch.float16"):
         Runner([MixedPrecision("fp16"), Loads()]).fit(1, make_learn())
 
 
@@ -260,17 +260,17 @@ def test_two_of_them_are_an_error_and_the_model_trains_on_without():
 def test_weights_in_half_precision_are_refused_for_fp16():
     learn = make_learn()
     learn.model.half()
-    with pytest.raises(ValueError, match=r"keeps weights in float32 .* '0.weight' is float16: leave out model.half"):
+    with pytest.raises(ValueError, match=r"needs weights in float32, .* '0.weight' is float16: remove model.half"):
         Runner([MixedPrecision("fp16")]).fit(1, learn)
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("bf61",), "dtype is 'bf16' or 'fp16'; got 'bf61'. Did you mean 'bf16'?"),
-        ((torch.float32,), "dtype is 'bf16' or 'fp16'; got torch.float32"),
-        (("fp16", 0), "init_scale is a number above 0; got 0"),
-        (("fp16", 8.0, 0.5), "growth_interval is a whole number of steps, 1 or more; got 0.5"),
+        (("bf61",), "dtype must be 'bf16' or 'fp16'; got 'bf61'. Did you mean 'bf16'?"),
+        ((torch.float32,), "dtype must be 'bf16' or 'fp16'; got torch.float32"),
+        (("fp16", 0), "init_scale must be a number above 0; got 0"),
+        (("fp16", 8.0, 0.5), "growth_interval must be a whole number, 1 or more; got 0.5"),
     ],
     ids=str,
 )

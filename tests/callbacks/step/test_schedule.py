@@ -26,7 +26,7 @@ from fastrbn.learn import Callback, Runner
 
 @annealer
 def sched_square(start, end, pos):
-    """An annealer of one's own, at module level as pickle wants it."""
+    """An annealer at module level, where pickle finds it."""
     return start + (end - start) * pos**2
 
 
@@ -66,7 +66,7 @@ def test_a_schedule_takes_a_tensor_as_the_course_plots_it():
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (1, 0), (-1, 1)])
 def test_an_exponential_schedule_through_zero_says_what_to_do(start, end):
-    with pytest.raises(ValueError, match="sched_exp needs two numbers of the same sign"):
+    with pytest.raises(ValueError, match="sched_exp needs start and end of the same sign"):
         sched_exp(start, end)(0.5)
 
 
@@ -110,11 +110,11 @@ def test_the_last_share_may_be_left_out():
     [
         ([0.5, 0.6], 2, "pcts must sum to 1"),
         ([0.3, 0.3], 2, "pcts must sum to 1"),
-        ([-0.5, 1.5], 2, "none negative"),
-        ([math.nan, 0.5], 2, "none negative"),
+        ([-0.5, 1.5], 2, "each 0 or more"),
+        ([math.nan, 0.5], 2, "each 0 or more"),
         ([0.2, 0.3, 0.5], 2, "got 3 shares for 2 schedules"),
         ([0.5], 3, "got 1 shares for 3 schedules"),
-        ([], 0, "one schedule at least"),
+        ([], 0, "at least one schedule"),
     ],
 )
 def test_wrong_shares_are_errors(pcts, n, message):
@@ -123,7 +123,7 @@ def test_wrong_shares_are_errors(pcts, n, message):
 
 
 def test_a_combined_schedule_of_numbers_is_an_error():
-    with pytest.raises(TypeError, match="scheds are functions of a position"):
+    with pytest.raises(TypeError, match="scheds must be functions of a position"):
         combine_scheds([0.5, 0.5], [0.1, 0.2])
 
 
@@ -201,7 +201,7 @@ def test_validation_leaves_the_rate_alone(make_learn):
 
 @pytest.mark.parametrize("name", ["larning_rate", "params", "betas[0]"])
 def test_an_unknown_hyper_parameter_names_those_there_are(make_learn, name):
-    with pytest.raises(ValueError, match=f"SGD has no hyper-parameter '{name[:5]}.*there are lr, momentum"):
+    with pytest.raises(ValueError, match=f"SGD has no hyper-parameter '{name[:5]}.*it has lr, momentum"):
         Runner([ParamScheduler(name, sched_lin(0, 1))]).fit(1, make_learn())
 
 
@@ -228,7 +228,7 @@ class Unknown:
 def test_a_schedule_over_a_loader_without_length_is_told_once(make_learn):
     learn, run = make_learn(), Runner([ParamScheduler("lr", sched_lin(0.4, 0.1)), Recorder()])
     learn.data.train_dl = Unknown(learn.data.train_dl)
-    with pytest.warns(UserWarning, match="no length, so schedules move only between epochs: this fit of 2") as told:
+    with pytest.warns(UserWarning, match="no length, so schedules move only between epochs: in this fit of 2") as told:
         run.fit(2, learn)
     assert len(told) == 1 and run.recorder.lrs[0] == pytest.approx([0.4] * 4 + [0.25] * 4)
 
