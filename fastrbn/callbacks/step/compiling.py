@@ -20,8 +20,8 @@ class CompileCallback(Callback):
     uncompiled. The first batch of each kind (training, validation, another shape) waits for the compiler, from some
     seconds to a minute. If the compiler fails, its own error is raised in that batch.
 
-    The compiler includes forward hooks on inner modules where it can follow them. `ActivationStats` works, but breaks the
-    graph into parts. `HaltOnNaN` finds faults, but names only `model`, since it cannot look inside.
+    The compiler includes forward hooks on inner modules where it can follow them. `ActivationStats` works, but breaks
+    the graph into parts. `HaltOnNaN` finds faults, but names only `model`, since it cannot look inside.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class CompileCallback(Callback):
     Raises
     ------
     TypeError
-        If `torch.compile` does not take one of the arguments.
+        If `torch.compile` does not take one of `compile_args`.
     RuntimeError
         In `begin_fit`, if the model is compiled already.
 
@@ -51,7 +51,8 @@ class CompileCallback(Callback):
         wrong = [name for name in compile_args if name not in known]
         if wrong:
             raise TypeError(
-                f"CompileCallback takes the keyword arguments of torch.compile: {', '.join(known)}; got {', '.join(wrong)}"
+                f"CompileCallback takes the keyword arguments of torch.compile: {', '.join(known)}; got "
+                f"{', '.join(wrong)}"
             )
         self.compile_args = compile_args
         self._model: nn.Module | None = None

@@ -20,10 +20,10 @@ class _Movable(Protocol):
 
 
 class CudaCallback(Callback):
-    """Run the fit on a device: move the model, the optimiser state, the batches, and the loss function if it is a module.
+    """Run the fit on a device: move the model, optimiser state, batches, and the loss function if it is a module.
 
-    A loader with a method `to(device)` is moved once, before the first epoch. Batches that are on the device already are
-    left alone. The model stays there after the fit.
+    A loader with a method `to(device)` is moved once, before the first epoch. Batches that are on the device already
+    are left alone. The model stays there after the fit.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def _replace_params(opt: Any, new: dict[nn.Parameter, nn.Parameter]) -> None:
 
 
 def _move_state(opt: Any) -> None:
-    """Move optimiser state to the device of its parameter, except step counters that the optimiser keeps on the host."""
+    """Move optimiser state to the device of its parameter, except step counters that are kept on the host."""
     for group in opt.param_groups:
         counts_on_device = group.get("capturable") or group.get("fused")
         for p in group["params"]:

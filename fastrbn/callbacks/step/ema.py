@@ -20,15 +20,15 @@ class EMA(Callback):
     From the first validation batch until `after_epoch` the model holds the averages; then the trained weights are put
     back, also when the fit is cut short. `SaveBest` saves the averages, `Checkpoint` both.
 
-    The `running_mean` and `running_var` of norms are averaged in the same way, because averaged weights evaluate worse with
-    the statistics of the trained ones: by 0.3 to 1 % of accuracy for an MLP on MNIST. Averaged statistics were as good as
-    those of a pass over the data (`recompute_statistics`). Other buffers are not averaged.
+    The `running_mean` and `running_var` of norms are averaged in the same way, because averaged weights evaluate worse
+    with the statistics of the trained ones: by 0.3 to 1 % of accuracy for an MLP on MNIST. Averaged statistics were as
+    good as those of a pass over the data (`recompute_statistics`). Other buffers are not averaged.
 
-    Averages of half-precision weights are kept in float32. The memory cost is one copy of what is averaged, and a second
-    one during validation. Each fit starts new averages. `.updates` counts the steps in them.
+    Averages of half-precision weights are kept in float32. The memory cost is one copy of what is averaged, and a
+    second one during validation. Each fit starts new averages. `.updates` counts the steps in them.
 
-    On CUDA, `HaltOnNaN` halts some steps late, so NaN weights may have entered the averages; then `keep` leaves the trained
-    weights in the model, with a warning.
+    On CUDA, `HaltOnNaN` halts some steps late, so NaN weights may have entered the averages; then `keep` leaves the
+    trained weights in the model, with a warning.
 
     Parameters
     ----------
@@ -38,8 +38,8 @@ class EMA(Callback):
         Use min(decay, (1 + t)/(10 + t)) in update t, so that the first weights are soon forgotten and short fits have a
         useful average. False uses `decay` from the start, as `torch.optim.swa_utils` does.
     keep : bool, default False
-        Leave the averages in the model when the fit ends or a callback ends it. After an error or Ctrl-C the model keeps
-        the trained weights, so that training can go on from them.
+        Leave the averages in the model when the fit ends or a callback ends it. After an error or Ctrl-C the model
+        keeps the trained weights, so that training can go on from them.
 
     Raises
     ------
@@ -58,8 +58,8 @@ class EMA(Callback):
 
     References
     ----------
-    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up is that of TensorFlow's
-    `ExponentialMovingAverage(num_updates=…)`.
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up is that of
+    TensorFlow's `ExponentialMovingAverage(num_updates=…)`.
     """
 
     _order = 50  # after SaveBest, before HaltOnNaN and Checkpoint look at the trained weights again

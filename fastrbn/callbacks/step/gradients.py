@@ -16,8 +16,8 @@ from fastrbn.util import whole
 class GradientClip(Callback):
     """Limit the gradients before each step: their total norm, or each element.
 
-    `.norm` is the total norm before clipping in the last step, a scalar tensor on the gradients' device; None before the
-    first step, and with `value`. No step waits for the device.
+    `.norm` is the total norm before clipping in the last step, a scalar tensor on the gradients' device; None before
+    the first step, and with `value`. No step waits for the device.
 
     The results are those of `torch.nn.utils.clip_grad_norm_` and `clip_grad_value_` over the optimiser's parameters. A
     total norm that is NaN or Inf scales nothing: PyTorch would spread it over all gradients, and `HaltOnNaN` could no
@@ -52,7 +52,7 @@ class GradientClip(Callback):
     def __init__(self, max_norm: float | None = None, norm_type: float = 2.0, value: float | None = None):
         if (max_norm is None) == (value is None):
             raise ValueError(
-                f"GradientClip needs one limit, either max_norm for all gradients together or value for each element; got "
+                f"GradientClip needs one limit, max_norm for all gradients together or value for each element; got "
                 f"max_norm={max_norm!r} and value={value!r}: give one, such as GradientClip(max_norm=1.0)"
             )
         for name, limit in (("max_norm", max_norm), ("value", value)):
@@ -88,19 +88,19 @@ class GradientClip(Callback):
 class GradientAccumulation(Callback):
     """Take a step after every `n` training batches, with the gradients of all of them.
 
-    The step is the one that a single batch of all their samples would give. For a loss that is a mean, batches are weighted
-    by their size, so a smaller last batch counts less; for a loss that is a sum (`reduction="sum"`), gradients are added.
-    `run.loss` stays each batch's own loss. The batches left at the end of an epoch make a step of their own.
+    The step is the one that a single batch of all their samples would give. For a loss that is a mean, batches are
+    weighted by their size, so a smaller last batch counts less; for a loss that is a sum (`reduction="sum"`), gradients
+    are added. `run.loss` stays each batch's own loss. The batches left at the end of an epoch make a step of their own.
 
     `after_backward` and `after_step` fire once per step. The other batches are cancelled after their backward pass, and
-    fire `after_cancel_batch` and `after_batch`; `n_iter` counts them all. If the training loader has no length, the step
-    of the batches left at the end of an epoch is taken before validation.
+    fire `after_cancel_batch` and `after_batch`; `n_iter` counts them all. If the training loader has no length, the
+    step of the batches left at the end of an epoch is taken before validation.
 
-    Under `Distributed`, gradients are exchanged once per step instead of once per batch. `run.accumulating` is True, from
-    `begin_batch` on, for a batch that takes no step.
+    Under `Distributed`, gradients are exchanged once per step instead of once per batch. `run.accumulating` is True,
+    from `begin_batch` on, for a batch that takes no step.
 
-    Norms see each batch by itself: running batch norm updates its statistics `n` times per step, and normalises with those
-    that it has by then. The step equals that of the large batch exactly only if no layer mixes samples.
+    Norms see each batch by itself: running batch norm updates its statistics `n` times per step, and normalises with
+    those that it has by then. The step equals that of the large batch exactly only if no layer mixes samples.
 
     Parameters
     ----------

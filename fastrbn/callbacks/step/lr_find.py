@@ -35,8 +35,10 @@ class LR_Find(Callback):
     ----------
     max_iter : int, default 100
         Steps of the sweep, 2 or more. A fit with fewer steps does not try the largest rates.
-    min_lr, max_lr : float, default 1e-6 and 10
-        First and last rate. The rates between them grow by the same factor each step.
+    min_lr : float, default 1e-6
+        The first rate. Rates grow by the same factor each step.
+    max_lr : float, default 10
+        The last rate.
 
     Raises
     ------

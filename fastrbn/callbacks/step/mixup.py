@@ -20,18 +20,18 @@ class MixUp(Callback):
     """Train on mixtures of two samples: λ·x + (1 − λ)·x′, with the losses of both targets mixed in the same way.
 
     `run.xb` becomes the mixture of the batch and a shuffled copy of it; `run.yb` stays the true targets, which metrics
-    see. In training `run.loss_func` gives λ·loss(pred, y) + (1 − λ)·loss(pred, y′) for the length of the fit, reduced as
-    the loss function reduces. Class weights and `ignore_index` weigh samples within their loss, but the mean is over all
-    samples. Validation is not mixed. λ and the order are drawn from PyTorch's generator of the batch's device.
+    see. In training `run.loss_func` gives λ·loss(pred, y) + (1 − λ)·loss(pred, y′) for the length of the fit, reduced
+    as the loss function reduces. Class weights and `ignore_index` weigh samples within their loss, but the mean is over
+    all samples. Validation is not mixed. λ and the order are drawn from PyTorch's generator of the batch's device.
 
-    `xb` (N, *) must be a floating-point tensor and `yb` (N, *) a tensor. The loss function must be able to give a loss for
-    each sample: a module with an attribute `reduction`, or a function with that parameter, as PyTorch's are.
+    `xb` (N, *) must be a floating-point tensor and `yb` (N, *) a tensor. The loss function must be able to give a loss
+    for each sample: a module with an attribute `reduction`, or a function with that parameter, as PyTorch's are.
 
     Parameters
     ----------
     alpha : float, default 0.4
-        λ is drawn for each sample from Beta(alpha, alpha), and the larger of λ and 1 − λ is used, so that each sample keeps
-        at least half of its weight. Near 0 hardly anything is mixed, at 1 mixtures are uniform.
+        λ is drawn for each sample from Beta(alpha, alpha), and the larger of λ and 1 − λ is used, so that each sample
+        keeps at least half of its weight. Near 0 hardly anything is mixed, at 1 mixtures are uniform.
 
     Raises
     ------
@@ -135,9 +135,9 @@ def _for_each_sample(loss_func: Any) -> tuple[Callable, str]:
     if reduction not in ("mean", "sum"):
         name = getattr(loss_func, "__name__", None) or repr(loss_func)
         raise ValueError(
-            f"MixUp needs a loss function that can give a loss for each sample, and otherwise gives their mean or sum: a "
-            f"module with an attribute reduction, or a function with that parameter, such as F.cross_entropy; got {name}"
-            + ("" if reduction is None else f" with reduction={reduction!r}")
+            f"MixUp needs a loss function that can give a loss for each sample, and otherwise gives their mean or sum: "
+            f"a module with an attribute reduction, or a function with that parameter, such as F.cross_entropy; got "
+            f"{name}{'' if reduction is None else f' with reduction={reduction!r}'}"
         )
     return each, reduction
 
@@ -146,7 +146,7 @@ def _by_sample(losses: torch.Tensor, share: torch.Tensor, reduction: str) -> tor
     """Losses (N, *) as (N,): those of one sample (pixels, labels) become their mean or sum, as the loss reduces."""
     if losses.dim() == 0 or len(losses) != len(share):
         raise ValueError(
-            f"with reduction='none' the loss function must give MixUp a loss for each of {len(share)} samples; got shape "
+            f"with reduction='none' the loss function must give a loss for each of {len(share)} samples; got shape "
             f"{tuple(losses.shape)}"
         )
     if losses.dim() == 1:

@@ -23,16 +23,16 @@ _DTYPES = {
 class MixedPrecision(Callback):
     """Run model and loss function under `torch.autocast`, and scale the loss if float16 needs it.
 
-    Weights, gradients, optimiser state and running statistics stay in float32. Outputs of the model in half precision are
-    converted to float32 for loss functions and metrics. Callbacks run outside autocast.
+    Weights, gradients, optimiser state and running statistics stay in float32. Outputs of the model in half precision
+    are converted to float32 for loss functions and metrics. Callbacks run outside autocast.
 
     With "fp16" the loss is scaled for the backward pass only: `run.loss` is unscaled, and so are the gradients from
     `after_backward` on. A step whose gradients overflow is skipped, and the scale is reduced; this often happens in the
-    first steps of a fit. `after_step` fires all the same. `.skipped` counts such steps and `.scale` is the scale; reading
-    them waits for the device. `HaltOnNaN` does not report skipped steps.
+    first steps of a fit. `after_step` fires all the same. `.skipped` counts such steps and `.scale` is the scale;
+    reading them waits for the device. `HaltOnNaN` does not report skipped steps.
 
-    The callback claims the forward pass, and with "fp16" the backward pass and the step: a second callback that claims one
-    of them is an error.
+    The callback claims the forward pass, and with "fp16" the backward pass and the step: a second callback that claims
+    one of them is an error.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ class MixedPrecision(Callback):
         self._scale_back()
 
     def _scale_back(self) -> None:
-        """Scale gradients of a cancelled step again: scaled ones may be added to them, and both are unscaled together."""
+        """Scale gradients of a cancelled step again: scaled ones may be added, and both are unscaled together."""
         if self._unscaled:
             scale = self._scaler.scale(torch.ones((), device=self._device))
             if grads := gradients(self.run.opt):
@@ -153,7 +153,7 @@ class MixedPrecision(Callback):
 
     @property
     def skipped(self) -> int:
-        """The number of steps in this fit that were skipped because gradients overflowed. Reading it waits for the device."""
+        """Steps of this fit that were skipped because gradients overflowed. Reading it waits for the device."""
         if self._scaler is None:
             return 0
         return self._steps - self._taken + (0 if self._overflows is None else int(self._overflows.item()))

@@ -1,4 +1,4 @@
-"""Averages of each epoch."""
+"""Averages of loss and metrics over an epoch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import math
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,19 +20,35 @@ from .tape import Tape
 
 
 class AvgStats:
-    """Averages of loss and metrics over a pass, each batch weighted by its size.
+    """Averages of loss and metrics over one pass, with each batch weighted by its size.
 
-    - `metrics`: a function `(pred, yb) -> scalar`, or an object that accumulates, with `update(pred, yb)`, `compute()`
-      and `reset()` (torchmetrics' are); or a list of them. See `AvgStatsCallback`.
-    - `in_train`: whether it is the training pass, for the text. A training pass has copies of objects that accumulate.
+    The loss is the mean over samples, also for a loss function that sums them (`reduction="sum"`). `.names` are "loss"
+    and the names of the metrics.
 
-    `.avg_stats` is `[loss, metric, …]` in floats, `.names` what they are, `.count` the number of samples. The loss is
-    the mean over samples, also of a loss function that sums them (`reduction="sum"`).
+    Parameters
+    ----------
+    metrics : callable, object or list, optional
+        Functions `(pred, yb) -> scalar`, or objects that accumulate; see `AvgStatsCallback`.
+    in_train : bool, default True
+        True for the training pass. It uses copies of objects that accumulate, and changes the text.
 
-    Source: fast.ai course, part 2 (2019), notebook 04.
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn)
+    >>> run.xb, run.yb = next(iter(data.valid_dl))
+    >>> run.pred = learn.model(run.xb)
+    >>> run.loss = F.cross_entropy(run.pred, run.yb)
+    >>> stats = AvgStats(accuracy, in_train=False)
+    >>> stats.accumulate(run)
+    >>> stats.names, stats.count == len(run.yb)
+    (['loss', 'accuracy'], True)
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 04.
     """
 
-    def __init__(self, metrics=None, in_train=True):
+    def __init__(self, metrics: Any = None, in_train: bool = True):
         metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [] if metrics is None else [metrics]
         for m in metrics:
             _metrics.check(m)
@@ -41,12 +59,15 @@ class AvgStats:
         self.reset()
 
     def reset(self) -> None:
-        self._sizes, self._tape, self._computed, self._summed = [], Tape(len(self._averaged)), None, False
+        """Forget all batches."""
+        self._sizes: list[int] = []
+        self._tape, self._summed = Tape(len(self._averaged)), False
+        self._computed: dict[str, float] | None = None
         for metric in self._objects.values():
             metric.reset()
 
-    def accumulate(self, run) -> None:
-        """Take the run's current batch: `pred`, `yb` and `loss`."""
+    def accumulate(self, run: Any) -> None:
+        """Add the run's current batch: its `pred`, `yb` and `loss`. Does not wait for the device."""
         xb, row, first = run.xb, [run.loss.detach()], not self._sizes
         if first:
             self._summed = reduction(getattr(vars(run).get("learn"), "loss_func", None)) == "sum"
@@ -64,11 +85,12 @@ class AvgStats:
 
     @property
     def count(self) -> int:
+        """The number of samples."""
         return sum(self._sizes)
 
     @property
     def all_stats(self) -> list[float]:
-        """The sums that `avg_stats` divides by `count`."""
+        """The averages multiplied by `count`. Reading them waits for the device."""
         columns, count = dict(zip(self._averaged, self._tape.read())), self.count
         sums = {n: math.fsum(v * size for v, size in zip(column, self._sizes)) for n, column in columns.items()}
         if self._summed:
@@ -80,24 +102,32 @@ class AvgStats:
 
     @property
     def avg_stats(self) -> list[float]:
+        """Loss and metrics in the order of `names`; empty before the first batch. Reading them waits for the device."""
         count = self.count
         return [total / count for total in self.all_stats] if count else []
 
-    def merge(self, gather) -> None:
-        """Become the averages over several processes; `gather(numbers)` gives the numbers of each, a list a process.
-        What objects accumulate is averaged too, with a warning where the processes' values differ: one that merges by
-        itself (torchmetrics' do) has the same in each. Waits for the device."""
+    def merge(self, gather: Callable[[list[float]], list[list[float]]]) -> None:
+        """Replace the averages by those over all processes. Waits for the device.
+
+        Values of objects that accumulate are averaged too, with a warning if they differ. Objects that synchronise by
+        themselves, such as torchmetrics', have the same value in each process.
+
+        Parameters
+        ----------
+        gather : callable
+            Takes this process's numbers and returns the numbers of each process.
+        """
         every = gather([self.count, *self.all_stats])
         count, *sums = map(math.fsum, zip(*every))
         if not count:
             return
         averages = {n: total / count for n, total in zip(self.names, sums)}
-        for i, name in enumerate(self.names, 1):
+        for i, name in enumerate(self.names, 1):  # numbers[0] is the count
             values = [numbers[i] / numbers[0] for numbers in every if numbers[0]]
             if name in self._objects and not all(math.isclose(v, values[0], rel_tol=1e-6) for v in values):
                 warnings.warn(
-                    f"the metric '{name}' does not merge over processes: what is shown is the mean of theirs, which is "
-                    f"not the metric of all samples",
+                    f"the metric '{name}' is not merged over processes: the value shown is the mean over processes, "
+                    f"which differs from the metric of all samples; use a metric that synchronises (torchmetrics' do)",
                     stacklevel=2,
                 )
         self._sizes, self._summed = [int(count)], False
@@ -107,17 +137,17 @@ class AvgStats:
         )
 
     def state_dict(self) -> dict:
-        """The values of each batch so far and its size, and what objects have accumulated. Waits for the device."""
+        """Values and sizes of the batches so far, and what objects have accumulated. Waits for the device."""
         objects = {name: _metrics.state(metric) for name, metric in self._objects.items()}
         more = {"summed": self._summed, "objects": objects}
         return {"names": list(self.names), "sizes": torch.tensor(self._sizes), **more, **self._tape.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`. ValueError where that measured other things."""
+        """Go on from `state_dict`. ValueError if it has other metrics."""
         if state["names"] != self.names or len(state["columns"]) != len(self._averaged):
             raise ValueError(
-                f"averages can go on only with the same metrics; the saved ones are {', '.join(state['names'])}, here "
-                f"they are {', '.join(self.names)}: give the metrics of the first fit"
+                f"a resumed fit needs the metrics of the first one: the saved ones are {', '.join(state['names'])}, "
+                f"now they are {', '.join(self.names)}"
             )
         self._sizes, self._summed, self._computed = state["sizes"].tolist(), state.get("summed", False), None
         for name, saved in state.get("objects", {}).items():
@@ -131,27 +161,48 @@ class AvgStats:
 
 
 class AvgStatsCallback(Callback):
-    """Averages loss and metrics over each pass, prints them after each epoch and keeps them.
+    """Average loss and metrics over each pass, print them after each epoch and keep them.
 
-    - `metrics`: one or a list. A function `(pred, yb) -> scalar` is averaged over batches, each weighted by its size:
-      right for a mean over samples such as `accuracy`, wrong for scores of a whole pass such as F1 or AUC. Those are
-      `EpochMetric(function)`, or an object with `update(pred, yb)`, `compute()` and `reset()`, such as torchmetrics':
-      reset before each pass, updated with each batch, computed after it. Validation has the object itself, training
-      a copy. A metric may not be named `loss`.
-    - `.history`: for each epoch a dictionary with `epoch train_loss train_<metric> valid_loss valid_<metric> lr time`;
-      `lr` is the last param group's, `time` the epoch's in seconds, None what was not measured (no validation).
+    Prints `train: [loss, metric…]` and `valid: […]` through `run.logger`. A logger with an attribute `table = True`,
+    such as `ProgressCallback`'s, gets a header and rows as lists of strings. Values stay on the device until the epoch
+    ends. The loss is the mean over samples, also for a loss function that sums them (`reduction="sum"`).
 
-    The loss is the mean over samples, also of a loss function that sums them (`reduction="sum"`).
+    `.history` has for each epoch a dictionary with `epoch train_loss train_<metric> valid_loss valid_<metric> lr time`:
+    `lr` is the last param group's, `time` the seconds of the epoch, and a value is None if it was not measured (no
+    validation).
 
-    Prints `train: [loss, metric…]` and `valid: […]` through `run.logger`; a logger with an attribute `table = True`
-    (`ProgressCallback`'s) gets a header and rows, lists of strings. Values stay on the device until the epoch ends.
+    Parameters
+    ----------
+    metrics : callable, object or list, optional
+        A function `(pred, yb) -> scalar` is averaged over batches, weighted by their size. This is right for a mean
+        over samples such as `accuracy`, and wrong for scores of a whole pass such as F1 or AUC. For those use
+        `EpochMetric(function)`, or an object with `update(pred, yb)`, `compute()` and `reset()`, as torchmetrics' have:
+        it is reset before each pass, updated with each batch and computed after the pass. Validation uses the object
+        itself, training a copy. No metric may be named `loss`.
 
-    Source: fast.ai course, part 2 (2019), notebooks 04 and 09c.
+    Raises
+    ------
+    TypeError
+        If a metric is neither a function nor an object with these methods.
+    ValueError
+        If two columns would have the same name.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[partial(AvgStatsCallback, accuracy)])
+    >>> run.logger = lambda line: None   # by default it is print
+    >>> run.fit(2, learn)
+    >>> list(run.avg_stats.history[-1])
+    ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy', 'lr', 'time']
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebooks 04 and 09c.
     """
 
-    def __init__(self, metrics=None):
+    def __init__(self, metrics: Any = None):
         self.train_stats, self.valid_stats = AvgStats(metrics, True), AvgStats(metrics, False)
-        self.history = []
+        self.history: list[dict[str, Any]] = []
 
     @property
     def columns(self) -> list[str]:
@@ -159,31 +210,31 @@ class AvgStatsCallback(Callback):
         names = self.train_stats.names
         return ["epoch", *(f"train_{n}" for n in names), *(f"valid_{n}" for n in names), "lr", "time"]
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         self.history = []
         if getattr(self.run.logger, "table", False):
             self.run.logger([c for c in self.columns if c != "lr"])
 
-    def begin_epoch(self):
+    def begin_epoch(self) -> None:
         self.train_stats.reset()
         self.valid_stats.reset()
         self._start = time.perf_counter()
 
-    def after_loss(self):
+    def after_loss(self) -> None:
         run = self.run
         (self.train_stats if run.in_train else self.valid_stats).accumulate(run)
 
-    def merge(self, gather):
-        """For `Distributed`: from here on the epoch's averages are those of all processes."""
+    def merge(self, gather: Callable[[list[float]], list[list[float]]]) -> None:
+        """Replace the epoch's averages by those over all processes; `Distributed` calls this."""
         self.train_stats.merge(gather)
         self.valid_stats.merge(gather)
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         run, row = self.run, {"epoch": self.run.epoch}
         for stats, which in ((self.train_stats, "train"), (self.valid_stats, "valid")):
-            values = stats.avg_stats or [None] * len(stats.names)
+            values: list[float | None] = [*stats.avg_stats] or [None] * len(stats.names)
             row.update({f"{which}_{name}": value for name, value in zip(stats.names, values)})
-        # the averages above waited for the device: only now is the epoch's work done
+        # only now is the epoch's work done: reading the averages waited for the device
         row.update(lr=_rate(run.opt), time=time.perf_counter() - self._start)
         self.history.append(row)
         if getattr(run.logger, "table", False):
@@ -192,15 +243,15 @@ class AvgStatsCallback(Callback):
             for text in filter(None, map(repr, (self.train_stats, self.valid_stats))):
                 run.logger(text)
 
-    def state_dict(self):
-        """The history, and of the epoch under way the averages' parts and the seconds. Waits for the device."""
+    def state_dict(self) -> dict:
+        """The history, and the values and seconds of the current epoch. Waits for the device."""
         parts = {"train": self.train_stats.state_dict(), "valid": self.valid_stats.state_dict()}
         return {"history": [dict(row) for row in self.history], "seconds": time.perf_counter() - self._start, **parts}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.train_stats.load_state_dict(state["train"])
         self.valid_stats.load_state_dict(state["valid"])
-        if rank() != 0:  # rank 0 saved its own parts: they count once
+        if rank() != 0:  # rank 0 saved only its own batches, and they must count once
             self.train_stats.reset()
             self.valid_stats.reset()
         self.history = [dict(row) for row in state["history"]]
@@ -210,13 +261,13 @@ class AvgStatsCallback(Callback):
         return f"AvgStatsCallback({', '.join(self.train_stats.names[1:])})"
 
 
-def _rate(opt) -> float | None:
+def _rate(opt: Any) -> float | None:
     groups = getattr(opt, "param_groups", None)
     last = groups[-1] if groups else None
     return float(last["lr"]) if isinstance(last, dict) and "lr" in last else None
 
 
-def _cell(name, value) -> str:
+def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if name == "time":

@@ -514,7 +514,7 @@ def test_a_callback_with_state_dict_goes_on_and_one_without_is_named_once(tmp_pa
 
     with pytest.warns(UserWarning) as caught:
         make_run(tmp_path, Counts(), Saves()).fit(2, make_learn())
-    assert len(caught) == 1 and "change as they go: Counts (count)" in str(caught[0].message)
+    assert len(caught) == 1 and "change during the fit: Counts (count)" in str(caught[0].message)
     run = make_run(tmp_path / "b", Counts(), Saves())
     with pytest.warns(UserWarning):
         run.fit(2, make_learn(), resume=tmp_path / "c" / "checkpoint-0004-step-4.pt")
@@ -562,7 +562,7 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:the checkpoint does not hold what these callbacks change:UserWarning")
+@pytest.mark.filterwarnings("ignore:the checkpoint does not contain these attributes:UserWarning")
 @pytest.mark.parametrize("every", [None, 3])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_that_a_callback_holds_goes_on(name, every, tmp_path):

@@ -80,11 +80,11 @@ def test_the_best_epochs_file_stays_beside_the_newest_also_after_a_resume(make_l
 @pytest.mark.parametrize(
     "kwargs, text",
     [
-        ({"every": 0}, "every must be a whole number, 1 or more, or None; got 0"),
-        ({"keep": 2.5}, "keep must be a whole number"),
+        ({"every": 0}, "every, unless it is None, must be a whole number, 1 or more; got 0"),
+        ({"keep": 2.5}, "keep, unless it is None, must be a whole number"),
         ({"monitor": "valid_f1"}, "whether 'valid_f1' should fall .* got None"),
         ({"monitor": "valid_loss", "mode": "low"}, "got 'low'"),
-        ({"mode": "min"}, "give monitor as well"),
+        ({"mode": "min"}, "add monitor, or remove mode"),
     ],
     ids=str,
 )
@@ -98,7 +98,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(make_learn, tmp_path):
         Checkpoint(tmp_path / "model.pt")
     run = make_run(tmp_path / "c")
     (tmp_path / "c").write_text("")
-    with pytest.raises(NotADirectoryError, match="take another name"):
+    with pytest.raises(NotADirectoryError, match="use another name"):
         run.fit(1, make_learn())
 
 
@@ -107,11 +107,11 @@ def test_a_monitor_that_is_not_measured_is_an_error_before_training(cls, make_le
     def fit(monitor, *cbs, **kwargs):
         Runner([cls(tmp_path / "c", monitor=monitor), *cbs]).fit(1, make_learn(**kwargs))
 
-    with pytest.raises(ValueError, match="'valid_loss' among what AvgStatsCallback measures, and the run has none"):
+    with pytest.raises(ValueError, match="needs an AvgStatsCallback in the run, which measures 'valid_loss'"):
         fit("valid_loss")
     with pytest.raises(ValueError, match="got 'vaild_accuracy'. Did you mean 'valid_accuracy'?"):
         fit("vaild_accuracy", AvgStatsCallback(accuracy))
-    with pytest.raises(ValueError, match="measured in validation, and there is none"):
+    with pytest.raises(ValueError, match="measured in validation, but data.valid_dl is None"):
         fit("accuracy", AvgStatsCallback(accuracy), n_valid=0)
 
 
@@ -123,7 +123,7 @@ def test_checkpoints_of_another_fit_are_not_overwritten_unasked(make_learn, tmp_
     run.fit(1, make_learn())
     run.fit(1)  # the same callback goes on in its folder
     assert steps(tmp_path / "c") == [4, 4]
-    with pytest.raises(FileExistsError, match=r"another fit \(checkpoint-0002-step-4.pt\): go on .*resume="):
+    with pytest.raises(FileExistsError, match=r"another fit \(checkpoint-0002-step-4.pt\): resume it with .*resume="):
         make_run(tmp_path / "c").fit(1, make_learn())
     make_run(tmp_path / "c").fit(2, make_learn(), resume=tmp_path / "c")
     assert steps(tmp_path / "c") == [4, 8]
@@ -176,8 +176,8 @@ def test_one_write_that_fails_is_told_and_the_next_one_makes_up_for_it(make_lear
     Disk(monkeypatch, 2)
     run = make_run(tmp_path / "c", SetLoss([2.0, 1.0, 1.5]), monitor="train_loss")
     text = (
-        r"checkpoint-0002-step-8.pt could not be written \(No space left on device\); the one before, "
-        r"checkpoint-0001-step-4.pt, is whole. Training goes on"
+        r"checkpoint-0002-step-8.pt could not be written \(No space left on device\); the previous one, "
+        r"checkpoint-0001-step-4.pt, is intact. Training goes on"
     )
     with pytest.warns(RuntimeWarning, match=text):
         run.fit(3, make_learn())
@@ -188,7 +188,7 @@ def test_one_write_that_fails_is_told_and_the_next_one_makes_up_for_it(make_lear
 def test_two_in_a_row_or_the_last_end_the_fit_and_the_one_before_is_whole(make_learn, tmp_path, monkeypatch):
     Disk(monkeypatch, 2, 3, 5)
     run = make_run(tmp_path / "c")
-    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError, match="Make room and resume from it"):
+    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError, match="Free disk space and resume from it"):
         run.fit(5, make_learn())
     assert run.epoch == 2 and run.stop_reason.startswith("CheckpointError in Checkpoint.after_epoch")
     assert steps(tmp_path / "c") == [4]
@@ -202,7 +202,7 @@ def test_two_in_a_row_or_the_last_end_the_fit_and_the_one_before_is_whole(make_l
 
 def test_the_first_write_that_fails_says_that_there_is_nothing_before(make_learn, tmp_path, monkeypatch):
     Disk(monkeypatch, 1)
-    with pytest.raises(CheckpointError, match=r"there is none before it\. Make room, or take"):
+    with pytest.raises(CheckpointError, match=r"there is no previous one\. Free disk space, or use"):
         make_run(tmp_path / "c").fit(1, make_learn())
 
 

@@ -99,7 +99,7 @@ def test_appending_to_a_file_that_is_not_text_is_an_error_and_leaves_the_file(ma
 
 
 def test_without_averages_the_error_says_what_to_add(make_learn, tmp_path):
-    with pytest.raises(ValueError, match="CSVLogger writes what AvgStatsCallback measures, and the run has none"):
+    with pytest.raises(ValueError, match="CSVLogger needs an AvgStatsCallback in the run, whose history it writes"):
         Runner([CSVLogger(tmp_path / "h.csv")]).fit(1, make_learn())
 
 
@@ -210,7 +210,7 @@ def test_tensorboards_arguments_are_checked(tmp_path):
     (tmp_path / "f").touch()
     with pytest.raises(ValueError, match="needs a folder; got the file"):
         TensorBoardLogger(tmp_path / "f")
-    with pytest.raises(ValueError, match="every must be a whole number of steps, 1 or more; got 0"):
+    with pytest.raises(ValueError, match="every must be a whole number, 1 or more; got 0"):
         TensorBoardLogger(every=0)
 
 

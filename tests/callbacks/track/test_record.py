@@ -285,7 +285,7 @@ def test_a_metric_that_fails_is_named(make_learn, metric, error, message):
 
 @pytest.mark.parametrize("wrong", [3, "accuracy", [accuracy, 3]], ids=["number", "name", "list"])
 def test_what_is_no_metric_is_an_error_at_once(wrong):
-    with pytest.raises(TypeError, match="a metric is a function of"):
+    with pytest.raises(TypeError, match="a metric must be a function of"):
         AvgStatsCallback(wrong)
 
 
@@ -446,7 +446,7 @@ class Resets:
 
 @pytest.mark.parametrize(
     ("metric", "message"),
-    [(F1, r"got the class F1: write F1\(\)"), (Resets(), r"has update.*lacks update, compute: add what is missing")],
+    [(F1, r"got the class F1: write F1\(\)"), (Resets(), r"must have update.*lacks update, compute: add what is missing")],
 )
 def test_half_a_protocol_is_an_error_at_once(metric, message):
     with pytest.raises(TypeError, match=message):
@@ -457,7 +457,7 @@ def test_a_metric_may_not_take_the_name_of_the_loss():
     def loss(pred, yb):
         return 0.0
 
-    with pytest.raises(ValueError, match="'loss' is the loss's; got metrics named accuracy, loss: rename 'loss'"):
+    with pytest.raises(ValueError, match="'loss' is the name of the loss; got accuracy, loss: rename 'loss'"):
         AvgStatsCallback([accuracy, loss])
 
 
@@ -498,6 +498,6 @@ def test_values_of_objects_that_differ_between_processes_are_told():
     stats = AvgStats([F1()], in_train=False)
     stats._sizes, stats._computed = [4], {"F1": 0.5}
     stats._tape.add((torch.tensor(1.0),))
-    with pytest.warns(UserWarning, match="'F1' does not merge over processes"):
+    with pytest.warns(UserWarning, match="'F1' is not merged over processes"):
         stats.merge(lambda numbers: [numbers, [12, 24.0, 12.0]])
     assert stats.avg_stats == [28 / 16, 14 / 16] and stats.count == 16

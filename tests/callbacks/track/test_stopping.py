@@ -107,7 +107,9 @@ def test_a_fit_begins_anew():
 
 
 def test_a_metric_of_unknown_direction_needs_a_mode():
-    with pytest.raises(ValueError, match=r"EarlyStopping: mode says whether 'last_row' should fall \('min'\) or rise"):
+    with pytest.raises(
+        ValueError, match=r"EarlyStopping: mode must say whether 'last_row' should fall \('min'\) or rise"
+    ):
         EarlyStopping("last_row")
     run = fit(make_learn(), 2, EarlyStopping("last_row", mode="max"))
     assert run.early_stopping.best is not None
@@ -115,11 +117,11 @@ def test_a_metric_of_unknown_direction_needs_a_mode():
 
 def test_a_name_that_is_not_measured_is_told():
     with pytest.raises(
-        ValueError, match="EarlyStopping: monitor is one of train_loss, .*; got 'val_loss'. Did you mean"
+        ValueError, match="EarlyStopping: monitor must be one of train_loss, .*; got 'val_loss'. Did you mean"
     ):
         fit(make_learn(), 1, EarlyStopping("val_loss"))
     with pytest.raises(
-        ValueError, match="EarlyStopping finds 'valid_loss' among what AvgStatsCallback measures, and the"
+        ValueError, match="EarlyStopping needs an AvgStatsCallback in the run, which measures 'valid_loss'"
     ):
         Runner([EarlyStopping()]).fit(1, make_learn())
 
@@ -127,10 +129,10 @@ def test_a_name_that_is_not_measured_is_told():
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"patience": 0}, "patience is a whole number of epochs, 1 or more; got 0"),
-        ({"patience": 2.5}, "patience is a whole number of epochs, 1 or more; got 2.5"),
-        ({"min_delta": -1}, "min_delta is a finite number, 0 or more; got -1"),
-        ({"min_delta": math.nan}, "min_delta is a finite number, 0 or more; got nan"),
+        ({"patience": 0}, "patience must be a whole number, 1 or more; got 0"),
+        ({"patience": 2.5}, "patience must be a whole number, 1 or more; got 2.5"),
+        ({"min_delta": -1}, "min_delta must be a finite number, 0 or more; got -1"),
+        ({"min_delta": math.nan}, "min_delta must be a finite number, 0 or more; got nan"),
     ],
     ids=str,
 )
@@ -142,7 +144,7 @@ def test_wrong_arguments_are_told(kwargs, words):
 @pytest.mark.parametrize("cls", [EarlyStopping, lambda name: SaveBest(monitor=name)], ids=["EarlyStopping", "SaveBest"])
 def test_only_whole_words_say_in_which_direction_a_metric_gets_better(cls):
     for name in ("inaccuracy", "valid_inaccuracy", "gloss"):
-        with pytest.raises(ValueError, match=f"mode says whether '{name}' should fall .* or rise"):
+        with pytest.raises(ValueError, match=f"mode must say whether '{name}' should fall .* or rise"):
             cls(name)
     assert [cls(name).monitor.mode for name in ("accuracy", "valid_accuracy_2", "top5_accuracy", "loss")] == [
         *["max"] * 3,
