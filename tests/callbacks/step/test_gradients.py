@@ -97,7 +97,7 @@ def test_a_bad_gradient_is_not_spread_so_that_its_parameter_is_named(bad, opt):
     [
         (
             {},
-            "needs one limit, either max_norm for all gradients together or value for each element; got max_norm=None and",
+            "needs one limit, max_norm for all gradients together or value for each element; got max_norm=None and",
         ),
         ({"max_norm": 1, "value": 1}, "give one, such as"),
         ({"max_norm": 0}, "max_norm must be a finite number above 0; got 0"),
