@@ -28,7 +28,7 @@ def optimisers():
 
 
 def everything(learn):
-    """All that a fit may change, copied."""
+    """A copy of everything that a fit may change."""
     return copy.deepcopy(
         {
             "model": learn.model.state_dict(),
@@ -55,7 +55,7 @@ def same(a, b):
 
 
 class Uses(Callback):
-    """Draws random numbers of all kinds in each batch, and ends the fit in the way asked for."""
+    """Draws random numbers of all kinds in each batch, and raises `error` in batch `at`."""
 
     _order = 2
 
@@ -91,7 +91,7 @@ def test_the_comparison_of_everything_sees_each_change(make_learn):
 def test_lr_find_leaves_everything_bit_for_bit(make_learn, opt, used, error):
     learn = make_learn(n_train=8, model=with_everything(), opt=opt)
     if used:
-        Runner().fit(1, learn)  # momentum and running statistics are not those of the start
+        Runner().fit(1, learn)  # so that momentum and running statistics are not the initial ones
     before = everything(learn)
     objects = [*learn.model.parameters(), *learn.model.buffers(), *learn.opt.param_groups]
     finder = LR_Find(max_iter=30)
@@ -104,7 +104,7 @@ def test_lr_find_leaves_everything_bit_for_bit(make_learn, opt, used, error):
     assert len(finder.lrs) == len(finder.losses) > 3
     assert same(before, everything(learn))
     now = [*learn.model.parameters(), *learn.model.buffers(), *learn.opt.param_groups]
-    assert all(a is b for a, b in zip(objects, now)), "what others refer to was replaced"
+    assert all(a is b for a, b in zip(objects, now)), "objects that others refer to were replaced"
 
 
 class Shuffled:
@@ -205,7 +205,7 @@ def test_the_suggestion_lies_where_the_loss_falls():
     assert finder.lrs[44] < finder.suggestion < finder.lrs[56]
 
 
-def test_each_rule_finds_its_place_on_a_sweep_that_is_known():
+def test_each_rule_on_a_known_sweep():
     finder = LR_Find()
     finder.lrs = [10 ** (-6 + i / 10) for i in range(70)]
     # level to 1e-3, then straight down to 1e-1, then up
@@ -223,12 +223,12 @@ def test_the_valley_may_have_bumps():
     assert finder.suggest("valley") in (5, 6), "the middle of 9 8 7 6 5 4"
 
 
-def test_a_rule_that_is_not_known_is_an_error():
+def test_an_unknown_rule_is_an_error():
     with pytest.raises(ValueError, match="rule must be one of steepest, minimum, valley; got 'slide'"):
         LR_Find().suggest("slide")
 
 
-def test_without_a_fall_there_is_no_suggestion():
+def test_a_loss_that_never_falls_gives_no_suggestion():
     finder = LR_Find()
     assert finder.suggestion is None
     finder.lrs, finder.losses = [1e-6 * 1.2**i for i in range(30)], [1 + 0.1 * i for i in range(30)]
@@ -236,12 +236,12 @@ def test_without_a_fall_there_is_no_suggestion():
 
 
 @pytest.mark.parametrize("kwargs", [{"max_iter": 1}, {"min_lr": 0}, {"min_lr": 2, "max_lr": 1}, {"max_iter": 3.5}])
-def test_a_sweep_that_cannot_be_is_an_error(kwargs):
+def test_an_invalid_sweep_is_an_error(kwargs):
     with pytest.raises(ValueError, match="LR_Find needs max_iter of 2 or more and 0 < min_lr < max_lr"):
         LR_Find(**kwargs)
 
 
-def test_buffers_that_a_module_replaces_or_adds_are_put_back(make_learn):
+def test_buffers_that_a_module_replaces_or_adds_are_restored(make_learn):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -267,7 +267,7 @@ def test_buffers_that_a_module_replaces_or_adds_are_put_back(make_learn):
     assert not sums.any()
 
 
-# --- what LR_Find must take back, and what it cannot work with
+# --- what LR_Find must restore, and what it cannot work with
 
 
 class Tempered(nn.Module):
@@ -279,7 +279,7 @@ class Tempered(nn.Module):
         return nn.functional.cross_entropy(pred * self.temperature, yb)
 
 
-def test_lr_find_takes_back_a_loss_functions_parameters_and_kept_averages(make_learn):
+def test_lr_find_restores_a_loss_functions_parameters_and_kept_averages(make_learn):
     learn = make_learn(n_train=30, n_valid=0)
     learn.loss_func = Tempered()
     learn.opt.add_param_group({"params": list(learn.loss_func.parameters())})
@@ -302,6 +302,6 @@ def test_a_schedule_that_overrides_lr_find_is_an_error_and_leaves_no_trace(make_
     assert run.lr_find.lrs == run.recorder.lrs[0]
 
 
-def test_lr_find_asks_for_a_batch_where_modules_are_lazy(make_learn):
+def test_lr_find_refuses_lazy_modules_without_a_batch(make_learn):
     with pytest.raises(ValueError, match="lazy modules .*0.weight.* give it a batch first"):
         Runner(LR_Find()).fit(1, make_learn(model=nn.Sequential(nn.LazyLinear(3))))

@@ -52,7 +52,7 @@ def test_an_annealer_gives_a_function_of_the_position(sched, quarter, half):
 
 
 @pytest.mark.parametrize("sched", [sched_lin, sched_cos, sched_no, sched_exp, sched_square])
-def test_a_schedule_can_be_copied_and_pickled_and_tells_what_it_is(sched):
+def test_a_schedule_has_a_repr_and_can_be_copied_and_pickled(sched):
     f = sched(0.1, 0.6)
     for g in (copy.deepcopy(f), pickle.loads(pickle.dumps(f))):
         assert g(0.3) == f(0.3)
@@ -65,7 +65,7 @@ def test_a_schedule_takes_a_tensor_as_the_course_plots_it():
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (1, 0), (-1, 1)])
-def test_an_exponential_schedule_through_zero_says_what_to_do(start, end):
+def test_an_exponential_schedule_through_zero_is_an_error(start, end):
     with pytest.raises(ValueError, match="sched_exp needs start and end of the same sign"):
         sched_exp(start, end)(0.5)
 
@@ -78,7 +78,7 @@ def test_combined_schedules_follow_one_another():
 
 
 @pytest.mark.parametrize("pcts", [[0.7, 0.2, 0.1], [0.1] * 10, [1 / 3] * 3, [0.5, 0.0, 0.5], [1.0]])
-def test_the_last_position_is_the_last_schedules_end_whatever_floats_do(pcts):
+def test_the_last_position_is_the_last_schedules_end_despite_rounding(pcts):
     f = combine_scheds(pcts, [sched_lin(i, i + 1) for i in range(len(pcts))])
     assert f(1.0) == len(pcts)
     assert f(0.0) == 0.0
@@ -91,7 +91,7 @@ def test_a_share_of_zero_at_the_end_is_never_reached():
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.floats(0, 1))
-def test_a_combined_schedule_is_the_piece_that_its_position_falls_in(weights, pos):
+def test_a_combined_schedule_follows_the_piece_at_its_position(weights, pos):
     pcts = [w / sum(weights) for w in weights]
     f = combine_scheds(pcts, [sched_no(i, i) for i in range(len(pcts))])
     ends = [sum(weights[: i + 1]) / sum(weights) for i in range(len(pcts))]
@@ -122,7 +122,7 @@ def test_wrong_shares_are_errors(pcts, n, message):
         combine_scheds(pcts, [sched_lin(0, 1)] * n)
 
 
-def test_a_combined_schedule_of_numbers_is_an_error():
+def test_combining_numbers_is_an_error():
     with pytest.raises(TypeError, match="scheds must be functions of a position"):
         combine_scheds([0.5, 0.5], [0.1, 0.2])
 
@@ -137,7 +137,7 @@ def test_one_cycle_is_two_halves_and_a_combined_schedule_pickles():
 
 
 class Watch(Callback):
-    """Writes down, before each training step's end, what the optimiser's groups hold."""
+    """Records the hyper-parameters of each training step."""
 
     def begin_fit(self):
         self.seen = []
@@ -179,7 +179,7 @@ def test_one_schedule_serves_all_groups(make_learn):
     assert {(s[0]["lr"], s[1]["lr"]) for s in run.watch.seen} == {(0.3, 0.3)}
 
 
-def test_momentum_of_an_optimiser_of_adams_kind_is_its_first_beta(make_learn):
+def test_momentum_of_adam_is_its_first_beta(make_learn):
     run = Runner([ParamScheduler("momentum", sched_lin(0.9, 0.8)), Watch])
     run.fit(1, make_learn(n_train=2, opt=torch.optim.Adam))
     assert [s[0]["betas"] for s in run.watch.seen] == [(0.9, 0.999), (pytest.approx(0.85), 0.999)]
@@ -200,7 +200,7 @@ def test_validation_leaves_the_rate_alone(make_learn):
 
 
 @pytest.mark.parametrize("name", ["larning_rate", "params", "betas[0]"])
-def test_an_unknown_hyper_parameter_names_those_there_are(make_learn, name):
+def test_an_unknown_hyper_parameter_is_an_error_that_lists_the_known_ones(make_learn, name):
     with pytest.raises(ValueError, match=f"SGD has no hyper-parameter '{name[:5]}.*it has lr, momentum"):
         Runner([ParamScheduler(name, sched_lin(0, 1))]).fit(1, make_learn())
 
@@ -225,7 +225,7 @@ class Unknown:
         return iter(self.pairs)
 
 
-def test_a_schedule_over_a_loader_without_length_is_told_once(make_learn):
+def test_a_schedule_over_a_loader_without_length_warns_once(make_learn):
     learn, run = make_learn(), Runner([ParamScheduler("lr", sched_lin(0.4, 0.1)), Recorder()])
     learn.data.train_dl = Unknown(learn.data.train_dl)
     with pytest.warns(UserWarning, match="no length, so schedules move only between epochs: in this fit of 2") as told:
@@ -234,7 +234,7 @@ def test_a_schedule_over_a_loader_without_length_is_told_once(make_learn):
 
 
 class Stream(IterableDataset):
-    """Each of its workers yields all of it."""
+    """Each worker yields the whole stream."""
 
     def __len__(self):
         return 8
@@ -244,7 +244,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning")
-def test_a_stream_that_gives_more_than_its_length_stays_within_the_schedule(make_learn):
+def test_a_stream_longer_than_its_length_stays_within_the_schedule(make_learn):
     learn, run = make_learn(n_valid=0), Runner([ParamScheduler("lr", sched_lin(0.4, 0.04)), Recorder()])
     learn.data.train_dl = DataLoader(Stream(), 2, num_workers=2)
     run.fit(1, learn)
