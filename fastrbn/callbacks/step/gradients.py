@@ -123,7 +123,7 @@ class GradientAccumulation(Callback):
     [3, 7, 11, 15]
     """
 
-    _order = -5  # before MixedPrecision unscales, and before others look at incomplete gradients
+    _order = -5  # before MixedPrecision unscales and others look at gradients that are not complete
     _needs_opt = ("param_groups",)
 
     def __init__(self, n: int):

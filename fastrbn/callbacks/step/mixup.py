@@ -52,7 +52,7 @@ class MixUp(Callback):
     Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; fast.ai course, part 2 (2019), notebook 10b.
     """
 
-    _order = 60  # after the batch is moved and transformed, before HaltOnNaN keeps it
+    _order = 60  # after the batch is on its device and transformed, before HaltOnNaN keeps it
 
     def __init__(self, alpha: float = 0.4):
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):

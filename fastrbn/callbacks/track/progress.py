@@ -46,7 +46,7 @@ class ProgressCallback(Callback):
     fast.ai course, part 2 (2019), notebook 09c.
     """
 
-    _order = -1  # before others write to the table
+    _order = -1  # the table must be there before others write to it
 
     def __init__(self, plot: bool = False):
         self.plot = plot
