@@ -18,7 +18,7 @@ class EMA(Callback):
     """Average the weights over the steps, and validate with the averages.
 
     From the first validation batch until `after_epoch` the model holds the averages; then the trained weights are put
-    back, also when the fit is cut short. `SaveBest` saves the averages, `Checkpoint` both.
+    back, also when the fit is cut short. `SaveBest` saves the averages, `Checkpoint` saves both.
 
     The `running_mean` and `running_var` of norms are averaged in the same way, because averaged weights evaluate worse
     with the statistics of the trained ones: by 0.3 to 1 % of accuracy for an MLP on MNIST. Averaged statistics were as

@@ -94,10 +94,10 @@ class GradientAccumulation(Callback):
 
     `after_backward` and `after_step` fire once per step. The other batches are cancelled after their backward pass, and
     fire `after_cancel_batch` and `after_batch`; `n_iter` counts them all. If the training loader has no length, the
-    step of the batches left at the end of an epoch is taken before validation.
+    step of the batches left at the end of an epoch is taken before validation, with both events.
 
     Under `Distributed`, gradients are exchanged once per step instead of once per batch. `run.accumulating` is True,
-    from `begin_batch` on, for a batch that takes no step.
+    from `begin_batch` on, for a batch that does not complete a group of `n`.
 
     Norms see each batch by itself: running batch norm updates its statistics `n` times per step, and normalises with
     those that it has by then. The step equals that of the large batch exactly only if no layer mixes samples.

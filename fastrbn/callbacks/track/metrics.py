@@ -59,11 +59,10 @@ def accuracy(out: torch.Tensor, yb: torch.Tensor) -> torch.Tensor:
 
 
 class EpochMetric:
-    """Compute a metric once per pass over all samples, for scores that are no means over batches: F1, AUC.
+    """Compute a metric once per pass over all samples, for scores that are not averages of batches: F1, AUC.
 
     Predictions and targets stay in memory until the pass is over. For a score that can be updated batch by batch, write
-    a
-    class with `update(pred, yb)`, `compute()` and `reset()`.
+    a class with `update(pred, yb)`, `compute()` and `reset()`.
 
     Parameters
     ----------
