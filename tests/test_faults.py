@@ -390,7 +390,7 @@ def test_a_disk_that_stays_full(whole, tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="Training goes on"), pytest.raises(CheckpointError, match=FULL):
         run.fit(EPOCHS, learn)
     assert run.stop_reason.startswith("CheckpointError in Checkpoint.after_batch, in training, epoch 1, batch 2: ")
-    assert "checkpoint-0002-step-4.pt, is whole. Make room and resume from it" in run.stop_reason
+    assert "checkpoint-0002-step-4.pt, is intact. Free disk space and resume from it" in run.stop_reason
     check_nothing_is_lost(run, learn, tmp_path, whole(), 8, 1, 4)
 
 

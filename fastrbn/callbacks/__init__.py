@@ -11,10 +11,10 @@ from .step.compiling import CompileCallback
 from .step.device import BatchTransformXCallback, CudaCallback
 from .step.ema import EMA
 from .step.gradients import GradientAccumulation, GradientClip
+from .step.lr_find import LR_Find
 from .step.mixup import MixUp
 from .step.precision import MixedPrecision
 from .step.schedule import (
-    LR_Find,
     ParamScheduler,
     annealer,
     combine_scheds,
@@ -24,10 +24,13 @@ from .step.schedule import (
     sched_lin,
     sched_no,
 )
-from .track.checkpoint import Checkpoint, CheckpointError, SaveBest
+from .track.avg_stats import AvgStats, AvgStatsCallback
+from .track.checkpoint import Checkpoint, CheckpointError
 from .track.loggers import CSVLogger, TensorBoardLogger
+from .track.metrics import EpochMetric, accuracy
 from .track.progress import ProgressCallback
-from .track.record import AvgStats, AvgStatsCallback, EpochMetric, Recorder, accuracy
+from .track.recorder import Recorder
+from .track.save_best import SaveBest
 from .track.stopping import EarlyStopping
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""Callbacks that take part in a training step: schedules, gradients, precision, the batch on its way to the model."""
+"""Callbacks that take part in a training step: schedules, gradients, precision, and the batch before the model."""

@@ -1,8 +1,9 @@
-"""Where the work is done, and what happens to a batch on its way to the model."""
+"""The device that a fit runs on, and transforms of batches on it."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,57 +14,74 @@ from fastrbn.util import apply_to
 
 @runtime_checkable
 class _Movable(Protocol):
-    """Tensors, and what others' batches hold that has a `to` of its own."""
+    """Tensors, and other objects with a method `to` that batches may hold."""
 
-    def to(self, *args, **kwargs): ...
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class CudaCallback(Callback):
-    """Moves model, optimiser state, batches, and a loss function's parameters and buffers (class weights) to a device.
+    """Run the fit on a device: move the model, optimiser state, batches, and the loss function if it is a module.
 
-    - `device`: a name such as "cuda", "cuda:1", "mps", "cpu", or a `torch.device`; None: the best there is.
+    A loader with a method `to(device)` is moved once, before the first epoch. Batches that are on the device already
+    are left alone. The model stays there after the fit.
 
-    A loader with a method `to(device)` is moved once, before the first epoch; batches that are there already are left
-    alone. The model stays on the device after the fit.
+    Parameters
+    ----------
+    device : str or torch.device, optional
+        Such as "cuda", "cuda:1", "mps" or "cpu". Default: the current accelerator, or the CPU if there is none.
 
-    Source: fast.ai course, part 2 (2019), notebook 06.
+    Raises
+    ------
+    ValueError
+        In `begin_fit`, if there is no such device; the message lists the devices of this machine.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[partial(CudaCallback, "cpu")])
+    >>> run.fit(1, learn)
+    >>> next(learn.model.parameters()).device
+    device(type='cpu')
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 06.
     """
 
     _order = -2  # before whatever looks at parameters in begin_fit
     _needs_opt = ("param_groups", "state")
-    _device = None
+    _device: torch.device | None = None
 
-    def __init__(self, device=None):
+    def __init__(self, device: str | torch.device | None = None):
         self.device = device
 
-    def _find_device(self):
+    def _find_device(self) -> torch.device:
         self._device = _existing(self.device)
-        # batches may come over while the host goes on, but what goes to the host must be there when it is read
+        # copies to CUDA may overlap with work on the host; copies to the host must be complete when they are read
         self._non_blocking = self._device.type == "cuda"
+        return self._device
 
-    def begin_fit(self):
-        run = self.run
-        self._find_device()
+    def begin_fit(self) -> None:
+        run, device = self.run, self._find_device()
         for module in (run.model, run.loss_func):
             if isinstance(module, nn.Module):
                 before = list(module.parameters())
-                module.to(self._device)
+                module.to(device)
                 _replace_params(run.opt, dict(zip(before, module.parameters())))
         _move_state(run.opt)
         for loader in {id(dl): dl for dl in (run.data.train_dl, run.data.valid_dl)}.values():
             if callable(getattr(loader, "to", None)):
-                loader.to(self._device)
+                loader.to(device)
 
-    def begin_batch(self):
-        if self._device is None:  # before any fit, as in the course's get_batch(dl, run)
-            self._find_device()
+    def begin_batch(self) -> None:
         run, device = self.run, self._device
+        if device is None:  # before any fit, as in the course's get_batch(dl, run)
+            device = self._find_device()
         if not (isinstance(run.xb, torch.Tensor) and run.xb.device == device):
             run.xb = self._moved(run.xb)
         if not (isinstance(run.yb, torch.Tensor) and run.yb.device == device):
             run.yb = self._moved(run.yb)
 
-    def _moved(self, value):
+    def _moved(self, value: Any) -> Any:
         return apply_to(value, _Movable, lambda v: v.to(self._device, non_blocking=self._non_blocking))
 
     def __repr__(self):
@@ -71,38 +89,55 @@ class CudaCallback(Callback):
 
 
 class BatchTransformXCallback(Callback):
-    """Replaces each `xb` by `tfm(xb)`, in training and in validation, after it was moved to its device.
+    """Replace each `xb` by `tfm(xb)`, in training and validation, after it was moved to its device.
 
-    Source: fast.ai course, part 2 (2019), notebook 06.
+    Parameters
+    ----------
+    tfm : callable
+        Takes the inputs of a batch and returns those that the model should see.
+
+    Raises
+    ------
+    TypeError
+        If `tfm` is not callable.
+
+    Examples
+    --------
+    >>> flat = partial(BatchTransformXCallback, view_tfm(784))
+    >>> learn, run = get_runner(nn.Linear(784, 10), data, lr=0.1, cbs=[flat])
+    >>> run.fit(1, learn)
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 06.
     """
 
     _order = 2
 
-    def __init__(self, tfm):
+    def __init__(self, tfm: Callable[[Any], Any]):
         if not callable(tfm):
             raise TypeError(f"BatchTransformXCallback needs a function of xb; got {tfm!r}")
         self.tfm = tfm
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         self.run.xb = self.tfm(self.run.xb)
 
 
-def _existing(device) -> torch.device:
-    """The device with its number ("cuda" is "cuda:0" to tensors), or an error that says which there are."""
+def _existing(device: str | torch.device | None) -> torch.device:
+    """The device with its index ("cuda" becomes "cuda:0"); ValueError that lists the devices if it does not exist."""
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as e:  # an unknown name, a build without CUDA, no such number
+    except (RuntimeError, AssertionError, TypeError) as e:  # an unknown name, a build without CUDA, no such index
         there = ["cpu"]
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator().type
-            there += [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
-        raise ValueError(f"there is no device {str(device)!r} here: there is {', '.join(there)}") from e
+        if (accelerator := torch.accelerator.current_accelerator()) is not None and torch.accelerator.is_available():
+            there += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+        raise ValueError(f"device must be one of {', '.join(there)} on this machine; got {str(device)!r}") from e
 
 
-def _replace_params(opt, new) -> None:
-    """On most devices a parameter that moves stays the same object; where it does not, the optimiser takes the new."""
+def _replace_params(opt: Any, new: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Give the optimiser the new parameters, on the few devices where moving a module replaces its parameters."""
     if all(old is now for old, now in new.items()):
         return
     for group in opt.param_groups:
@@ -111,8 +146,8 @@ def _replace_params(opt, new) -> None:
         opt.state[new[old]] = opt.state.pop(old)
 
 
-def _move_state(opt) -> None:
-    """Optimiser state goes where its parameter is, except counters that the optimiser keeps on the host."""
+def _move_state(opt: Any) -> None:
+    """Move optimiser state to the device of its parameter, except step counters that are kept on the host."""
     for group in opt.param_groups:
         counts_on_device = group.get("capturable") or group.get("fused")
         for p in group["params"]:

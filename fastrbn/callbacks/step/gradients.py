@@ -1,4 +1,4 @@
-"""Between backward and step: clip gradients, and gather those of several batches into one step."""
+"""Between backward pass and step: clip gradients, and accumulate those of several batches."""
 
 from __future__ import annotations
 
@@ -10,45 +10,64 @@ import torch
 from fastrbn.learn.batch import gradients, reduction, step_size
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelBatchException
+from fastrbn.util import whole
 
 
 class GradientClip(Callback):
-    """Limits the gradients before each step: their total norm, or each element.
+    """Limit the gradients before each step: their total norm, or each element.
 
-    - `max_norm`: all gradients together are scaled down to this norm when theirs is larger.
-    - `norm_type`: which norm: 2 (default), another p, or `math.inf`, the largest element.
-    - `value`: in place of `max_norm`: each element is brought into −value … value.
+    `.norm` is the total norm before clipping in the last step, a scalar tensor on the gradients' device; None before
+    the first step, and with `value`. No step waits for the device.
 
-    `.norm` is the total norm before clipping in the last step, a tensor () on the gradients' device; None before the
-    first step, and with `value`. No step waits for the device.
+    The results are those of `torch.nn.utils.clip_grad_norm_` and `clip_grad_value_` over the optimiser's parameters. A
+    total norm that is NaN or Inf scales nothing: PyTorch would spread it over all gradients, and `HaltOnNaN` could no
+    longer name the one that caused it. Under `MixedPrecision` the gradients are unscaled first. Under
+    `GradientAccumulation` the accumulated gradients are clipped.
 
-    The numbers are those of `torch.nn.utils.clip_grad_norm_` and `clip_grad_value_` over the optimiser's parameters.
-    A total norm that is NaN or Inf scales nothing: PyTorch would spread it over all gradients, and `HaltOnNaN` could no
-    longer name the one that it came from. Under `MixedPrecision` the gradients are unscaled first, under
-    `GradientAccumulation` it is the whole group's that are clipped.
+    Parameters
+    ----------
+    max_norm : float, optional
+        Scale all gradients together down to this norm when theirs is larger. Give either this or `value`.
+    norm_type : float, default 2
+        The p of the norm; `math.inf` for the largest element.
+    value : float, optional
+        Clamp each element to −value … value.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one limit is given, or a number is out of range.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[partial(GradientClip, max_norm=1.0)])
+    >>> run.fit(1, learn)
+    >>> run.gradient_clip.norm.shape
+    torch.Size([])
     """
 
     _order = 10  # after MixedPrecision has unscaled, before HaltOnNaN
     _needs_opt = ("param_groups",)
 
-    def __init__(self, max_norm=None, norm_type=2.0, value=None):
+    def __init__(self, max_norm: float | None = None, norm_type: float = 2.0, value: float | None = None):
         if (max_norm is None) == (value is None):
             raise ValueError(
-                f"GradientClip needs a limit, either max_norm of all gradients together or value of each element; got "
+                f"GradientClip needs one limit, max_norm for all gradients together or value for each element; got "
                 f"max_norm={max_norm!r} and value={value!r}: give one, such as GradientClip(max_norm=1.0)"
             )
         for name, limit in (("max_norm", max_norm), ("value", value)):
             if limit is not None and not (_is_number(limit) and 0 < limit < math.inf):
-                raise ValueError(f"GradientClip: {name} is a finite number above 0; got {limit!r}")
+                raise ValueError(f"GradientClip: {name} must be a finite number above 0; got {limit!r}")
         if not (_is_number(norm_type) and norm_type > 0):
-            raise ValueError(f"GradientClip: norm_type is a number above 0, such as 2 or math.inf; got {norm_type!r}")
-        self.max_norm, self.norm_type, self.value, self.norm = max_norm, norm_type, value, None
+            raise ValueError(f"GradientClip: norm_type must be a number above 0, such as 2; got {norm_type!r}")
+        self.max_norm, self.norm_type, self.value = max_norm, norm_type, value
+        self.norm: torch.Tensor | None = None
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         self.norm = None
 
     @torch.no_grad()
-    def after_backward(self):
+    def after_backward(self) -> None:
         params = [p for group in self.run.opt.param_groups for p in group["params"]]
         if self.value is not None:
             for p in (p for p in params if p.grad is not None and p.grad.is_sparse):
@@ -56,10 +75,10 @@ class GradientClip(Callback):
                 p.grad.values().clamp_(-self.value, self.value)
             dense = [p for p in params if p.grad is not None and not p.grad.is_sparse]
             torch.nn.utils.clip_grad_value_(dense, self.value)
-            return
-        self.norm = torch.nn.utils.get_total_norm(gradients(self.run.opt), self.norm_type)
-        norm = torch.nan_to_num(self.norm, nan=0.0, posinf=0.0)  # a norm of 0 clips nothing
-        torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
+        elif self.max_norm is not None:
+            self.norm = torch.nn.utils.get_total_norm(gradients(self.run.opt), self.norm_type)
+            norm = torch.nan_to_num(self.norm, nan=0.0, posinf=0.0)  # a norm of 0 clips nothing
+            torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
 
     def __repr__(self):
         what = f"value={self.value}" if self.max_norm is None else f"max_norm={self.max_norm}"
@@ -67,47 +86,63 @@ class GradientClip(Callback):
 
 
 class GradientAccumulation(Callback):
-    """Takes a step after every `n` training batches, with the gradients of all of them.
+    """Take a step after every `n` training batches, with the gradients of all of them.
 
-    - `n`: batches a step, 1 or more.
+    The step is the one that a single batch of all their samples would give. For a loss that is a mean, batches are
+    weighted by their size, so a smaller last batch counts less; for a loss that is a sum (`reduction="sum"`), gradients
+    are added. `run.loss` stays each batch's own loss. The batches left at the end of an epoch make a step of their own.
 
-    The step is that of one batch of all their samples: of a loss that is a mean over samples each batch weighs as its
-    size, also where the last one is smaller; batches of one that is a sum (`reduction="sum"`) are added. The batches
-    that are left at the end of an epoch make a step of their own. `run.loss` is each batch's own loss, as ever.
+    `after_backward` and `after_step` fire once per step. The other batches are cancelled after their backward pass, and
+    fire `after_cancel_batch` and `after_batch`; `n_iter` counts them all. If the training loader has no length, the
+    step of the batches left at the end of an epoch is taken before validation, with both events.
 
-    `after_backward` and `after_step` come for whole groups only: the other batches are cancelled after their backward
-    pass (`after_cancel_batch`, `after_batch`), and `n_iter` counts all of them. Where the training loader has no
-    length, what is left at the end of an epoch is stepped with before validation, the two events with it.
+    Under `Distributed`, gradients are exchanged once per step instead of once per batch. `run.accumulating` is True,
+    from `begin_batch` on, for a batch that does not complete a group of `n`.
 
-    Under `Distributed` the processes exchange gradients once a step, not once a batch. `run.accumulating` tells, from
-    `begin_batch` on, of a batch whose gradients are to be added to.
+    Norms see each batch by itself: running batch norm updates its statistics `n` times per step, and normalises with
+    those that it has by then. The step equals that of the large batch exactly only if no layer mixes samples.
 
-    Norms see each batch by itself: running batch norm moves its statistics `n` times a step, and normalises by what it
-    has by then. The step equals that of the large batch exactly where no layer looks across samples.
+    Parameters
+    ----------
+    n : int
+        Batches per step, 1 or more.
+
+    Raises
+    ------
+    ValueError
+        If `n` is not a whole number of at least 1.
+
+    Examples
+    --------
+    >>> class Steps(Callback):
+    ...     def begin_fit(self): self.seen = []
+    ...     def after_step(self): self.seen.append(self.run.n_iter)
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[partial(GradientAccumulation, n=4), Steps])
+    >>> run.fit(1, learn)   # 16 batches
+    >>> run.steps.seen
+    [3, 7, 11, 15]
     """
 
     _order = -5  # before MixedPrecision unscales and others look at gradients that are not complete
     _needs_opt = ("param_groups",)
 
-    def __init__(self, n):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"GradientAccumulation needs a whole number of batches a step, 1 or more; got {n!r}")
-        self.n = n
+    def __init__(self, n: int):
+        self.n = whole("GradientAccumulation: n, the batches per step,", n)
         self._clear()
 
-    def _clear(self):
+    def _clear(self) -> None:
         self._count, self._first, self._samples, self._closing = 0, 0, 0, False
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         self._clear()
         self._summed = reduction(self.run.learn.loss_func) == "sum"
         self.run.claim(self, weigh=self._weigh)
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         run = self.run
         run.accumulating = run.in_train and self._count + 1 < self.n  # Distributed reads it
 
-    def _weigh(self, loss):
+    def _weigh(self, loss: torch.Tensor) -> torch.Tensor:
         size = step_size(self.run)
         if not self._count:
             self._first = size
@@ -117,46 +152,46 @@ class GradientAccumulation(Callback):
             return loss
         return loss / self.n if size == self._first else loss * (size / (self.n * self._first))
 
-    def after_backward(self):
+    def after_backward(self) -> None:
         if self._count < self.n and not self._closing and not self._is_last():
             raise CancelBatchException
-        expected = self.n * self._first  # samples, as the weights so far have it
+        expected = self.n * self._first  # the number of samples that _weigh assumed
         if not self._summed and self._samples != expected and (grads := gradients(self.run.opt)):
             torch._foreach_mul_(grads, expected / self._samples)
         self._clear()
 
-    def _is_last(self):
+    def _is_last(self) -> bool:
         run = self.run
         return run.iters is not None and run.iter + 1 == run.iters
 
-    def begin_validate(self):
+    def begin_validate(self) -> None:
         self._close()
 
-    def after_epoch(self):
-        self._close()  # there was no validation
+    def after_epoch(self) -> None:
+        self._close()  # in case there was no validation
 
-    def _close(self):
+    def _close(self) -> None:
         if self._count:
             self._closing = True
             try:
                 self.run.update()
-            except CancelBatchException:  # it ends this step, and not the event around it
+            except CancelBatchException:  # ends this step, not the event in which it is taken
                 self.run("after_cancel_batch")
             finally:
                 self._closing = False
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         vars(self.run).pop("accumulating", None)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"count": self._count, "first": self._first, "samples": self._samples}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self._count, self._first, self._samples = state["count"], state["first"], state["samples"]
 
     def __repr__(self):
         return f"GradientAccumulation({self.n})"
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

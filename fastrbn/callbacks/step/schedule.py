@@ -1,91 +1,189 @@
-"""Schedules: hyper-parameters as functions of the position in a fit, and the search for a learning rate."""
+"""Schedules: hyper-parameters as functions of the position in a fit."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import math
 import warnings
-
-from torch import nn
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from fastrbn.learn.callback import Callback
-from fastrbn.learn.events import CancelEpochException, CancelTrainException
-from fastrbn.learn.snapshot import Snapshot
-
-from .lr_rules import RULES
 
 
 class Schedule:
-    """A function of the position (0: start of the fit, 1: its end), made by an annealer; copies and pickles."""
+    """A function of the position in the fit (0: start, 1: end), made by an annealer. It can be copied and pickled."""
 
-    def __init__(self, make, start, end):
-        self.make, self.start, self.end = make, start, end
+    def __init__(self, make: Callable, formula: Callable, start: float, end: float):
+        self.make, self.formula, self.start, self.end = make, formula, start, end
 
-    def __call__(self, pos):
-        return self.make.formula(self.start, self.end, pos)
+    def __call__(self, pos: float) -> float:
+        return self.formula(self.start, self.end, pos)
+
+    def __reduce__(self):
+        return self.make, (self.start, self.end)  # pickle finds `make` by its name, and under it never the formula
 
     def __repr__(self):
         return f"{self.make.__name__}({self.start!r}, {self.end!r})"
 
 
-def annealer(formula):
-    """Decorator: `formula(start, end, pos)` becomes `f(start, end)`, which gives a function of `pos` alone.
+def annealer(formula: Callable[[float, float, float], float]) -> Callable[[float, float], Schedule]:
+    """Decorate `formula(start, end, pos)` so that calling it with `start` and `end` gives a function of `pos`.
 
-    Source: fast.ai course, part 2 (2019), notebook 05.
+    Parameters
+    ----------
+    formula : callable
+        Takes the values at both ends and a position from 0 to 1, and returns the value there.
+
+    Returns
+    -------
+    callable
+        `f(start, end)`, which returns a schedule for `ParamScheduler` or `combine_scheds`.
+
+    Examples
+    --------
+    >>> @annealer
+    ... def sched_square(start, end, pos):
+    ...     return start + (end - start) * pos**2
+    >>> sched_square(1, 5)(0.5)
+    2.0
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
     """
 
-    @functools.wraps(formula)
-    def make(start, end):
-        return Schedule(make, start, end)
+    @functools.wraps(formula, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def make(start: float, end: float) -> Schedule:
+        return Schedule(make, formula, start, end)
 
-    del make.__wrapped__  # help() shall show what the user passes
-    make.formula = formula
-    make.__signature__ = inspect.signature(lambda start, end: None)
+    del make.__wrapped__  # help() should show the parameters that the user passes
     return make
 
 
 @annealer
 def sched_lin(start, end, pos):
-    """A straight line."""
+    """Go from `start` to `end` in a straight line.
+
+    Parameters
+    ----------
+    start, end : float
+        Values at positions 0 and 1.
+
+    Returns
+    -------
+    Schedule
+        A function of the position in the fit, 0 to 1.
+
+    Examples
+    --------
+    >>> sched_lin(1, 5)(0.25)
+    2.0
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
+    """
     return start + pos * (end - start)
 
 
 @annealer
 def sched_cos(start, end, pos):
-    """Half a cosine: flat at both ends."""
+    """Go from `start` to `end` along half a cosine, which is flat at both ends.
+
+    Parameters
+    ----------
+    start, end : float
+        Values at positions 0 and 1.
+
+    Returns
+    -------
+    Schedule
+        A function of the position in the fit, 0 to 1.
+
+    Examples
+    --------
+    >>> [round(sched_cos(1, 5)(pos), 2) for pos in (0, 0.25, 0.5, 1)]
+    [1.0, 1.59, 3.0, 5.0]
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
+    """
     return start + (1 + math.cos(math.pi * (1 - pos))) * (end - start) / 2
 
 
 @annealer
 def sched_no(start, end, pos):
-    """Constant: `start`, whatever `end` is."""
+    """Stay at `start`.
+
+    Parameters
+    ----------
+    start : float
+        The value.
+    end : float
+        Ignored; it is there so that all annealers are called alike.
+
+    Returns
+    -------
+    Schedule
+        A function of the position in the fit, 0 to 1.
+
+    Examples
+    --------
+    >>> sched_no(0.1, 0.1)(0.5)
+    0.1
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
+    """
     return start
 
 
 @annealer
 def sched_exp(start, end, pos):
-    """A straight line in the logarithm; `start` and `end` have the same sign, and neither is 0."""
+    """Go from `start` to `end` by the same factor in equal distances: a straight line on a logarithmic axis.
+
+    Parameters
+    ----------
+    start, end : float
+        Values at positions 0 and 1. They have the same sign and are not 0.
+
+    Returns
+    -------
+    Schedule
+        A function of the position in the fit, 0 to 1. It raises ValueError for a zero or different signs.
+
+    Examples
+    --------
+    >>> sched_exp(1, 4)(0.5)
+    2.0
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
+    """
     if start * end <= 0:
         raise ValueError(
-            f"sched_exp needs two numbers of the same sign, neither of them 0; got {start} and {end}: take a small "
-            f"number such as 1e-8 in place of 0, or sched_lin"
+            f"sched_exp needs start and end of the same sign, and neither may be 0; got {start} and {end}: use a small "
+            f"number such as 1e-8 instead of 0, or use sched_lin"
         )
     return start * (end / start) ** pos
 
 
 class CombinedSchedule:
-    """Schedules one after the other, each over its share of the way; made by `combine_scheds`."""
+    """Schedules one after the other, each over its share of the fit; made by `combine_scheds`."""
 
-    def __init__(self, pcts, scheds):
+    def __init__(self, pcts: Iterable[float], scheds: Iterable[Callable]):
         self.pcts, self.scheds = list(pcts), list(scheds)
         ends = list(itertools.accumulate(self.pcts))
         pieces = [(end - pct, end, s) for pct, end, s in zip(self.pcts, ends, self.scheds) if pct > 0]
         start, _, last = pieces[-1]
-        self._pieces = [*pieces[:-1], (start, 1.0, last)]  # the sum of floats may miss 1 by a little
+        self._pieces = [*pieces[:-1], (start, 1.0, last)]  # the rounded sum may differ from 1
 
-    def __call__(self, pos):
+    def __call__(self, pos: float) -> float:
         for start, end, sched in self._pieces:
             if pos < end:
                 break
@@ -95,59 +193,125 @@ class CombinedSchedule:
         return f"combine_scheds({self.pcts}, {self.scheds})"
 
 
-def combine_scheds(pcts, scheds):
-    """A schedule that follows each of `scheds` for its share in `pcts`.
+def combine_scheds(pcts: Iterable[float], scheds: Iterable[Callable[[float], float]]) -> CombinedSchedule:
+    """Join schedules one after the other.
 
-    - `pcts`: shares of the way, none negative, sum 1; one fewer than `scheds`: the last one gets the rest.
-    - `scheds`: functions of a position 0–1, such as `sched_cos(0.1, 0.6)`.
+    Parameters
+    ----------
+    pcts : iterable of float
+        The share of the fit that each schedule covers: 0 or more, with sum 1. With one share fewer than `scheds`, the
+        last schedule covers the rest.
+    scheds : iterable of callable
+        Functions of a position from 0 to 1, such as `sched_cos(0.1, 0.6)`.
 
-    `combine_scheds([0.3, 0.7], cos_1cycle_anneal(0.2, 0.6, 0.1))` warms up for 30 % and decays for 70 %.
+    Returns
+    -------
+    CombinedSchedule
+        A function of the position in the fit, 0 to 1.
 
-    Source: fast.ai course, part 2 (2019), notebook 05.
+    Raises
+    ------
+    ValueError
+        If a share is negative, the shares do not sum to 1, or their number does not match.
+    TypeError
+        If one of `scheds` is not callable.
+
+    Examples
+    --------
+    Warm up for 30 % of the fit and decay for 70 %:
+
+    >>> sched = combine_scheds([0.3, 0.7], cos_1cycle_anneal(0.2, 0.6, 0.1))
+    >>> [round(sched(pos), 2) for pos in (0, 0.3, 1)]
+    [0.2, 0.6, 0.1]
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
     """
     pcts, scheds = [float(p) for p in pcts], list(scheds)
     if not scheds:
-        raise ValueError("combine_scheds needs one schedule at least; got none")
+        raise ValueError("combine_scheds needs at least one schedule; got none")
     if not all(callable(s) for s in scheds):
         wrong = next(s for s in scheds if not callable(s))
-        raise TypeError(f"scheds are functions of a position, such as sched_cos(0.1, 0.6); got {wrong!r}")
+        raise TypeError(f"scheds must be functions of a position, such as sched_cos(0.1, 0.6); got {wrong!r}")
     if any(not p >= 0 for p in pcts):
-        raise ValueError(f"pcts are shares of the way, none negative; got {pcts}")
+        raise ValueError(f"pcts must be shares of the fit, each 0 or more; got {pcts}")
     total = math.fsum(pcts)
     if len(pcts) == len(scheds) - 1 and total <= 1 + 1e-6:
         pcts, total = [*pcts, max(1 - total, 0.0)], 1.0
     if len(pcts) != len(scheds):
         raise ValueError(
-            f"combine_scheds needs a share for each schedule (the last may be left out); got {len(pcts)} shares for "
+            f"combine_scheds needs one share for each schedule (the last may be omitted); got {len(pcts)} shares for "
             f"{len(scheds)} schedules"
         )
     if not math.isclose(total, 1, abs_tol=1e-6):
-        raise ValueError(f"pcts must sum to 1; got {pcts}, which sum to {total:g}")
+        raise ValueError(f"pcts must sum to 1; got {pcts}, with sum {total:g}")
     return CombinedSchedule(pcts, scheds)
 
 
-def cos_1cycle_anneal(start, high, end):
-    """The two halves of a one-cycle schedule, up and down, for `combine_scheds`."""
+def cos_1cycle_anneal(start: float, high: float, end: float) -> list[Schedule]:
+    """Make the two halves of a one-cycle schedule, up and down, for `combine_scheds`.
+
+    Parameters
+    ----------
+    start, high, end : float
+        The first value, the highest one, and the last one.
+
+    Returns
+    -------
+    list of Schedule
+        Half a cosine from `start` to `high`, and one from `high` to `end`.
+
+    Examples
+    --------
+    >>> cos_1cycle_anneal(0.2, 0.6, 0.1)
+    [sched_cos(0.2, 0.6), sched_cos(0.6, 0.1)]
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
+    """
     return [sched_cos(start, high), sched_cos(high, end)]
 
 
 class ParamScheduler(Callback):
-    """Sets a hyper-parameter of the optimiser before each training step.
+    """Set a hyper-parameter of the optimiser before each training step.
 
-    - `pname`: its name in the optimiser's param groups (`lr`, `weight_decay`, `momentum`). For optimisers of Adam's
-      kind, which have no momentum, "momentum" means the first of `betas`, which plays its part.
-    - `sched_funcs`: a function of the position in the fit (0–1), or one for each param group.
+    The position moves with each batch. While the training loader has no length it moves only between epochs, and a
+    warning says so. The last value stays in the optimiser after the fit.
 
-    The position moves with each batch; while the training loader has no length, only with each epoch, which a warning
-    says. The last value stays in the optimiser after the fit.
+    Parameters
+    ----------
+    pname : str
+        Name of the hyper-parameter in the optimiser's param groups, such as `lr`, `weight_decay` or `momentum`. For
+        optimisers like Adam, which have no momentum, "momentum" means the first of `betas`.
+    sched_funcs : callable or list of callable
+        A function of the position in the fit, 0 to 1, or one for each param group.
 
-    Source: fast.ai course, part 2 (2019), notebook 05.
+    Raises
+    ------
+    TypeError
+        If a schedule is not callable.
+    ValueError
+        In `begin_fit`: the optimiser does not have `pname`, or the number of schedules does not match its groups.
+
+    Examples
+    --------
+    >>> warm_up = partial(ParamScheduler, "lr", combine_scheds([0.5, 0.5], cos_1cycle_anneal(0.1, 0.4, 0.01)))
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[warm_up, Recorder])
+    >>> run.fit(1, learn)
+    >>> [round(lr, 2) for lr in run.recorder.lrs[0][::4]]
+    [0.1, 0.25, 0.4, 0.21]
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 05.
     """
 
     _order = 1
     _needs_opt = ("param_groups",)
 
-    def __init__(self, pname, sched_funcs):
+    def __init__(self, pname: str, sched_funcs: Callable[[float], float] | list[Callable[[float], float]]):
         self.pname, self.sched_funcs = pname, sched_funcs
         for f in sched_funcs if isinstance(sched_funcs, (list, tuple)) else [sched_funcs]:
             if not callable(f):
@@ -156,7 +320,7 @@ class ParamScheduler(Callback):
                     f"list of them; got {f!r}"
                 )
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         groups, funcs, self._told = self.run.opt.param_groups, self.sched_funcs, False
         self._funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs] * len(groups)
         if len(self._funcs) != len(groups):
@@ -168,150 +332,38 @@ class ParamScheduler(Callback):
             known = _hyper_parameters(group)
             if self.pname not in known:
                 raise ValueError(
-                    f"{type(self.run.opt).__name__} has no hyper-parameter '{self.pname}': there are {', '.join(known)}"
+                    f"{type(self.run.opt).__name__} has no hyper-parameter '{self.pname}'; it has {', '.join(known)}"
                 )
 
-    def begin_batch(self):
+    def begin_batch(self) -> None:
         run = self.run
         if run.in_train:
             if run.iters is None and not self._told:
                 self._told = True
                 warnings.warn(
-                    f"the training loader has no length, so schedules move only between epochs: this fit of {run.epochs} "
-                    f"has as many values of each, and never the last one; give the loader or its data set a __len__",
+                    f"the training loader has no length, so schedules move only between epochs: in this fit of "
+                    f"{run.epochs} epochs each takes {run.epochs} values and does not reach its last; give the loader "
+                    f"or its data set a __len__",
                     stacklevel=2,
                 )
             pos = run.n_epochs / run.epochs
             for group, f in zip(run.opt.param_groups, self._funcs):
-                _set(group, self.pname, f(pos))
+                set_hyper_parameter(group, self.pname, f(pos))
 
     def __repr__(self):
         return f"ParamScheduler({self.pname!r}, {self.sched_funcs!r})"
 
 
-def _hyper_parameters(group):
+def _hyper_parameters(group: dict[str, Any]) -> list[str]:
     names = [k for k in group if k != "params"]
     return [*names, "momentum"] if "betas" in group and "momentum" not in group else names
 
 
-def _set(group, name, value):
-    if name not in group:  # momentum of Adam's kind
+def set_hyper_parameter(group: dict[str, Any], name: str, value: Any) -> None:
+    """Set `name` in a param group; "momentum" is the first of `betas` in optimisers like Adam."""
+    if name not in group:
         name, value = "betas", (value, *group["betas"][1:])
-    if hasattr(group[name], "fill_"):  # a compiled or captured optimiser keeps its rate in this very tensor
+    if hasattr(group[name], "fill_"):  # compiled and captured optimisers read the rate from this very tensor
         group[name].fill_(value)
     else:
         group[name] = value
-
-
-class LR_Find(Callback):
-    """Tries learning rates from small to large, one a step, and leaves everything as it was.
-
-    - `max_iter`: steps of the sweep; the fit may have fewer, but then the largest rates are not tried.
-    - `min_lr`, `max_lr`: first and last rate; the rates between grow by the same factor each step.
-
-    The fit ends when the sweep is done, when the smoothed loss is above 10 times its best, or when the loss is not
-    finite. There is no validation. After it `.lrs` and `.losses` hold a number for each step, `.suggestion` a rate
-    (`.suggest(rule)` knows more rules than one), and model (parameters, buffers), optimiser and random states are bit
-    for bit those from before the fit, also after an error or Ctrl-C; so are a loss function's parameters and buffers.
-    Each step waits for the device, to read the loss. A rate that another callback sets before the step is an error.
-
-    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, section 3.3; fast.ai course,
-    part 2 (2019), notebook 05b.
-    """
-
-    _order = 1
-    _last = frozenset({"after_fit"})  # what others leave in the model at the end is taken back as well
-    _needs_opt = ("param_groups", "lr", "state")
-
-    def __init__(self, max_iter=100, min_lr=1e-6, max_lr=10):
-        if not (isinstance(max_iter, int) and max_iter >= 2 and 0 < min_lr < max_lr):
-            raise ValueError(
-                f"LR_Find needs max_iter of 2 or more and 0 < min_lr < max_lr; got max_iter={max_iter}, "
-                f"min_lr={min_lr}, max_lr={max_lr}"
-            )
-        self.max_iter, self.min_lr, self.max_lr = max_iter, min_lr, max_lr
-        self.lrs, self.losses, self._snapshot = [], [], None
-
-    def begin_fit(self):
-        run = self.run
-        self.lrs, self.losses, self._smooth, self._best = [], [], 0.0, math.inf
-        modules = [m for m in (run.model, run.learn.loss_func) if isinstance(m, nn.Module)]
-        self._snapshot = Snapshot(modules, run.opt, (run.data.train_dl, run.data.valid_dl))
-
-    def begin_batch(self):
-        if self.run.in_train:
-            self._lr = self.min_lr * (self.max_lr / self.min_lr) ** (len(self.lrs) / (self.max_iter - 1))
-            for group in self.run.opt.param_groups:
-                _set(group, "lr", self._lr)
-
-    def after_loss(self):
-        if not self.run.in_train:
-            return
-        self._check_rates()
-        loss = self.run.loss.item()
-        self.lrs.append(self._lr)
-        self.losses.append(loss)
-        # an average over some five steps, without the pull of its start at 0
-        n, keep = len(self.losses), 0.8
-        self._smooth = keep * self._smooth + (1 - keep) * loss
-        smooth = self._smooth / (1 - keep**n)
-        if not math.isfinite(loss):
-            raise CancelTrainException(f"LR_Find ended after {n} steps: the loss is {loss} at lr {self._lr:.3g}")
-        if smooth > self._best + 9 * abs(self._best):  # 10 times the best, also for losses below 0
-            raise CancelTrainException(
-                f"LR_Find ended after {n} steps: at lr {self._lr:.3g} the loss is over 10 times its best"
-            )
-        self._best = min(self._best, smooth)
-
-    def _check_rates(self):
-        for group in self.run.opt.param_groups:
-            if not math.isclose(float(group["lr"]), self._lr, rel_tol=1e-5):  # a rate in a tensor is rounded
-                raise RuntimeError(
-                    f"LR_Find sets the learning rate of each step; another callback has changed {self._lr:.3g} to "
-                    f"{float(group['lr']):.3g} before the step: leave out schedules of 'lr' while you look for a rate"
-                )
-
-    def after_step(self):
-        if len(self.lrs) >= self.max_iter:
-            raise CancelTrainException(f"LR_Find ended after {self.max_iter} steps, the whole sweep")
-
-    def begin_validate(self):
-        raise CancelEpochException("LR_Find does not validate")
-
-    def after_fit(self):
-        if self._snapshot is not None:
-            self.run.opt.zero_grad()
-            snapshot, self._snapshot = self._snapshot, None
-            snapshot.restore()
-
-    @property
-    def suggestion(self) -> float | None:
-        """The rate at which the loss falls fastest: `suggest("steepest")`."""
-        return self.suggest()
-
-    def suggest(self, rule="steepest") -> float | None:
-        """A rate, or None when there are fewer than 10 steps or the loss never falls. `rule`:
-
-        - "steepest": the middle of the window of a fifth of the sweep with the steepest line through it, of those
-          before the lowest: where the loss falls fastest per factor of the rate.
-        - "minimum": a tenth of the rate at which the loss, as the mean over such windows, is lowest.
-        - "valley": the middle of the longest series of steps, not always next to each other, each with a smaller loss
-          than the one before.
-
-        On one curve they may differ thirtyfold ("valley" is the most careful). Of the peers, fastai's `lr_find` has all
-        three as `minimum`, `steep` and `valley` (its default, which it has from ESRI), Lightning's has "steepest".
-        """
-        if rule not in RULES:
-            raise ValueError(f"the rules of LR_Find are {', '.join(RULES)}; got {rule!r}")
-        losses = list(itertools.takewhile(math.isfinite, self.losses))
-        return RULES[rule](self.lrs, losses) if len(losses) >= 10 else None
-
-    def plot(self, skip_last=0):
-        """Loss against learning rate, with what each rule suggests. Returns the matplotlib Figure."""
-        from fastrbn import plots
-
-        n = max(len(self.lrs) - skip_last, 0)
-        return plots.plot_lr_find(self.lrs[:n], self.losses[:n], {rule: self.suggest(rule) for rule in RULES})
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_snapshot": None}  # it holds the model

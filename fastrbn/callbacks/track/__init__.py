@@ -1,1 +1,1 @@
-"""Callbacks that record a fit: losses, metrics, progress, logs, checkpoints, stopping."""
+"""Callbacks that record a fit: losses, averages, progress, logs, checkpoints and early stopping."""

@@ -1,15 +1,15 @@
-"""Checkpoints to go on from after whatever ended a fit, and the weights of the best epoch."""
+"""Checkpoints: files that a fit can go on from."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import threading
 import warnings
-import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,109 +18,137 @@ from fastrbn.learn import checkpoint_file as checkpoints
 from fastrbn.learn.batch import gradients_are_whole
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.checkpoint_file import CheckpointError
-from fastrbn.learn.snapshot import plain_state_dict
-from fastrbn.util import write_whole
+from fastrbn.learn.ranks import rank
+from fastrbn.util import whole
 
-from .changes import changed, looks
 from .monitor import Monitor
 
 
 class Checkpoint(Callback):
-    """Saves all that a fit depends on, so that `run.fit(epochs, learn, resume=path)` goes on bit for bit.
+    """Save everything that a fit depends on, so that `run.fit(epochs, learn, resume=path)` continues it bit for bit.
 
-    - `path`: the folder, relative to where the program is when this is made; files in it are named
-      `checkpoint-<number>-step-<steps done>.pt`.
-    - `every`: save after each `every`-th training step; None: after each epoch. The last epoch is always saved.
-    - `keep`: this many of the newest files stay (default 2: should the disk damage one, there is the one before);
-      None: all.
-    - `monitor`: the name of an average such as "valid_loss" or of a metric (that of validation). Then each epoch is
-      saved, and the best one's file stays beside the newest, at `.best_path`.
-    - `mode`: "min" or "max", whether the monitored value should fall or rise; needed unless its name ends in `loss` or
-      `accuracy`.
-    - `on_interrupt`: after Ctrl-C let the batch end, save, and only then end the fit; a second Ctrl-C ends it at once.
-      Not with loaders that have workers (Ctrl-C ends those too), nor where the program handles Ctrl-C itself.
-    - `overwrite`: begin a new fit in a folder that holds another one's checkpoints, which are then deleted. Otherwise
-      that is an error: forgetting `resume` costs nothing.
+    Saved are the model, the optimiser, the `state_dict` of every callback, the random states and the position in the
+    epoch. A file is plain data, written whole, with a checksum. If a save fails (a full disk), the fit goes on with a
+    warning; it ends with CheckpointError if the next save fails too, or if it was the last. In a distributed run rank 0
+    saves. The page on checkpoints in the documentation says what is in a file, how to resume and what is exact.
 
-    Saved are the model (state_dict, buffers that it leaves out, `requires_grad`, public bool attributes such as
-    `frozen`; what else a module keeps in plain attributes is not), gradients accumulated so far, the optimiser, the
-    `state_dict` of every callback (those here that only diagnose define none and begin anew), the random states of
-    Python, NumPy, PyTorch and the loaders, and the place in the epoch. All of it takes the place of what `learn` has
-    when it is resumed, learning rates too.
+    Parameters
+    ----------
+    path : str or Path
+        The folder, relative to the working directory at construction. Files in it are named
+        `checkpoint-<number>-step-<steps done>.pt`.
+    every : int, optional
+        Save after each `every`-th training step. Default: after each epoch. The last epoch is always saved.
+    keep : int or None, default 2
+        How many of the newest files stay; None: all. Two, so that there is another if the disk damages one.
+    monitor : str, optional
+        Name of an average such as "valid_loss". Each epoch is saved then, and the file of the best one, `.best_path`,
+        stays beside the newest; `.best` is its value. A metric's name alone means that of validation.
+    mode : {"min", "max"}, optional
+        The better direction of `monitor`. Needed unless the name ends in `loss` or `accuracy`.
+    on_interrupt : bool, default True
+        After Ctrl-C, finish the batch, save, and then end the fit; a second Ctrl-C ends it at once. Not available with
+        loaders that have workers (Ctrl-C ends those too), or if the program handles Ctrl-C itself.
+    overwrite : bool, default False
+        Start a new fit in a folder with checkpoints of another one, and delete those. Otherwise that is an error, so
+        that forgetting `resume` costs nothing.
 
-    To resume, make model, optimiser, data and callbacks as before. `epochs` may be larger, with schedules stretched
-    over the new length. The same machine and versions give the same bits where the operations do (on CUDA:
-    `torch.use_deterministic_algorithms`). `BatchLoader` takes up an epoch in the middle at no cost. Other loaders begin
-    it again under the random states from its start and run through the batches that are done; that is exact unless a
-    sampler draws from the global generators batch by batch, or workers outlive epochs. In a distributed run rank 0
-    saves, between batches that accumulate gradients only after the step, and the other ranks resume with random states
-    of their own.
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or `path` looks like a file.
+    FileExistsError
+        In `begin_fit`, if the folder has checkpoints of another fit.
+    CheckpointError
+        If two saves in a row fail, or the last one.
 
-    A file is written beside the old ones under a temporary name, then renamed: whenever the process is killed, the last
-    whole one is there. When a save fails (a full disk) the fit goes on with a warning, and ends with CheckpointError if
-    the next one fails too, or if it was the last. A file is plain data, read without running code, with a checksum that
-    is verified when it is read.
+    Examples
+    --------
+    >>> cbs = [partial(Checkpoint, "ck", every=10), Recorder]
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=cbs)
+    >>> run.fit(1, learn)
+    >>> sorted(path.name for path in Path("ck").iterdir())
+    ['checkpoint-0001-step-10.pt', 'checkpoint-0002-step-16.pt']
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=cbs)   # in another process
+    >>> run.fit(2, learn, resume="ck")
+    >>> len(run.recorder.losses)   # of both epochs
+    32
     """
 
     _order = 1000  # when all others are done with the step
     _needs_opt = ("param_groups", "state", "state_dict")
 
-    def __init__(self, path, every=None, keep=2, monitor=None, mode=None, on_interrupt=True, overwrite=False):
+    def __init__(
+        self,
+        path: str | Path,
+        every: int | None = None,
+        keep: int | None = 2,
+        monitor: str | None = None,
+        mode: str | None = None,
+        on_interrupt: bool = True,
+        overwrite: bool = False,
+    ):
         for name, value in (("every", every), ("keep", keep)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number, 1 or more, or None; got {value!r}")
+            if value is not None:
+                whole(f"Checkpoint: {name}, unless it is None,", value)
         if mode is not None and monitor is None:
-            raise ValueError(f"mode={mode!r} says what is best of a monitored value: give monitor as well, or neither")
+            raise ValueError(
+                f"mode must be used together with monitor; got mode={mode!r} alone: add monitor, or remove mode"
+            )
         self.path, self.every, self.keep = Path(path).absolute(), every, keep
         if self.path.is_file() or self.path.suffix in (".pt", ".pth", ".ckpt"):
-            raise ValueError(f"Checkpoint needs a folder, its files get names by themselves; got the file {self.path}")
+            raise ValueError(f"Checkpoint needs a folder, in which it names the files itself; got the file {self.path}")
         self.monitor = None if monitor is None else Monitor(monitor, mode, "Checkpoint")
         self.on_interrupt, self.overwrite = on_interrupt, overwrite
-        self.best, self._best_name, self._wrote = None, None, set()
+        self.best: float | None = None
+        self._best_name: str | None = None
+        self._wrote: set[str] = set()
         self._clear()
 
-    def _clear(self):
-        self._failed, self._pending, self._asked, self._handler, self._watched = False, None, False, None, []
-        self._due = self._told = False
+    def _clear(self) -> None:
+        self._failed = self._asked = self._due = self._told = False
+        self._pending: dict | None = None  # the state at the start of validation
+        self._handler: Callable | None = None
+        self._watched: list[tuple[Callback, dict]] = []
 
     @property
     def best_path(self) -> Path | None:
-        """The checkpoint of the best epoch by `monitor`; None so far, or without it. `best` is its value."""
+        """The checkpoint of the best epoch by `monitor`, or None."""
         return None if self._best_name is None else self.path / self._best_name
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         run = self.run
         self._clear()
         self.best = self._best_name = None
         if self.monitor is not None:
             self.monitor.begin(run)
-        if _rank() == 0:
+        if rank() == 0:
             self._claim_folder()
         stateless = (cb for cb in run.cbs if type(cb).state_dict is Callback.state_dict)
-        self._watched = [(cb, looks(cb)) for cb in stateless if not type(cb).__module__.startswith("fastrbn.")]
+        self._watched = [(cb, _looks(cb)) for cb in stateless if not type(cb).__module__.startswith("fastrbn.")]
         loaders = (run.data.train_dl, run.data.valid_dl)
-        # elsewhere Distributed takes it, and tells rank 0
-        if self.on_interrupt and _rank() == 0 and not any(getattr(dl, "num_workers", 0) for dl in loaders):
+        # on other ranks Distributed handles Ctrl-C, and tells rank 0
+        if self.on_interrupt and rank() == 0 and not any(getattr(dl, "num_workers", 0) for dl in loaders):
             self._handler = _handle(self._interrupted)
 
-    def begin_epoch(self):
+    def begin_epoch(self) -> None:
         self._pending = None
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         run = self.run
         if run.in_train:
             self._due = self._due or self._asked or self.every is not None and run.n_iter % self.every == 0
             if self._due and not gradients_are_whole(run):
-                return  # a file holds those of one process: it is written when they are exchanged
+                return  # a file has the gradients of one process: it is written once they are exchanged
             if self._due:
                 self._save("train", final=self._asked)
         self._end_if_asked()
 
-    def begin_validate(self):
-        if self._handler is not None:  # an interrupt from here on should not cost the epoch
+    def begin_validate(self) -> None:
+        if self._handler is not None:  # so that an interrupt during validation does not cost the epoch
             self._pending = self.run.state_dict("valid")
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         run, self._pending = self.run, None
         last = run.epoch + 1 == run.epochs
         value = None if self.monitor is None else self.monitor.value(run)
@@ -129,27 +157,27 @@ class Checkpoint(Callback):
             self._save("end", final=last or self._asked, best=value if best else None)
         self._end_if_asked()
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         run, pending, asked = self.run, self._pending, self._asked
         if self._handler is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._clear()
         reason = run.stop_reason
-        if pending is not None and _rank() == 0 and reason is not None and reason.startswith("interrupted"):
-            # only now: the others have taken back what they lent the model
+        if pending is not None and rank() == 0 and reason is not None and reason.startswith("interrupted"):
+            # only now have the other callbacks restored the model
             self._write(pending, self._next_name(run.n_iter), final=True)
         if asked and reason is None:
             raise KeyboardInterrupt
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {} if self.monitor is None else {"best": self.best, "best_name": self._best_name}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.best, self._best_name = state.get("best"), state.get("best_name")
 
-    def _claim_folder(self):
+    def _claim_folder(self) -> None:
         if self.path.is_file():
-            raise NotADirectoryError(f"Checkpoint needs a folder; got the file {self.path}: take another name")
+            raise NotADirectoryError(f"Checkpoint needs a folder; got the file {self.path}: use another name")
         self.path.mkdir(parents=True, exist_ok=True)
         there = [file for _, file in checkpoints.files(self.path)]
         source = self.run.resumed_from
@@ -157,28 +185,28 @@ class Checkpoint(Callback):
         if others and not (source is not None and source.parent.resolve() == self.path.resolve()):
             if not self.overwrite:
                 raise FileExistsError(
-                    f"{self.path} holds checkpoints of another fit ({others[-1].name}): go on from them with "
-                    f"run.fit(epochs, learn, resume={str(self.path)!r}), take another folder, or delete them with "
+                    f"{self.path} has checkpoints of another fit ({others[-1].name}): resume it with "
+                    f"run.fit(epochs, learn, resume={str(self.path)!r}), use another folder, or delete them with "
                     f"Checkpoint(…, overwrite=True)"
                 )
             for file in others:
                 file.unlink()
-        for file in self.path.glob(".checkpoint-*.tmp"):  # of a process that was killed while it wrote
+        for file in self.path.glob(".checkpoint-*.tmp"):  # left by a process that was killed while writing
             file.unlink(missing_ok=True)
 
-    def _interrupted(self, signum, frame):
+    def _interrupted(self, signum: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self._asked = True
-        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended who reads it, as in `… 2>&1 | tee log`
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader, as in `… 2>&1 | tee log`
             os.write(2, b"\nfastrbn: saving a checkpoint after this batch; Ctrl-C again stops at once, without one\n")
 
-    def _end_if_asked(self):
+    def _end_if_asked(self) -> None:
         if self._asked:
             raise KeyboardInterrupt
 
-    def _save(self, phase, final=False, best=None):
+    def _save(self, phase: str, final: bool = False, best: float | None = None) -> None:
         self._due = False
-        if _rank() != 0:
+        if rank() != 0:
             return
         self._tell_of_stateless()
         before = self.best, self._best_name
@@ -188,22 +216,22 @@ class Checkpoint(Callback):
         if not self._write(self.run.state_dict(phase), name, final):
             self.best, self._best_name = before
 
-    def _next_name(self, step) -> str:
+    def _next_name(self, step: int) -> str:
         there = checkpoints.files(self.path)
         return checkpoints.file_name(there[-1][0] + 1 if there else 1, step)
 
-    def _write(self, state, name, final) -> bool:
-        """Write, and drop what is beyond `keep`. False when it could not be written, and may be tried again."""
+    def _write(self, state: dict, name: str, final: bool) -> bool:
+        """Write a file and drop those beyond `keep`. False if writing failed once; CheckpointError if it must not."""
         try:
             checkpoints.write(self.path / name, state)
         except OSError as e:
             why = f"the checkpoint {self.path / name} could not be written ({e.strerror or e}); "
             there = checkpoints.files(self.path)
-            why += f"the one before, {there[-1][1].name}, is whole" if there else "there is none before it"
+            why += f"the previous one, {there[-1][1].name}, is intact" if there else "there is no previous one"
             if final or self._failed:
-                onward = "Make room and resume from it" if there else "Make room"
-                raise CheckpointError(f"{why}. {onward}, or take another folder") from e
-            warnings.warn(f"{why}. Training goes on; if the next one fails too it ends", RuntimeWarning, stacklevel=2)
+                onward = "Free disk space and resume from it" if there else "Free disk space"
+                raise CheckpointError(f"{why}. {onward}, or use another folder") from e
+            warnings.warn(f"{why}. Training goes on, unless the next one fails too", RuntimeWarning, stacklevel=2)
             self._failed = True
             return False
         self._failed = False
@@ -211,32 +239,35 @@ class Checkpoint(Callback):
         self._drop()
         return True
 
-    def _drop(self):
+    def _drop(self) -> None:
         if self.keep is not None:
             for _, file in checkpoints.files(self.path)[: -self.keep]:
                 if file.name != self._best_name:
                     file.unlink(missing_ok=True)
 
-    def _tell_of_stateless(self):
-        """Warn, once a fit, of what changes in the fit and no checkpoint holds: public attributes of callbacks, and torch
-        schedulers that no callback has as an attribute."""
+    def _tell_of_stateless(self) -> None:
+        """Warn, once a fit, of state that changes and is not saved.
+
+        This is the case for public attributes of callbacks without a state_dict, and for torch schedulers that no
+        callback has as an attribute.
+        """
         if not self._told and any("initial_lr" in g for g in self.run.opt.param_groups):
             held = any(isinstance(v, LRScheduler) for cb in self.run.cbs for v in vars(cb).values())
             self._told = True
             if not held:
                 warnings.warn(
-                    "a torch scheduler sets the rates of this optimiser, and the checkpoint does not hold its state: make "
-                    "it an attribute of a callback (self.sched = …), then it is saved and goes on in a resumed fit",
+                    "a torch scheduler sets the rates of this optimiser, but the checkpoint does not contain its "
+                    "state: make it an attribute of a callback (self.sched = …), which saves it and restores it",
                     stacklevel=2,
                 )
-        found = [(cb, names) for cb, before in self._watched if (names := changed(before, looks(cb)))]
+        found = [(cb, names) for cb, before in self._watched if (names := _changed(before, _looks(cb)))]
         if found:
             self._watched = []
             which = "; ".join(f"{type(cb).__name__} ({', '.join(names)})" for cb, names in found)
             warnings.warn(
-                f"the checkpoint does not hold what these callbacks change as they go: {which}. A resumed fit begins "
-                f"them anew. Define state_dict and load_state_dict in their classes; a state_dict that returns {{}} "
-                f"says that this is well",
+                f"the checkpoint does not contain these attributes, which callbacks change during the fit: {which}. A "
+                f"resumed fit starts them afresh. Define state_dict and load_state_dict in the classes; if nothing "
+                f"needs to be saved, a state_dict that returns {{}} silences this warning",
                 stacklevel=2,
             )
 
@@ -252,75 +283,34 @@ class Checkpoint(Callback):
         return f"Checkpoint({str(self.path)!r}, every={self.every}, keep={self.keep})"
 
 
-class SaveBest(Callback):
-    """Keeps the weights of the best epoch in one file: `model.load_state_dict(torch.load(path, weights_only=True))`.
-
-    - `path`: the file, written whole; folders that are missing are made. An old one stays until the first epoch ends. A
-      relative path is one from where the program is when this is made.
-    - `monitor`: the name of an average such as "valid_loss" (default) or of a metric (that of validation).
-    - `mode`: "min" or "max", whether it should fall or rise; needed unless its name ends in `loss` or `accuracy`.
-
-    `.best` is the best value so far, None before there is one, `.best_epoch` the number of its epoch in its fit, from 0.
-    Further fits of the same model count on: only a better epoch replaces the file, as long as it is there. With another
-    model, and in another process that does not resume, the search begins anew.
-
-    Under `EMA` the averages are saved, with validation and without. Of a model that `torch.compile` has wrapped, the
-    names are those of the model inside: load them into that one. An epoch of NaN is never the best. A file that cannot
-    be written (OSError) ends the fit; the one before stays. To go on with training, use `Checkpoint`.
-    """
-
-    _order = 20  # after the averages of the epoch are in the history
-
-    def __init__(self, path="best.pt", monitor="valid_loss", mode=None):
-        self.path, self.monitor = Path(path).absolute(), Monitor(monitor, mode, "SaveBest")
-        self.best = self.best_epoch = self._model = None
-
-    def begin_fit(self):
-        if self.path.is_dir():
-            raise IsADirectoryError(f"SaveBest needs a file; got the folder {self.path}: add a name, best.pt")
-        model = self.run.learn.model
-        if self._model is None or self._model() is not model or not self.path.exists():
-            self.best, self.best_epoch, self._model = None, None, weakref.ref(model)
-        self.monitor.begin(self.run)
-
-    def after_epoch(self):
-        value = self.monitor.value(self.run)
-        if self.monitor.better(value, self.best):
-            if _rank() == 0:
-                averaged = vars(self.run).get("averaged")  # EMA's
-                weights = plain_state_dict(self.run.learn.model) if averaged is None else averaged()
-                file = io.BytesIO()
-                torch.save({name: _on_host(v) for name, v in weights.items()}, file)
-                write_whole(self.path, file.getvalue())
-            self.best, self.best_epoch = value, self.run.epoch
-
-    def state_dict(self):
-        return {"best": self.best, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state):
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_model": None}  # a copy is for another run
-
-    def __repr__(self):
-        return f"SaveBest({str(self.path)!r}, {self.monitor.name!r}, {self.monitor.mode!r})"
-
-
-def _on_host(value):
-    return value.cpu() if isinstance(value, torch.Tensor) else value
-
-
-def _rank() -> int:
-    dist = torch.distributed
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _handle(handler):
-    """Take over Ctrl-C where it has Python's own meaning; the handler, or None where it is somebody else's."""
+def _handle(handler: Callable) -> Callable | None:
+    """Handle Ctrl-C by `handler` and return it; None, and no change, if the program handles Ctrl-C itself."""
     if threading.current_thread() is not threading.main_thread():
         return None
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return None
     signal.signal(signal.SIGINT, handler)
     return handler
+
+
+def _looks(cb: Callback) -> dict[str, Any]:
+    """Cheap fingerprints of the public attributes of a callback: when one differs, the attribute has changed."""
+    looks: dict[str, Any] = {}
+    for name, value in vars(cb).items():
+        if name.startswith("_") or name == "run" or isinstance(value, LRScheduler):  # Callback.state_dict saves these
+            continue
+        if isinstance(value, (bool, int, float, str, type(None))):
+            looks[name] = value
+        elif isinstance(value, torch.Tensor):
+            looks[name] = (id(value), value._version)
+        elif isinstance(value, (list, dict, set)):
+            looks[name] = (id(value), len(value))
+        else:
+            looks[name] = id(value)
+    return looks
+
+
+def _changed(before: dict, now: dict) -> list[str]:
+    """The names of the attributes whose fingerprints differ."""
+    nothing = object()
+    return [name for name in {**before, **now} if before.get(name, nothing) != now.get(name, nothing)]

@@ -1,44 +1,69 @@
-"""History in files: CSV, and what TensorBoard reads."""
+"""Logs in files: CSV and TensorBoard."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.ranks import rank
-from fastrbn.util import write_whole
+from fastrbn.util import whole, write_whole
+
+from .monitor import find_averages
 
 
 class CSVLogger(Callback):
-    """Writes the history of `AvgStatsCallback` to a CSV file: a header, then a row for each epoch, the first being 0.
+    """Write the history of `AvgStatsCallback` to a CSV file: a header, and a row for each epoch.
 
-    - `path`: the file, relative to where the program is when this is made; folders that are missing are made.
-    - `append`: keep the rows that are in the file (their columns must be the same); else a fit writes it anew.
+    The file is complete on disk after each epoch. An empty cell means that the value was not measured. In a distributed
+    run rank 0 writes.
 
-    The file is whole on disk after each epoch, whatever happens after. An empty cell: not measured.
+    Parameters
+    ----------
+    path : str or Path, default "history.csv"
+        The file, relative to the working directory at construction. Missing folders are created.
+    append : bool, default False
+        Keep the rows in the file, whose columns must be the same. Otherwise each fit overwrites it.
+
+    Raises
+    ------
+    ValueError
+        In `begin_fit`: the run has no `AvgStatsCallback`, or rows cannot be appended to the file.
+    IsADirectoryError
+        In `begin_fit`, if `path` is a folder.
+
+    Examples
+    --------
+    >>> cbs = [partial(AvgStatsCallback, accuracy), partial(CSVLogger, "history.csv")]
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=cbs)
+    >>> run.logger = lambda line: None
+    >>> run.fit(1, learn)
+    >>> Path("history.csv").read_text().splitlines()[0]
+    'epoch,train_loss,train_accuracy,valid_loss,valid_accuracy,lr,time'
     """
 
     _order = 10  # after the averages of the epoch are in the history
 
-    def __init__(self, path="history.csv", append=False):
+    def __init__(self, path: str | Path = "history.csv", append: bool = False):
         self.path, self.append = Path(path).absolute(), append
 
-    def begin_fit(self):
-        self._stats = _averages(self.run)
+    def begin_fit(self) -> None:
+        self._stats = find_averages(self.run)
         if self._stats is None:
             raise ValueError(
-                "CSVLogger writes what AvgStatsCallback measures, and the run has none: give both, as in "
+                "CSVLogger needs an AvgStatsCallback in the run, whose history it writes: pass both, as in "
                 "cbs=[partial(AvgStatsCallback, accuracy), CSVLogger]"
             )
         if self.path.is_dir():
             raise IsADirectoryError(f"CSVLogger needs a file; got the folder {self.path}: add a name, history.csv")
         self._before = self._rows_there() if self.append and self.path.exists() else ""
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         if rank() != 0:
             return
         text = io.StringIO(newline="")
@@ -48,15 +73,15 @@ class CSVLogger(Callback):
         out.writerows(self._stats.history)
         write_whole(self.path, self._before + text.getvalue())
 
-    def state_dict(self):
-        """The rows of earlier fits, which `append` keeps; those of this one are AvgStatsCallback's."""
+    def state_dict(self) -> dict:
+        """The rows of earlier fits, which `append` keeps. AvgStatsCallback saves those of this fit."""
         return {"before": self._before}
 
-    def load_state_dict(self, state):
-        self._before = state["before"]  # by now the file has rows of this very fit as well
+    def load_state_dict(self, state: dict) -> None:
+        self._before = state["before"]  # the file also has rows of this fit
 
-    def after_fit(self):
-        self.__dict__.pop("_stats", None)  # a copy of this callback should not copy that one
+    def after_fit(self) -> None:
+        self.__dict__.pop("_stats", None)  # so that a copy of this callback does not copy that one
 
     def _rows_there(self) -> str:
         try:
@@ -64,13 +89,13 @@ class CSVLogger(Callback):
             header = next(csv.reader(io.StringIO(text)), [])
         except (UnicodeDecodeError, csv.Error) as e:
             raise ValueError(
-                f"CSVLogger(append=True) needs a CSV file in UTF-8; {self.path} is not: {e}. Take another path, or "
-                f"append=False to write it anew"
+                f"CSVLogger(append=True) needs a CSV file in UTF-8; {self.path} is not: {e}. Use another path, or "
+                f"append=False to overwrite it"
             ) from e
         if header and header != self._stats.columns:
             raise ValueError(
                 f"CSVLogger(append=True) needs a file with the columns {', '.join(self._stats.columns)}; {self.path} "
-                f"has {', '.join(header)}: take another path, or append=False to write it anew"
+                f"has {', '.join(header)}: use another path, or append=False to overwrite it"
             )
         return text if text.endswith("\n") or not text else text + "\n"
 
@@ -79,63 +104,78 @@ class CSVLogger(Callback):
 
 
 class TensorBoardLogger(Callback):
-    """Writes losses, learning rate and averages for TensorBoard: `tensorboard --logdir <path>` shows them.
+    """Write losses, learning rate and averages for TensorBoard; `tensorboard --logdir <path>` shows them.
 
-    - `path`: the folder, one a run; TensorBoard compares those below one folder. None: "tensorboard" in the current one
-      (`fastrbn train` puts it into the run's).
-    - `every`: loss and rate of each `every`-th training step; 10, since a curve has no more points to show.
+    Writes `loss/step` and `lr` (the last param group's) and, if the run has `AvgStatsCallback`, after each epoch
+    `loss/train`, `loss/valid` and the same for each metric. The x axis is the number of training steps. Values stay on
+    the device until the epoch ends. A resumed fit continues its curves. In a distributed run rank 0 writes.
 
-    Written are `loss/step` and `lr` (the last param group's), and after each epoch, where the run has
-    `AvgStatsCallback`, `loss/train`, `loss/valid` and so on for each metric; all over the number of training steps.
-    Values stay on the device until the epoch ends. A fit that is resumed goes on in the same curves. Of many processes
-    rank 0 writes.
+    Parameters
+    ----------
+    path : str or Path, optional
+        The folder, one for each run; TensorBoard compares those below one folder. Default: "tensorboard" in the working
+        directory (`fastrbn train` uses the run's folder).
+    every : int, default 10
+        Write loss and rate of each `every`-th training step. Ten, because a curve shows no more points.
 
-    ImportError, before training, where the package tensorboard is missing: `pip install "fastrbn[tensorboard]"`.
+    Raises
+    ------
+    ValueError
+        If `every` is not a whole number of at least 1, or `path` is a file.
+    ImportError
+        In `begin_fit`, if the package tensorboard is missing: `pip install "fastrbn[tensorboard]"`.
+
+    Examples
+    --------
+    >>> cbs = [partial(AvgStatsCallback, accuracy), partial(TensorBoardLogger, "runs/first")]
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=cbs)
+    >>> run.fit(1, learn)   # doctest: +SKIP
     """
 
     _order = 10  # after the averages of the epoch are in the history
     _needs_opt = ("param_groups", "lr")
 
-    def __init__(self, path=None, every=10):
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of steps, 1 or more; got {every!r}")
-        self.path, self.every = None if path is None else Path(path).absolute(), every
+    def __init__(self, path: str | Path | None = None, every: int = 10):
+        self.path = None if path is None else Path(path).absolute()
+        self.every = whole("TensorBoardLogger: every", every)
         if self.path is not None and self.path.is_file():
-            raise ValueError(f"TensorBoardLogger needs a folder; got the file {self.path}: take another name")
+            raise ValueError(f"TensorBoardLogger needs a folder; got the file {self.path}: use another name")
         self._clear()
 
-    def _clear(self):
-        self._writer, self._make, self._rows = None, None, []
+    def _clear(self) -> None:
+        self._writer: Any = None  # a SummaryWriter, which is made by `_make`
+        self._make: Callable[..., Any] | None = None
+        self._rows: list[tuple[int, torch.Tensor, Any]] = []
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         self._clear()
         if rank() == 0:
             self._make = _summary_writer()
 
-    def begin_epoch(self):
+    def begin_epoch(self) -> None:
         if self._make is not None and self._writer is None:
-            # of a fit that is resumed, what was written after its checkpoint no longer counts
+            # a resumed fit discards what was written after its checkpoint
             begin, path = self.run.n_iter, self.path or Path("tensorboard").absolute()
             self._writer = self._make(str(path), purge_step=begin if self.run.resumed_from else None)
 
-    def after_loss(self):
+    def after_loss(self) -> None:
         run = self.run
         if self._writer is not None and run.in_train and run.n_iter % self.every == 0:
             lr = run.opt.param_groups[-1]["lr"]
             self._rows.append((run.n_iter, run.loss.detach(), lr.clone() if isinstance(lr, torch.Tensor) else lr))
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         if self._writer is None:
             return
         self._write_steps()
-        stats = _averages(self.run)
+        stats = find_averages(self.run)
         for name, value in (stats.history[-1] if stats is not None and stats.history else {}).items():
             which, _, what = name.partition("_")
             if which in ("train", "valid") and value is not None:
                 self._writer.add_scalar(f"{what}/{which}", value, self.run.n_iter)
         self._writer.flush()
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         writer = self._writer
         try:
             if writer is not None:
@@ -145,7 +185,7 @@ class TensorBoardLogger(Callback):
             if writer is not None:
                 writer.close()
 
-    def _write_steps(self):
+    def _write_steps(self) -> None:
         rows, self._rows = self._rows, []
         if rows:
             losses = torch.stack([loss.reshape(()) for _, loss, _ in rows]).tolist()
@@ -164,17 +204,12 @@ class TensorBoardLogger(Callback):
         return f"TensorBoardLogger({'' if self.path is None else repr(str(self.path))})"
 
 
-def _averages(run):
-    """The callback of `run` that keeps a history of averages, None when there is none."""
-    return next((cb for cb in run.cbs if hasattr(type(cb), "columns") and "history" in vars(cb)), None)
-
-
-def _summary_writer():
+def _summary_writer() -> Callable[..., Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
         raise ImportError(
-            f"TensorBoardLogger needs the package tensorboard, which cannot be imported ({e}): pip install "
+            f"TensorBoardLogger needs the package tensorboard, which could not be imported ({e}): pip install "
             f'"fastrbn[tensorboard]", or use CSVLogger'
         ) from e
     return SummaryWriter

@@ -1,4 +1,4 @@
-"""A progress bar in terminals and notebooks, plain lines anywhere else."""
+"""A progress bar in terminals and notebooks, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,52 +6,70 @@ import collections
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.ranks import rank
 
-_REDRAW = 0.5  # seconds between looks at the loss, each of which waits for the device
-_SPEAK = 10.0  # seconds between lines where a bar cannot be drawn
+_REDRAW = 0.5  # seconds between redraws; each reads the loss, which waits for the device
+_SPEAK = 10.0  # seconds between lines if no bar can be drawn
 
 
 class ProgressCallback(Callback):
-    """Shows how far the fit is, with the loss (the mean of the last 64 steps at most), and makes history a table.
+    """Show progress and loss of the fit, and print the history as a table.
 
-    - `plot`: in a notebook, a curve of the training and validation losses that grows with the fit.
+    In a terminal or notebook, fastprogress draws a bar for each pass. In a pipe, a file or a CI log there are plain
+    lines: the table, and progress every 10 seconds at most. The loss is the mean of the last 64 steps at most. Epochs
+    are counted from 0, as `run.epoch` does.
 
-    In a terminal or notebook there is a bar for each pass, drawn by fastprogress. In a pipe, a file or a CI log there
-    are plain lines: the table, and one on progress every 10 seconds at most. `run.logger` takes lists of strings as rows
-    of the table, and strings as lines; the runner puts the old logger back after the fit. Epochs are counted from 0, as
-    `run.epoch` and the table count them.
+    During the fit `run.logger` takes lists of strings as rows of the table, and strings as lines. The runner restores
+    the old logger afterwards.
 
-    Source: fast.ai course, part 2 (2019), notebook 09c.
+    Parameters
+    ----------
+    plot : bool, default False
+        In a notebook, draw a curve of the training and validation losses that grows with the fit.
+
+    Examples
+    --------
+    >>> cbs = [partial(AvgStatsCallback, accuracy), ProgressCallback]
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=cbs)
+    >>> run.fit(1, learn)   # doctest: +ELLIPSIS
+        epoch  train_loss  train_accuracy  valid_loss  valid_accuracy       time
+            0   ...
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 09c.
     """
 
     _order = -1  # the table must be there before others write to it
 
-    def __init__(self, plot=False):
+    def __init__(self, plot: bool = False):
         self.plot = plot
-        self._display = None
+        self._next = 0.0  # when to draw again, on the monotonic clock
+        self._display: Any = None  # a _Display during a fit
 
-    def begin_fit(self):
-        self._losses = collections.deque(maxlen=64)
-        kind = _Nothing if rank() != 0 else _Bars if _can_draw() else _Lines
+    def begin_fit(self) -> None:
+        self._losses: collections.deque[torch.Tensor] = collections.deque(maxlen=64)
+        kind = _Display if rank() != 0 else _Bars if _can_draw() else _Lines
         self._display = kind(self.run.epochs)
         self.run.logger = self._display.log
 
-    def begin_epoch(self):
+    def begin_epoch(self) -> None:
         self._begin_pass("train")
 
-    def begin_validate(self):
+    def begin_validate(self) -> None:
         self._end_pass()
         self._begin_pass("valid")
 
-    def after_loss(self):
+    def after_loss(self) -> None:
         self._losses.append(self.run.loss.detach())
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         if time.monotonic() >= self._next:
             run = self.run
             loss = self._mean_loss()
@@ -59,28 +77,28 @@ class ProgressCallback(Callback):
             self._draw_curve(loss)
             self._next = time.monotonic() + self._display.wait
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         self._end_pass()
 
-    def after_fit(self):
+    def after_fit(self) -> None:
         display, self._display = self._display, None
-        if display is not None:  # else begin_fit failed before it was made
+        if display is not None:  # None if begin_fit failed before it was made
             self._losses.clear()
             display.close()
 
-    def _begin_pass(self, what):
+    def _begin_pass(self, what: str) -> None:
         run = self.run
         self._what = what
         self._display.begin_pass(what, run.epoch, run.iters)
         self._next = time.monotonic() + self._display.wait
 
-    def _end_pass(self):
+    def _end_pass(self) -> None:
         if self.plot:
             self._draw_curve(self._mean_loss())
         self._losses.clear()
         self._display.end_pass()
 
-    def _draw_curve(self, loss):
+    def _draw_curve(self, loss: float | None) -> None:
         if self.plot and loss is not None:
             self._display.draw_curve(self._what, self.run.n_iter, loss)
 
@@ -102,16 +120,50 @@ def _can_draw() -> bool:
     return in_notebook() or (sys.stdout is not None and sys.stdout.isatty())
 
 
-def _pass_name(what, epoch, epochs) -> str:
+def _pass_name(what: str, epoch: int, epochs: int) -> str:
     return f"epoch {epoch} ({epoch + 1} of {epochs}) {what}"
 
 
-class _Lines:
+class _Log:
+    """The logger during a fit: takes a string, or a list of strings for a row of the table."""
+
+    table = True
+
+    def __init__(self, write: Callable[[Any], None]):
+        self._write = write
+
+    def __call__(self, line: Any) -> None:
+        self._write(line if isinstance(line, (list, tuple)) else str(line))
+
+
+class _Display:
+    """Shows nothing: all ranks but rank 0 use it."""
+
+    wait = math.inf  # seconds between two calls of `draw`
+
+    def __init__(self, epochs: int):
+        self.epochs, self.log = epochs, _Log(self._write)
+
+    def _write(self, line: str | Sequence[str]) -> None: ...
+
+    def begin_pass(self, what: str, epoch: int, total: int | None) -> None: ...
+
+    def draw(self, done: int, loss: float | None) -> None: ...
+
+    def draw_curve(self, what: str, step: int, loss: float) -> None: ...
+
+    def end_pass(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Lines(_Display):
     """Plain text, a line at a time: no carriage returns, no escape codes."""
 
-    def __init__(self, epochs):
-        self.wait, self.epochs, self._widths = _SPEAK, epochs, []
-        self.log = _Log(self._write)
+    def __init__(self, epochs: int):
+        super().__init__(epochs)
+        self.wait = _SPEAK
+        self._widths: list[int] = []
 
     def _write(self, line):
         if not isinstance(line, str):
@@ -128,50 +180,20 @@ class _Lines:
         loss = "" if loss is None else f", loss {loss:.4g}"
         print(f"{self._pass}: {done}{share} batches in {time.monotonic() - self._start:.0f} s{loss}", flush=True)
 
-    def draw_curve(self, what, step, loss):
-        """There is nowhere to draw it."""
 
-    def end_pass(self):
-        """A line that is written stays."""
+class _Bars(_Display):
+    """fastprogress, driven step by step, since its bars would rather do the iterating themselves."""
 
-    def close(self):
-        """Nothing is open."""
-
-
-class _Nothing:
-    """Of many processes rank 0 speaks for all."""
-
-    def __init__(self, epochs):
-        self.wait, self.log = math.inf, _Log(lambda line: None)
-
-    def begin_pass(self, what, epoch, total):
-        """Silence."""
-
-    def draw(self, done, loss):
-        """Silence."""
-
-    def draw_curve(self, what, step, loss):
-        """Silence."""
-
-    def end_pass(self):
-        """Silence."""
-
-    def close(self):
-        """Silence."""
-
-
-class _Bars:
-    """fastprogress, driven step by step: its bars want to do the iterating themselves."""
-
-    def __init__(self, epochs):
-        # imported here: it looks for a notebook when it is, and where it finds one it may import matplotlib
+    def __init__(self, epochs: int):
+        # imported here: the import looks for a notebook, and in one it may import matplotlib
         from fastprogress.fastprogress import master_bar, progress_bar
 
-        self.wait, self.epochs = _REDRAW, epochs
-        self._make, self._bar, self._curves = progress_bar, None, {"train": ([], []), "valid": ([], [])}
-        self._master = master_bar(range(max(epochs, 1)))  # it warns when there is nothing to count
+        super().__init__(epochs)
+        self.wait = _REDRAW
+        self._make, self._bar = progress_bar, None
+        self._curves: dict[str, tuple[list, list]] = {"train": ([], []), "valid": ([], [])}
+        self._master = master_bar(range(max(epochs, 1)))  # an empty range makes it warn
         self._master.update(0)
-        self.log = _Log(self._write)
 
     def _write(self, line):
         self._master.write(line, table=not isinstance(line, str))
@@ -204,15 +226,3 @@ class _Bars:
     def close(self):
         self.end_pass()
         self._master.on_iter_end()
-
-
-class _Log:
-    """What `run.logger` becomes: called with a string, or with a list of strings for a row of the table."""
-
-    table = True
-
-    def __init__(self, write):
-        self._write = write
-
-    def __call__(self, line):
-        self._write(line if isinstance(line, (list, tuple)) else str(line))

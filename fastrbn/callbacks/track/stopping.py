@@ -1,4 +1,4 @@
-"""An end when nothing gets better."""
+"""Ending a fit that does not improve any more."""
 
 from __future__ import annotations
 
@@ -6,50 +6,71 @@ import math
 
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelTrainException
+from fastrbn.util import whole
 
 from .monitor import Monitor
 
 
 class EarlyStopping(Callback):
-    """Ends the fit when a monitored average has not got better for some epochs.
+    """End the fit when a monitored average has not improved for some epochs.
 
-    - `monitor`: the name of an average such as "valid_loss" (default) or of a metric (that of validation); the run
-      needs `AvgStatsCallback`.
-    - `patience`: so many epochs in a row without a gain end the fit, 1 or more (default 3).
-    - `min_delta`: what a gain must exceed, 0 or more (default 0.0).
-    - `mode`: "min" or "max", whether it should fall or rise; needed unless its name ends in `loss` or `accuracy`.
+    Afterwards `run.stop_reason` says so in a sentence. `.best` is the best value (None if there is none), `.best_epoch`
+    its epoch, from 0, and `.waited` the number of epochs since. NaN is no improvement; epochs without a value do not
+    count. The model keeps the last weights; to keep those of the best epoch, add `SaveBest`.
 
-    Afterwards `run.stop_reason` says so in a sentence; `.best` is the best value (None before there is one),
-    `.best_epoch` its epoch, from 0, and `.waited` the epochs since. NaN is no gain; an epoch in which nothing was
-    measured does not count. The model has the last weights: for those of the best epoch, add `SaveBest`.
+    Parameters
+    ----------
+    monitor : str, default "valid_loss"
+        Name of an average of `AvgStatsCallback`, which the run needs. A metric's name alone means that of validation.
+    patience : int, default 3
+        The number of epochs in a row without improvement that ends the fit, 1 or more.
+    min_delta : float, default 0.0
+        What an improvement must exceed, 0 or more.
+    mode : {"min", "max"}, optional
+        The better direction. Needed unless the name ends in `loss` or `accuracy`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range; in `begin_fit`, if the average will not be measured.
+
+    Examples
+    --------
+    >>> stopping = partial(EarlyStopping, "train_loss", patience=1, min_delta=10.0)
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[AvgStatsCallback, stopping])
+    >>> run.logger = lambda line: None
+    >>> run.fit(5, learn)
+    >>> run.stop_reason   # doctest: +ELLIPSIS
+    'train_loss has not fallen by more than 10 for 1 epoch (best: ... in epoch 0)'
     """
 
     _order = 2000  # after all others have had the epoch, Checkpoint too
 
-    def __init__(self, monitor="valid_loss", patience=3, min_delta=0.0, mode=None):
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"EarlyStopping: patience is a whole number of epochs, 1 or more; got {patience!r}")
+    def __init__(self, monitor: str = "valid_loss", patience: int = 3, min_delta: float = 0.0, mode: str | None = None):
         if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)) or not 0 <= min_delta < math.inf:
-            raise ValueError(f"EarlyStopping: min_delta is a finite number, 0 or more; got {min_delta!r}")
-        self.monitor, self.patience, self.min_delta = Monitor(monitor, mode, "EarlyStopping"), patience, min_delta
+            raise ValueError(f"EarlyStopping: min_delta must be a finite number, 0 or more; got {min_delta!r}")
+        self.patience, self.min_delta = whole("EarlyStopping: patience", patience), min_delta
+        self.monitor = Monitor(monitor, mode, "EarlyStopping")
         self._clear()
 
-    def _clear(self):
-        self.best = self.best_epoch = self._counted = None
+    def _clear(self) -> None:
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self._counted: int | None = None
         self.waited = 0
 
-    def begin_fit(self):
+    def begin_fit(self) -> None:
         self._clear()
         self.monitor.begin(self.run)
 
-    def begin_epoch(self):
-        self._end_if_due()  # a fit resumed from the checkpoint that it ended with
+    def begin_epoch(self) -> None:
+        self._end_if_due()  # for a fit resumed from the checkpoint that it ended with
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         self._count()
         self._end_if_due()
 
-    def _count(self):
+    def _count(self) -> None:
         run = self.run
         value = self.monitor.value(run)
         if value is None or self._counted == run.epoch:
@@ -61,7 +82,7 @@ class EarlyStopping(Callback):
         else:
             self.waited += 1
 
-    def _end_if_due(self):
+    def _end_if_due(self) -> None:
         if self.waited < self.patience:
             return
         verb = "fallen" if self.monitor.mode == "min" else "risen"
@@ -70,13 +91,13 @@ class EarlyStopping(Callback):
         epochs = f"{self.waited} epoch{'' if self.waited == 1 else 's'}"
         raise CancelTrainException(f"{self.monitor.name} has not {verb}{by} for {epochs} ({best})")
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         if "run" in vars(self) and self.run._fitting:
-            self._count()  # the checkpoint of an epoch's end is written before this callback's turn
+            self._count()  # Checkpoint saves an epoch before this callback's turn
         kept = {"best": self.best, "best_epoch": self.best_epoch, "waited": self.waited}
         return {**kept, "counted": self._counted}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.best, self.best_epoch, self.waited = state["best"], state["best_epoch"], state["waited"]
         self._counted = state["counted"]
 

@@ -1,4 +1,4 @@
-"""CompileCallback: the same numbers and names, and a plain model afterwards. Backends that only trace keep it short."""
+"""CompileCallback gives the same numbers and names, and restores the model. The backends only trace, which is fast."""
 
 import math
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def make_learn(norm=nn.BatchNorm1d):
 
 
 class Counts:
-    """A backend that runs what it is given, and counts the graphs and their calls."""
+    """A backend that runs each graph as it is, and counts graphs and calls."""
 
     def __init__(self):
         self.graphs = self.calls = 0
@@ -73,13 +73,13 @@ def test_a_compiled_fit_ends_as_the_plain_one_with_the_same_names(norm):
     Runner().fit(2, plain)
     check_close(learn, plain)
     assert run.names == list(plain.model.state_dict())
-    assert counts.graphs == 2 and counts.calls == 10, "training and validation are a graph each, and each batch runs it"
+    assert counts.graphs == 2 and counts.calls == 10, "one graph each for training and validation, run for each batch"
     assert learn.model._compiled_call_impl is None
     learn.model(torch.randn(6, 4))
     assert counts.calls == 10, "the model is still compiled"
 
 
-def test_it_goes_with_the_others(tmp_path):
+def test_it_works_with_other_callbacks(tmp_path):
     learn, plain = make_learn(), make_learn()
     others = [EMA, MixedPrecision, ParamMagnitudes]
     run = Runner([CompileCallback(backend="aot_eager"), Checkpoint(tmp_path), *(cb() for cb in others)])
@@ -89,7 +89,7 @@ def test_it_goes_with_the_others(tmp_path):
     assert run.param_magnitudes.names == [n for n, _ in plain.model.named_parameters()]
 
 
-def test_hooks_on_modules_inside_see_their_outputs():
+def test_hooks_on_inner_modules_see_their_outputs():
     found = []
     for cbs in ([CompileCallback(backend="eager")], []):
         run = Runner([ActivationStats(hist=False), *cbs])
@@ -112,7 +112,7 @@ def test_a_fault_in_a_compiled_model_is_found():
     assert all(v.isfinite().all() for v in learn.model.state_dict().values())
 
 
-def test_what_the_compiler_cannot_do_is_its_error_and_the_model_is_plain_again():
+def test_a_compiler_error_is_raised_and_the_model_is_restored():
     def broken(graph, inputs):
         raise ArithmeticError("cannot")
 
@@ -123,11 +123,11 @@ def test_what_the_compiler_cannot_do_is_its_error_and_the_model_is_plain_again()
     Runner().fit(1, learn)
 
 
-def test_a_model_that_is_compiled_already_is_told_and_stays_so():
+def test_a_compiled_model_is_an_error_and_stays_compiled():
     learn = make_learn()
     learn.model.compile(backend="eager")
     before = learn.model._compiled_call_impl
-    with pytest.raises(RuntimeError, match="compiles the model for the fit, and this Sequential is compiled already"):
+    with pytest.raises(RuntimeError, match="compiles the model itself, but this Sequential is compiled already"):
         Runner([CompileCallback()]).fit(1, learn)
     assert learn.model._compiled_call_impl is before
     learn.model = torch.compile(make_learn().model, backend="eager")
@@ -136,12 +136,12 @@ def test_a_model_that_is_compiled_already_is_told_and_stays_so():
 
 
 def test_arguments_are_those_of_torch_compile():
-    with pytest.raises(TypeError, match="takes what torch.compile takes by name: .*mode.*; got modus"):
+    with pytest.raises(TypeError, match="takes the keyword arguments of torch.compile: .*mode.*; got modus"):
         CompileCallback(modus="default")
     assert repr(CompileCallback(mode="reduce-overhead")) == "CompileCallback(mode='reduce-overhead')"
 
 
-def test_model_after_model_is_compiled(recwarn):
+def test_many_models_can_be_compiled_one_after_the_other(recwarn):
     for _ in range(torch._dynamo.config.recompile_limit + 2):
         counts = Counts()
         Runner([CompileCallback(backend=counts)]).fit(1, make_learn())

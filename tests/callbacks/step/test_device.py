@@ -1,4 +1,4 @@
-"""Where batches and models go. What needs an accelerator uses the meta device, which any machine has."""
+"""CudaCallback and BatchTransformXCallback. The meta device stands in for an accelerator."""
 
 import copy
 from collections import namedtuple
@@ -22,7 +22,7 @@ class Sees(Callback):
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_batches_that_are_there_already_are_left_alone(make_learn, device):
+def test_batches_on_the_device_are_left_alone(make_learn, device):
     learn = make_learn()
     run = Runner([CudaCallback(device), Sees])
     run.fit(1, learn)
@@ -30,7 +30,7 @@ def test_batches_that_are_there_already_are_left_alone(make_learn, device):
     assert all(a is b for seen, pair in zip(run.sees.batches, given) for a, b in zip(seen, pair))
 
 
-def test_batches_elsewhere_are_moved(make_learn):
+def test_batches_on_other_devices_are_moved(make_learn):
     learn = make_learn(n_train=2, n_valid=0)
     Pair = namedtuple("Pair", "a b")
     run = Runner([CudaCallback("meta"), Sees, StopsAfter()])
@@ -87,7 +87,7 @@ def test_model_and_optimiser_state_move_and_the_optimiser_keeps_its_parameters(m
 
 
 @pytest.mark.parametrize("option", ["capturable", "fused"])
-def test_counters_move_where_the_optimiser_counts_on_the_device(make_learn, option):
+def test_step_counters_move_if_the_optimiser_counts_on_the_device(make_learn, option):
     learn = make_learn(opt=torch.optim.Adam)
     Runner().fit(1, learn)
     learn.opt.param_groups[0][option] = True
@@ -96,12 +96,12 @@ def test_counters_move_where_the_optimiser_counts_on_the_device(make_learn, opti
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpux", "xpu:7"])
-def test_a_device_that_is_not_there_says_which_are(make_learn, device):
-    with pytest.raises(ValueError, match=f"there is no device '{device}' here: there is cpu"):
+def test_a_missing_device_is_an_error_that_lists_the_devices(make_learn, device):
+    with pytest.raises(ValueError, match=f"device must be one of cpu.*; got '{device}'"):
         Runner([CudaCallback(device)]).fit(1, make_learn())
 
 
-def test_without_a_name_the_best_device_is_taken(make_learn):
+def test_the_default_is_the_accelerator(make_learn):
     best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     learn = make_learn()
     Runner([CudaCallback]).fit(1, learn)

@@ -1,4 +1,4 @@
-"""EMA against torch.optim.swa_utils, and whose weights are in the model when."""
+"""EMA against torch.optim.swa_utils, and which weights the model holds at each event."""
 
 from types import SimpleNamespace
 
@@ -57,7 +57,7 @@ def test_it_is_pytorchs_averaged_model_bit_for_bit_with_the_statistics(decay, mo
             hand.opt.step()
             hand.opt.zero_grad()
             averaged.update_parameters(hand.model)
-    assert equal(weights(learn.model), weights(hand.model)), "the averages are not to change the training"
+    assert equal(weights(learn.model), weights(hand.model)), "averaging must not change the training"
     assert run.ema.updates == int(averaged.n_averaged) == 10
     for name, value in averaged.module.state_dict().items():
         if name.startswith("1.") and name[2:] not in ("weight", "bias", "running_mean", "running_var"):
@@ -81,7 +81,7 @@ def test_the_warm_up_forgets_the_first_weights():
 
 
 class Looks(Callback):
-    """Notes at the given events whether the model has the trained weights or others."""
+    """Records at the given events whether the model holds the trained weights."""
 
     def __init__(self, order, *events):
         self._order, self.seen, self.trained = order, {}, None
@@ -151,7 +151,7 @@ ERRORS = [ValueError("broken"), KeyboardInterrupt(), CancelTrainException("enoug
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-def test_a_validation_that_is_cut_puts_the_trained_weights_back(error):
+def test_an_interrupted_validation_restores_the_trained_weights(error):
     learn, plain = make_learn(), make_learn()
     run = quiet(EMA(0.9), Ends(error))
     if isinstance(error, ValueError):
@@ -159,12 +159,12 @@ def test_a_validation_that_is_cut_puts_the_trained_weights_back(error):
             run.fit(1, learn)
     else:
         run.fit(1, learn)
-    assert run.ends.trained is not None, "the averages were not lent"
+    assert run.ends.trained is not None, "the averages were not in the model"
     Runner().fit(1, plain)
     assert equal(weights(learn.model), weights(plain.model))
 
 
-def test_the_next_epoch_trains_on_the_trained_weights_though_after_epoch_is_cancelled():
+def test_trained_weights_are_restored_even_if_after_epoch_is_cancelled():
     class Cancels(Callback):
         def after_epoch(self):
             raise CancelEpochException
@@ -175,10 +175,10 @@ def test_the_next_epoch_trains_on_the_trained_weights_though_after_epoch_is_canc
     assert equal(weights(learn.model), weights(plain.model))
 
 
-# --- keeping them
+# --- keeping the averages
 
 
-def test_kept_averages_stay_in_the_model_and_put_brings_them_later():
+def test_keep_leaves_the_averages_in_the_model_and_put_loads_them_later():
     kept, later = make_learn(), make_learn()
     quiet(EMA(0.9, keep=True)).fit(2, kept)
     run = quiet(EMA(0.9))
@@ -224,7 +224,7 @@ def test_weights_are_a_copy_with_shared_parameters_averaged_under_each_name():
     assert not (run.ema.weights["a.bias"] == 9).any() and not (learn.model.norm.running_mean == 9).any()
 
 
-def test_half_precision_weights_are_averaged_in_single():
+def test_half_precision_weights_are_averaged_in_float32():
     learn = make_learn(model=lambda: nn.Linear(4, 3, dtype=torch.bfloat16))
     learn.data.train_dl = [(x.bfloat16(), y) for x, y in learn.data.train_dl]
     learn.data.valid_dl = None
@@ -271,7 +271,7 @@ class Plants(Callback):
                 self.run.model[0].weight[0, 0] = torch.nan
 
 
-def test_a_step_that_halt_on_nan_takes_back_is_not_in_the_averages():
+def test_a_step_that_halt_on_nan_undoes_is_not_averaged():
     learn = make_learn()
     run = quiet(EMA(0.9, keep=True), Plants(), HaltOnNaN())
     run.fit(1, learn)
@@ -280,7 +280,7 @@ def test_a_step_that_halt_on_nan_takes_back_is_not_in_the_averages():
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
-def test_averages_that_hold_nan_are_not_kept():
+def test_averages_with_nan_are_not_kept():
     learn = make_learn(n_valid=0)
 
     class Repairs(Callback):
@@ -290,12 +290,12 @@ def test_averages_that_hold_nan_are_not_kept():
             self.run.learn.model.load_state_dict(good)
 
     good = {name: v.clone() for name, v in learn.model.state_dict().items()}
-    with pytest.warns(UserWarning, match="the averages hold NaN or Inf; the model keeps the trained weights"):
+    with pytest.warns(UserWarning, match="the averages contain NaN or Inf; the model keeps the trained weights"):
         quiet(EMA(0.9, keep=True), Plants(), Repairs()).fit(1, learn)
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
-def test_the_wrong_moments_are_told():
+def test_use_at_the_wrong_time_is_an_error():
     run = quiet(EMA())
     with pytest.raises(ValueError, match="no averages before the first step of a fit"):
         run.ema.weights  # noqa: B018
@@ -304,17 +304,17 @@ def test_the_wrong_moments_are_told():
         def after_epoch(self):
             self.run.ema.put()
 
-    with pytest.raises(RuntimeError, match="EMA.put is for after the fit"):
+    with pytest.raises(RuntimeError, match="EMA.put is for use after the fit"):
         quiet(EMA(), Puts()).fit(1, make_learn())
 
 
 @pytest.mark.parametrize("kwargs", [{"decay": 1.0}, {"decay": -0.1}, {"decay": "0.9"}, {"decay": True}], ids=str)
-def test_a_decay_that_is_none_is_an_error(kwargs):
-    with pytest.raises(ValueError, match="share of the old average, 0 or more and below 1; got"):
+def test_a_decay_out_of_range_is_an_error(kwargs):
+    with pytest.raises(ValueError, match="decay must be a share of the old average, 0 or more and below 1; got"):
         EMA(**kwargs)
 
 
 @pytest.mark.parametrize("kwargs", [{"warmup": 10}, {"keep": "yes"}], ids=str)
-def test_switches_are_true_or_false(kwargs):
-    with pytest.raises(ValueError, match="is True or False; got"):
+def test_switches_must_be_bools(kwargs):
+    with pytest.raises(ValueError, match="must be True or False; got"):
         EMA(**kwargs)

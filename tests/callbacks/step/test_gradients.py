@@ -43,7 +43,7 @@ def check_same(a, b):
 
 
 class Steps(Callback):
-    """Notes what `after_step` finds."""
+    """Records the gradients in `after_step`."""
 
     _order = 5
 
@@ -58,7 +58,7 @@ class Steps(Callback):
 
 
 @pytest.mark.parametrize("norm_type", [2, 1, math.inf])
-def test_clipping_by_norm_is_pytorchs_bit_for_bit(norm_type):
+def test_clipping_by_norm_equals_pytorchs_bit_for_bit(norm_type):
     learn, hand = make_learn(), make_learn()
     run = Runner([GradientClip(max_norm=0.3, norm_type=norm_type)])
     run.fit(2, learn)
@@ -69,7 +69,7 @@ def test_clipping_by_norm_is_pytorchs_bit_for_bit(norm_type):
     assert max(norms) > 0.3, "nothing was clipped"
 
 
-def test_clipping_by_value_is_pytorchs_bit_for_bit():
+def test_clipping_by_value_equals_pytorchs_bit_for_bit():
     learn, hand = make_learn(), make_learn()
     Runner([GradientClip(value=0.01)]).fit(2, learn)
     by_hand(hand, lambda ps: nn.utils.clip_grad_value_(ps, 0.01))
@@ -78,7 +78,7 @@ def test_clipping_by_value_is_pytorchs_bit_for_bit():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("opt", [torch.optim.SGD, torch.optim.Rprop])
-def test_a_bad_gradient_is_not_spread_so_that_its_parameter_is_named(bad, opt):
+def test_a_nan_gradient_does_not_spread_and_its_parameter_is_named(bad, opt):
     class Spoils(Callback):
         def after_backward(self):
             if self.run.n_iter == 2:
@@ -97,17 +97,17 @@ def test_a_bad_gradient_is_not_spread_so_that_its_parameter_is_named(bad, opt):
     [
         (
             {},
-            "needs a limit, either max_norm of all gradients together or value of each element; got max_norm=None and",
+            "needs one limit, max_norm for all gradients together or value for each element; got max_norm=None and",
         ),
         ({"max_norm": 1, "value": 1}, "give one, such as"),
-        ({"max_norm": 0}, "max_norm is a finite number above 0; got 0"),
-        ({"max_norm": "1"}, "max_norm is a finite number above 0; got '1'"),
-        ({"value": math.nan}, "value is a finite number above 0; got nan"),
-        ({"max_norm": 1.0, "norm_type": 0}, "norm_type is a number above 0, such as 2 or math.inf; got 0"),
+        ({"max_norm": 0}, "max_norm must be a finite number above 0; got 0"),
+        ({"max_norm": "1"}, "max_norm must be a finite number above 0; got '1'"),
+        ({"value": math.nan}, "value must be a finite number above 0; got nan"),
+        ({"max_norm": 1.0, "norm_type": 0}, "norm_type must be a number above 0, such as 2; got 0"),
     ],
     ids=str,
 )
-def test_a_limit_that_is_none_is_an_error(kwargs, words):
+def test_an_invalid_limit_is_an_error(kwargs, words):
     with pytest.raises(ValueError, match=words):
         GradientClip(**kwargs)
 
@@ -136,7 +136,7 @@ def test_sparse_gradients_are_clipped_as_dense_ones(kwargs):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_accumulation_is_the_loop_by_hand_bit_for_bit(n):
+def test_accumulation_equals_a_loop_by_hand_bit_for_bit(n):
     learn, hand = make_learn((6,) * 6), make_learn((6,) * 6)
     run = Runner([GradientAccumulation(n), Steps(), Recorder()])
     run.fit(2, learn)
@@ -154,7 +154,7 @@ def test_accumulation_is_the_loop_by_hand_bit_for_bit(n):
 @pytest.mark.parametrize("length", [True, False], ids=["length", "no length"])
 @pytest.mark.parametrize("valid", [0, 1], ids=["no validation", "validation"])
 @pytest.mark.parametrize("sizes", [(6, 6, 6, 6), (6, 6, 6, 6, 6), (6, 6, 6, 6, 2), (5, 2, 7, 1, 3, 4, 6)], ids=str)
-def test_a_step_is_that_of_the_large_batch_also_the_last_and_of_uneven_batches(sizes, valid, length):
+def test_a_step_equals_that_of_the_large_batch_even_for_uneven_batches(sizes, valid, length):
     n = 3
     learn = make_learn(sizes, torch.float64, length=length, valid=valid)
     large = make_learn(sizes, torch.float64)
@@ -178,13 +178,13 @@ def test_a_loss_that_sums_over_samples_is_summed_over_the_group():
         assert torch.allclose(p, q, rtol=1e-13, atol=1e-15)
 
 
-def test_the_last_group_is_stepped_with_in_its_own_batch_where_the_length_is_known():
+def test_the_last_group_takes_its_step_in_its_last_batch_if_the_length_is_known():
     run = Runner([GradientAccumulation(3), Steps()])
     run.fit(2, make_learn((6,) * 5, valid=1))
     assert run.steps.at == [2, 4, 7, 9]
 
 
-def test_others_see_gradients_of_whole_groups_only():
+def test_other_callbacks_see_gradients_of_whole_groups_only():
     class Looks(Callback):
         def begin_fit(self):
             self.at = []
@@ -197,14 +197,14 @@ def test_others_see_gradients_of_whole_groups_only():
     assert run.looks.at == [1, 3]
 
 
-def test_of_one_batch_a_step_nothing_changes():
+def test_one_batch_per_step_changes_nothing():
     learn, plain = make_learn((6, 6, 3)), make_learn((6, 6, 3))
     Runner([GradientAccumulation(1)]).fit(2, learn)
     Runner().fit(2, plain)
     check_same(learn, plain)
 
 
-def test_losses_are_each_batchs_own_and_averages_too():
+def test_losses_and_averages_are_per_batch():
     learn, plain = make_learn(lr=0.0, valid=1), make_learn(lr=0.0, valid=1)
     found = []
     for cbs, one in (([GradientAccumulation(2)], learn), ([], plain)):
@@ -217,7 +217,7 @@ def test_losses_are_each_batchs_own_and_averages_too():
     assert found[0] == found[1]
 
 
-def test_an_epoch_that_is_cut_steps_with_what_it_has():
+def test_a_cancelled_epoch_takes_a_step_with_the_gradients_so_far():
     class Cuts(Callback):
         def begin_batch(self):
             if self.run.in_train and self.run.iter == 4:
@@ -228,12 +228,12 @@ def test_an_epoch_that_is_cut_steps_with_what_it_has():
     run.fit(1, learn)
     hand.data.train_dl = hand.data.train_dl[:4]
     Runner([GradientAccumulation(3)]).fit(1, hand)
-    assert run.steps.at == [2, 5]  # the cut batch was counted, and trained nothing
+    assert run.steps.at == [2, 5]  # the interrupted batch is counted but not trained on
     for p, q in zip(learn.model.parameters(), hand.model.parameters()):
         assert torch.allclose(p, q, rtol=1e-13)
 
 
-def test_a_cancel_in_the_step_between_training_and_validation_ends_that_step_alone():
+def test_a_cancel_in_the_step_before_validation_ends_only_that_step():
     class Cancels(Callback):
         def after_backward(self):
             if self.run.n_iter == 5:
@@ -296,7 +296,7 @@ def test_an_interrupt_within_a_group_leaves_nothing_for_the_next_fit():
     check_same(learn, plain)
 
 
-def test_two_of_them_are_an_error():
+def test_two_accumulations_in_one_run_are_an_error():
     with pytest.raises(
         RuntimeError, match="GradientAccumulation claims 'weigh', which GradientAccumulation has already"
     ):
@@ -305,5 +305,5 @@ def test_two_of_them_are_an_error():
 
 @pytest.mark.parametrize("n", [0, -1, 2.0, True, "4", None])
 def test_n_must_be_a_whole_number(n):
-    with pytest.raises(ValueError, match="needs a whole number of batches a step, 1 or more; got"):
+    with pytest.raises(ValueError, match="n, the batches per step, must be a whole number, 1 or more; got"):
         GradientAccumulation(n)

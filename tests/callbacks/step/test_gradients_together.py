@@ -1,4 +1,4 @@
-"""The optimising callbacks at once: resumed bit for bit, cut anywhere, on a net with running batch norm."""
+"""All callbacks of the step together, on a net with running batch norm: exact resume, and interrupts anywhere."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def check_same(a, b, where=""):
         assert torch.equal(value, b[name]), f"{name} {where}"
 
 
-def test_a_fit_with_all_of_them_resumed_from_any_step_ends_as_the_one_never_stopped(tmp_path):
+def test_a_fit_with_all_callbacks_resumes_exactly_from_any_step(tmp_path):
     run, learn = make_run(tmp_path), make_learn()
     run.fit(2, learn)
     assert run.stop_reason is None and run.mixed_precision.scale > 2.0**8
@@ -92,7 +92,7 @@ class Ends(Callback):
 
 @pytest.mark.parametrize("event", ["begin_batch", "after_loss", "after_backward", "after_step"])
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), CancelTrainException("enough")], ids=repr)
-def test_a_fit_with_all_of_them_that_is_cut_leaves_things_clean(event, error, tmp_path):
+def test_an_interrupted_fit_with_all_callbacks_cleans_up(event, error, tmp_path):
     learn = make_learn()
     run = make_run(tmp_path, Ends(event, error, 10 if event == "begin_batch" else 8))
     if isinstance(error, ValueError):
@@ -105,7 +105,7 @@ def test_a_fit_with_all_of_them_that_is_cut_leaves_things_clean(event, error, tm
     assert not learn.opt._optimizer_step_pre_hooks and not torch.is_autocast_enabled("cpu")
     assert not any(m._forward_hooks for m in learn.model.modules())
     if isinstance(error, CancelTrainException):
-        return  # ended on purpose in the middle of a step, which counts: there is nothing to go on with
+        return  # the fit ended on purpose in the middle of a step, which counts; nothing is left to resume
     again, fresh = make_run(tmp_path), make_learn()
     again.fit(2, fresh, resume=tmp_path / "c")
     whole, other = make_run(tmp_path / "whole"), make_learn()
@@ -113,7 +113,7 @@ def test_a_fit_with_all_of_them_that_is_cut_leaves_things_clean(event, error, tm
     check_same(everything(other, whole), everything(fresh, again))
 
 
-def test_a_fault_with_all_of_them_is_found_and_the_averages_are_finite(tmp_path):
+def test_a_fault_is_found_with_all_callbacks_and_the_averages_are_finite(tmp_path):
     class Spoils(Callback):
         def after_pred(self):
             if self.run.in_train and self.run.n_iter == 9:

@@ -1,4 +1,4 @@
-"""MixUp against the formula by hand; whose targets metrics see; halts and interrupts."""
+"""MixUp against the formula by hand; the targets that metrics see; halts and interrupts."""
 
 import math
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def make_learn(loss_func=F.cross_entropy, sizes=(6, 6, 4), classes=3):
 
 
 def by_hand(learn, alpha, reduction="mean", epochs=1, **kwargs):
-    """With a target distribution in place of two losses: the same by linearity."""
+    """The mixed loss by a target distribution, which is the same by linearity."""
     torch.manual_seed(5)
     beta, losses = torch.distributions.Beta(torch.tensor(alpha), torch.tensor(alpha)), []
     for _ in range(epochs):
@@ -71,7 +71,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("alpha", [0.4, 2.0])
-def test_it_trains_on_mixtures_as_the_formula_has_it(case, alpha):
+def test_it_trains_on_mixtures_by_the_formula(case, alpha):
     loss_func, kwargs = CASES[case]
     learn, hand = make_learn(loss_func), make_learn()
     torch.manual_seed(5)
@@ -102,7 +102,7 @@ def test_metrics_see_true_targets_and_validation_is_left_alone():
     assert run.avg_stats.history[0]["valid_loss"] == pytest.approx(F.cross_entropy(learn.model(xb), yb).item())
 
 
-def test_every_sample_has_its_own_share_of_at_least_a_half():
+def test_each_sample_has_its_own_share_of_at_least_one_half():
     learn = make_learn(sizes=(400,))
     learn.data.train_dl = [(torch.eye(400), torch.zeros(400, dtype=torch.long))]
     learn.model, learn.data.valid_dl = nn.Linear(400, 3), None
@@ -113,7 +113,7 @@ def test_every_sample_has_its_own_share_of_at_least_a_half():
     assert run.looks.inputs[0].sum(1).allclose(torch.ones(400))
 
 
-def test_targets_of_every_pixel_are_mixed_by_sample():
+def test_targets_per_pixel_are_mixed_by_sample():
     learn = make_learn()
     learn.model = nn.Conv1d(4, 3, 1)
     learn.data.train_dl = [(torch.randn(6, 4, 5), torch.randint(0, 3, (6, 5)))]
@@ -132,7 +132,7 @@ def test_targets_of_every_pixel_are_mixed_by_sample():
     assert run.looks.losses == pytest.approx([expected], rel=1e-5)
 
 
-def test_a_sum_over_several_labels_a_sample_is_a_sum():
+def test_losses_of_several_labels_are_summed_per_sample():
     learn = make_learn(nn.BCEWithLogitsLoss(reduction="sum"))
     xb, yb = torch.randn(6, 4), torch.randint(0, 2, (6, 3)).float()
     learn.data.train_dl, learn.data.valid_dl = [(xb, yb)], None
@@ -148,7 +148,7 @@ def test_a_sum_over_several_labels_a_sample_is_a_sum():
 
 
 @pytest.mark.parametrize("error", [None, ValueError("broken"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
-def test_the_loss_function_is_put_back_and_a_module_is_not_changed(error):
+def test_the_loss_function_is_restored_and_a_module_is_not_changed(error):
     class Ends(Callback):
         def after_loss(self):
             if error is not None:
@@ -166,7 +166,7 @@ def test_the_loss_function_is_put_back_and_a_module_is_not_changed(error):
 
 
 @pytest.mark.parametrize("way", ["at once", "late"])
-def test_a_fault_is_found_under_it(way, monkeypatch):
+def test_a_fault_is_found_under_mixup(way, monkeypatch):
     if way == "late":
         monkeypatch.setattr(nonfinite, "late_device", lambda model: torch.device("cpu"))
         monkeypatch.setattr(DeviceFlags, "LAG", 3)
@@ -181,14 +181,14 @@ def test_a_fault_is_found_under_it(way, monkeypatch):
     run.fit(1, learn)
     report = run.halt_on_nan.report
     assert report.step == 2 and report.phase == "forward"
-    assert "failed" not in report.note, "the replay had the mixture of another batch"
+    assert "failed" not in report.note, "the replay used the mixture of another batch"
 
 
-def test_a_loss_function_that_cannot_tell_samples_apart_is_an_error():
+def test_a_loss_function_without_a_loss_per_sample_is_an_error():
     for loss_func, words in (
         (
             lambda pred, yb: F.cross_entropy(pred, yb),
-            r"a function with that parameter, as F.cross_entropy; got <lambda>",
+            r"a function with that parameter, such as F.cross_entropy; got <lambda>",
         ),
         (nn.CrossEntropyLoss(reduction="none"), r"got CrossEntropyLoss\(\) with reduction='none'"),
     ):
@@ -200,20 +200,18 @@ def test_a_loss_function_that_ignores_reduction_is_an_error():
     def stubborn(pred, yb, reduction="mean"):
         return F.cross_entropy(pred, yb)
 
-    with pytest.raises(ValueError, match=r"a loss for each of 6 samples \(reduction='none'\); got shape \(\)"):
+    with pytest.raises(ValueError, match=r"a loss for each of 6 samples; got shape \(\)"):
         Runner([MixUp()]).fit(1, make_learn(stubborn))
 
 
-def test_inputs_that_cannot_be_mixed_are_told():
+def test_inputs_that_cannot_be_mixed_are_an_error():
     learn = make_learn()
     learn.data.train_dl = [(torch.zeros(6, 4, dtype=torch.uint8), torch.zeros(6, dtype=torch.long))]
-    with pytest.raises(
-        TypeError, match="one floating-point tensor with one tensor of targets; got torch.uint8, torch.in"
-    ):
+    with pytest.raises(TypeError, match="one floating-point tensor and one tensor of targets; got torch.uint8, torch"):
         Runner([MixUp()]).fit(1, learn)
 
 
 @pytest.mark.parametrize("alpha", [0, -1, math.nan, math.inf, "0.4", True, None])
-def test_alpha_is_a_number_above_0(alpha):
-    with pytest.raises(ValueError, match="alpha is a finite number above 0, such as 0.4; got"):
+def test_alpha_must_be_above_0(alpha):
+    with pytest.raises(ValueError, match="alpha must be a finite number above 0, such as 0.4; got"):
         MixUp(alpha)

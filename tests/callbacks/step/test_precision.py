@@ -1,4 +1,4 @@
-"""MixedPrecision against loops by hand with autocast and GradScaler, on the CPU; on CUDA where there is one."""
+"""MixedPrecision against loops by hand with autocast and GradScaler, on the CPU and, if available, on CUDA."""
 
 import math
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def by_hand(learn, dtype, scaler=None, epochs=2, n=1, clip=None, device="cpu"):
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, RunningBatchNorm])
-def test_bf16_is_the_loop_by_hand_bit_for_bit(norm):
+def test_bf16_equals_a_loop_by_hand_bit_for_bit(norm):
     learn, hand = make_learn(norm=norm), make_learn(norm=norm)
     Runner([MixedPrecision()]).fit(2, learn)
     by_hand(hand, torch.bfloat16)
@@ -57,7 +57,7 @@ def test_bf16_is_the_loop_by_hand_bit_for_bit(norm):
 
 
 @pytest.mark.parametrize("opt", [torch.optim.SGD, torch.optim.Adam])
-def test_fp16_is_the_loop_with_a_grad_scaler_bit_for_bit(opt):
+def test_fp16_equals_a_loop_with_a_grad_scaler_bit_for_bit(opt):
     learn, hand = make_learn(opt=opt), make_learn(opt=opt)
     run = Runner([MixedPrecision("fp16", init_scale=SCALE, growth_interval=3)])
     run.fit(2, learn)
@@ -69,7 +69,7 @@ def test_fp16_is_the_loop_with_a_grad_scaler_bit_for_bit(opt):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_clip_accumulate_and_scale_together_are_the_loop_by_hand(dtype):
+def test_clipping_accumulation_and_scaling_together_equal_a_loop_by_hand(dtype):
     learn, hand = make_learn(), make_learn()
     Runner([MixedPrecision(dtype, init_scale=SCALE), GradientClip(0.2), GradientAccumulation(2)]).fit(2, learn)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE) if dtype == "fp16" else None
@@ -77,7 +77,7 @@ def test_clip_accumulate_and_scale_together_are_the_loop_by_hand(dtype):
     check_same(learn, hand)
 
 
-def test_the_last_group_is_smaller_under_a_scaler_too():
+def test_a_smaller_last_group_works_with_a_scaler():
     learn, hand = make_learn(5), make_learn(5)
     Runner([MixedPrecision("fp16", init_scale=SCALE), GradientAccumulation(2)]).fit(1, learn)
     last = hand.data.train_dl[4:]
@@ -91,7 +91,7 @@ def test_the_last_group_is_smaller_under_a_scaler_too():
 
 
 class Sees(Callback):
-    """Notes what the loop and the events see of dtypes and autocast."""
+    """Records the dtypes and the autocast state that the loop and the events see."""
 
     def __init__(self):
         self.found = set()
@@ -104,16 +104,16 @@ class Sees(Callback):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_events_see_single_precision_and_unscaled_gradients(dtype):
+def test_events_see_float32_and_unscaled_gradients(dtype):
     sees, plain = Sees(), Sees()
     Runner([MixedPrecision(dtype), sees]).fit(1, make_learn(1))
     Runner([plain]).fit(1, make_learn(1))
     assert sees.found == {(torch.float32, torch.float32, False)}
     for a, b in zip(sees.grads, plain.grads):
-        assert torch.allclose(a, b, atol=0.05), "they are not unscaled"
+        assert torch.allclose(a, b, atol=0.05), "the gradients are not unscaled"
 
 
-def test_outputs_in_containers_become_single_too():
+def test_outputs_in_containers_become_float32():
     class Many(nn.Module):
         def __init__(self):
             super().__init__()
@@ -136,7 +136,7 @@ def test_outputs_in_containers_become_single_too():
 
 
 class Overflows(Callback):
-    """The gradients of one step are too large, as under a scale that is."""
+    """Makes the gradients of one step overflow, as a scale that is too large does."""
 
     def begin_batch(self):
         if self.run.in_train and self.run.n_iter == 2:
@@ -148,7 +148,7 @@ class Overflows(Callback):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_overflows_is_skipped_counted_and_no_halt(fused):
+def test_an_overflowing_step_is_skipped_and_counted_without_a_halt(fused):
     opt = {"opt": torch.optim.Adam, "fused": fused}
     learn, hand = make_learn(**opt), make_learn(**opt)
     run = Runner([MixedPrecision("fp16", init_scale=SCALE), Overflows(), HaltOnNaN()])
@@ -193,7 +193,7 @@ def test_a_real_fault_is_found_and_the_replay_runs_under_autocast_too(dtype):
 
 
 @pytest.mark.parametrize("error", [CancelBatchException, CancelEpochException])
-def test_gradients_of_a_batch_that_is_cancelled_after_unscaling_wait_for_the_next(error):
+def test_gradients_of_a_batch_cancelled_after_unscaling_add_to_the_next(error):
     """Accumulation as the course writes it: a cancel in after_backward."""
 
     class Cancels(Callback):
@@ -217,7 +217,7 @@ def test_gradients_of_a_batch_that_is_cancelled_after_unscaling_wait_for_the_nex
     check_same(learn, hand)
 
 
-def test_gradient_magnitudes_are_those_of_the_unscaled_ones():
+def test_magnitudes_are_those_of_unscaled_gradients():
     found = []
     for cbs in ([MixedPrecision("fp16", init_scale=SCALE)], []):
         run = Runner([ParamMagnitudes(grads=True), *cbs])
@@ -226,7 +226,7 @@ def test_gradient_magnitudes_are_those_of_the_unscaled_ones():
     assert torch.allclose(*found, rtol=0.1, atol=0.01)
 
 
-def test_a_resumed_scaler_goes_on_where_it_was():
+def test_a_resumed_scaler_continues():
     cb = MixedPrecision("fp16", init_scale=SCALE, growth_interval=4)
     Runner([cb, Overflows()]).fit(1, make_learn())
     state = cb.state_dict()
@@ -238,50 +238,50 @@ def test_a_resumed_scaler_goes_on_where_it_was():
 
     other = MixedPrecision("fp16")
     Runner([other, Loads()]).fit(1, make_learn(1))
-    assert other.scale == SCALE and other.skipped == 1  # the fourth good step has doubled it
+    assert other.scale == SCALE and other.skipped == 1  # the fourth good step doubled the scale
 
 
-def test_a_state_of_the_other_kind_is_refused():
+def test_a_state_of_the_other_dtype_is_an_error():
     class Loads(Callback):
         def begin_fit(self):
             self.run.mixed_precision.load_state_dict({})
 
-    with pytest.raises(ValueError, match="goes on with the dtype that it was begun with, and only fp16 has a scale"):
+    with pytest.raises(ValueError, match="has no scale, which only fp16 uses, and dtype is torch.float16"):
         Runner([MixedPrecision("fp16"), Loads()]).fit(1, make_learn())
 
 
-def test_two_of_them_are_an_error_and_the_model_trains_on_without():
+def test_two_in_one_run_are_an_error_and_the_model_still_trains():
     learn = make_learn()
     with pytest.raises(RuntimeError, match="MixedPrecision claims 'forward', which MixedPrecision has already"):
         Runner([MixedPrecision(), MixedPrecision("fp16")]).fit(1, learn)
     Runner().fit(1, learn)
 
 
-def test_weights_in_half_precision_are_refused_for_fp16():
+def test_float16_weights_are_an_error_for_fp16():
     learn = make_learn()
     learn.model.half()
-    with pytest.raises(ValueError, match=r"keeps weights in float32 .* '0.weight' is float16: leave out model.half"):
+    with pytest.raises(ValueError, match=r"needs weights in float32, .* '0.weight' is float16: remove model.half"):
         Runner([MixedPrecision("fp16")]).fit(1, learn)
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("bf61",), "dtype is 'bf16' or 'fp16'; got 'bf61'. Did you mean 'bf16'?"),
-        ((torch.float32,), "dtype is 'bf16' or 'fp16'; got torch.float32"),
-        (("fp16", 0), "init_scale is a number above 0; got 0"),
-        (("fp16", 8.0, 0.5), "growth_interval is a whole number of steps, 1 or more; got 0.5"),
+        (("bf61",), "dtype must be 'bf16' or 'fp16'; got 'bf61'. Did you mean 'bf16'?"),
+        ((torch.float32,), "dtype must be 'bf16' or 'fp16'; got torch.float32"),
+        (("fp16", 0), "init_scale must be a number above 0; got 0"),
+        (("fp16", 8.0, 0.5), "growth_interval must be a whole number, 1 or more; got 0.5"),
     ],
     ids=str,
 )
-def test_wrong_arguments_are_told(args, words):
+def test_invalid_arguments_are_errors(args, words):
     with pytest.raises(ValueError, match=words.replace("?", r"\?")):
         MixedPrecision(*args)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_on_cuda_it_is_the_loop_by_hand(dtype):
+def test_on_cuda_it_equals_a_loop_by_hand(dtype):
     learn, hand = make_learn(device="cuda"), make_learn(device="cuda")
     Runner([MixedPrecision(dtype, init_scale=SCALE), GradientClip(0.2), GradientAccumulation(2)]).fit(2, learn)
     scaler = torch.amp.GradScaler("cuda", init_scale=SCALE) if dtype == "fp16" else None

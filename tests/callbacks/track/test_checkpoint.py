@@ -1,4 +1,4 @@
-"""Checkpoint: a fit that goes on from any of its files ends as the one that was never stopped, bit for bit."""
+"""A fit resumed from any checkpoint ends like an uninterrupted one, bit for bit."""
 
 import csv
 import random
@@ -39,7 +39,7 @@ SAMPLES, BS, STEPS = 26, 6, 5  # the last batch is smaller
 
 
 class Noisy(Dataset):
-    """Items that depend on all three generators, as augmentations make them."""
+    """Items that depend on all three generators, as augmented ones do."""
 
     def __getitem__(self, i):
         x, y = super().__getitem__(i)
@@ -54,7 +54,7 @@ class Jitter:
 
 
 class Sequence:
-    """An iterable of its own kind, with an order that Python's generator draws."""
+    """A loader that is a plain iterable, with an order drawn by Python's generator."""
 
     def __init__(self, data):
         self.data = data
@@ -116,7 +116,7 @@ def rows(path):
 
 
 def everything(learn, run, folder):
-    """All that a fit leaves, but for seconds."""
+    """Everything that a fit leaves behind, except times."""
     return {
         "model": learn.model.state_dict(),
         "grads": [p.grad for p in learn.model.parameters()],
@@ -153,18 +153,18 @@ def files(folder):
 
 @pytest.fixture
 def whole(tmp_path):
-    """A fit of two epochs, with a checkpoint of each step and of each epoch's end."""
+    """A fit of two epochs with a checkpoint after each step and each epoch."""
     run, learn = make_run(tmp_path), make_learn()
     run.fit(2, learn)
     return tmp_path / "c"
 
 
-# --- going on
+# --- resuming
 
 
 @pytest.mark.filterwarnings("ignore:the training loader has no length:UserWarning")
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_fit_resumed_from_any_checkpoint_ends_as_the_one_never_stopped(loader, tmp_path):
+def test_a_fit_resumed_from_any_checkpoint_ends_like_an_uninterrupted_one(loader, tmp_path):
     run, learn = make_run(tmp_path, monitor="valid_loss"), make_learn(loader)
     run.fit(2, learn)
     expected = everything(learn, run, tmp_path)
@@ -175,13 +175,13 @@ def test_a_fit_resumed_from_any_checkpoint_ends_as_the_one_never_stopped(loader,
         seed_all(99)
         again.fit(2, fresh, resume=tmp_path / "c" / name)
         assert again.resumed_from.name == name
-        if name == files(tmp_path / "c")[-1]:  # no epoch ended in this fit: the file is as the first one left it
+        if name == files(tmp_path / "c")[-1]:  # no epoch ended in this fit, so the file is unchanged
             shutil.copy(tmp_path / "h.csv", folder / "h.csv")
         check_same(expected, everything(fresh, again, folder), name)
         assert again.checkpoint.best == run.checkpoint.best
 
 
-def test_resuming_twice_in_one_process_and_over_files_of_a_later_time_changes_nothing(whole, tmp_path):
+def test_resuming_twice_and_over_newer_files_changes_nothing(whole, tmp_path):
     learn = make_learn()
     run = make_run(tmp_path)
     for name in ("checkpoint-0003-step-3.pt", "checkpoint-0008-step-8.pt", "checkpoint-0003-step-3.pt"):
@@ -208,7 +208,7 @@ def test_workers_that_draw_random_numbers_draw_the_same_after_a_resume(tmp_path)
     check_same(*ends)
 
 
-def test_gradients_accumulated_so_far_are_part_of_it(tmp_path):
+def test_accumulated_gradients_are_saved(tmp_path):
     class EverySecond(Callback):
         def after_backward(self):
             if self.run.n_iter % 2 == 0:
@@ -220,11 +220,11 @@ def test_gradients_accumulated_so_far_are_part_of_it(tmp_path):
         run, learn = make_run(folder, EverySecond()), make_learn()
         run.fit(1, learn, resume=resume)
         ends.append(everything(learn, run, folder))
-    assert any(g is not None for g in ends[0]["grads"]), "5 steps: the last one's are waiting"
+    assert any(g is not None for g in ends[0]["grads"]), "5 steps: the gradients of the last one are accumulated"
     check_same(*ends)
 
 
-def test_what_a_model_keeps_outside_its_state_dict_goes_along(tmp_path):
+def test_model_state_outside_the_state_dict_is_saved(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -259,7 +259,7 @@ def test_a_rate_that_the_optimiser_keeps_in_a_tensor_stays_in_that_tensor(tmp_pa
     assert learn.opt.param_groups[0]["lr"] is lr and lr.item() == pytest.approx(sched_cos(0.02, 0.001)(0.8))
 
 
-def test_more_epochs_go_on_and_stretch_the_schedule(whole, tmp_path):
+def test_resuming_with_more_epochs_stretches_the_schedule(whole, tmp_path):
     run, learn = make_run(tmp_path), make_learn()
     run.fit(4, learn, resume=whole)
     assert run.n_iter == 4 * STEPS and [row["epoch"] for row in run.avg_stats.history] == [0, 1, 2, 3]
@@ -278,7 +278,7 @@ def test_on_cuda_a_resumed_fit_ends_as_the_whole_one(tmp_path):
     check_same(*ends)
 
 
-def test_rows_that_csv_append_found_are_not_doubled(tmp_path):
+def test_resuming_does_not_duplicate_appended_csv_rows(tmp_path):
     def fit(resume=None):
         run = Runner([AvgStatsCallback(), CSVLogger(tmp_path / "h.csv", append=True), Checkpoint(tmp_path / "c")])
         run.logger = lambda line: None
@@ -335,12 +335,12 @@ def newest(folder):
     return max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*.pt")), default=0)
 
 
-def test_after_kill_9_at_random_moments_it_ends_as_the_one_never_killed(tmp_path):
+def test_after_kill_9_at_random_times_the_fit_ends_like_an_uninterrupted_one(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"same after kills at \[\d+(, \d+){2,}\]\n", done.stdout), done.stdout
-    assert not list((tmp_path / "killed" / "c").glob("*.tmp")), "what a killed process left is cleared away"
+    assert not list((tmp_path / "killed" / "c").glob("*.tmp")), "leftovers of a killed process were not removed"
 
 
 # --- Ctrl-C
@@ -375,14 +375,14 @@ def test_after_ctrl_c_nothing_is_lost(event, loader, tmp_path, capfd):
     check_same(everything(learn, whole, tmp_path / "whole"), everything(fresh, again, tmp_path))
 
 
-def test_a_second_ctrl_c_ends_at_once_and_without_a_checkpoint(tmp_path):
+def test_a_second_ctrl_c_ends_at_once_without_a_checkpoint(tmp_path):
     run = make_run(tmp_path, Interrupts("after_backward", 1, times=2), every=1000)
     run.fit(2, make_learn())
     assert run.stop_reason.startswith("interrupted") and files(tmp_path / "c") == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_has_its_usual_meaning_when_asked_for_and_with_handlers_of_others(tmp_path):
+def test_ctrl_c_is_unchanged_on_request_and_with_other_handlers(tmp_path):
     run = make_run(tmp_path, Interrupts("after_backward", 1), every=1000, on_interrupt=False)
     run.fit(2, make_learn())
     assert run.stop_reason.startswith("interrupted") and files(tmp_path / "c") == []
@@ -395,7 +395,7 @@ def test_ctrl_c_has_its_usual_meaning_when_asked_for_and_with_handlers_of_others
         signal.signal(signal.SIGINT, before)
 
 
-# --- files that are broken, of others, or dangerous
+# --- broken, foreign and dangerous files
 
 
 def break_it(path, how):
@@ -404,7 +404,7 @@ def break_it(path, how):
         content = content[: len(content) // 2]
     elif how == "empty":
         content = b""
-    else:  # one bit of a weight, which torch.load would not notice
+    else:  # one bit of a weight, which torch.load does not notice
         state = torch.load(path, weights_only=True)
         at = content.find(state["model"]["0.weight"].numpy().tobytes())
         content[at] ^= 1
@@ -412,7 +412,7 @@ def break_it(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "bit"])
-def test_in_place_of_a_broken_file_the_one_before_is_taken_with_a_notice(how, whole, tmp_path):
+def test_a_broken_file_falls_back_to_the_previous_one_with_a_warning(how, whole, tmp_path):
     *_, before, newest = files(whole)
     break_it(whole / newest, how)
     run, learn = make_run(tmp_path), make_learn()
@@ -439,7 +439,7 @@ def test_opening_a_checkpoint_runs_no_code(tmp_path, whole):
     assert not (tmp_path / "was run").exists()
 
 
-def test_a_file_of_another_format_or_kind_is_told_as_such(tmp_path, whole):
+def test_a_file_of_another_format_or_kind_is_an_error(tmp_path, whole):
     run, learn = make_run(tmp_path), make_learn()
     state = torch.load(whole / files(whole)[0], weights_only=True)
     torch.save({**state, "format": 99, "fastrbn": "7.0"}, tmp_path / "new.pt")
@@ -455,7 +455,7 @@ def test_a_file_of_another_format_or_kind_is_told_as_such(tmp_path, whole):
             run.fit(2, learn, resume=tmp_path / name)
 
 
-def test_another_model_is_an_error_that_names_what_differs_first(whole, tmp_path):
+def test_another_model_is_an_error_that_names_the_first_difference(whole, tmp_path):
     def wider():
         return nn.Sequential(nn.Linear(4, 9), RunningBatchNorm(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 3))
 
@@ -477,10 +477,10 @@ def test_another_optimiser_batch_size_or_end_is_an_error(whole, tmp_path):
     learn = make_learn(lambda data: BatchLoader(data.x, data.y, 13))
     with pytest.raises(CheckpointError, match="5 batches an epoch, the training loader has 2"):
         make_run(tmp_path).fit(2, learn, resume=whole / "checkpoint-0003-step-3.pt")
-    make_run(tmp_path).fit(3, learn, resume=whole)  # between epochs that may change
+    make_run(tmp_path).fit(3, learn, resume=whole)  # between epochs it may change
 
 
-def test_other_metrics_are_an_error_and_other_callbacks_a_notice(whole, tmp_path):
+def test_other_metrics_are_an_error_and_other_callbacks_a_warning(whole, tmp_path):
     def fit(*cbs):
         run = Runner(cbs)
         run.logger = lambda line: None
@@ -493,10 +493,10 @@ def test_other_metrics_are_an_error_and_other_callbacks_a_notice(whole, tmp_path
         make_run(tmp_path, Recorder()).fit(3, make_learn(), resume=whole)
 
 
-# --- callbacks of users
+# --- users' callbacks
 
 
-def test_a_callback_with_state_dict_goes_on_and_one_without_is_named_once(tmp_path):
+def test_a_callback_with_state_dict_is_restored_and_one_without_is_named_once(tmp_path):
     class Counts(Callback):
         def begin_fit(self):
             self.count, self._hidden = 0, 0
@@ -514,14 +514,14 @@ def test_a_callback_with_state_dict_goes_on_and_one_without_is_named_once(tmp_pa
 
     with pytest.warns(UserWarning) as caught:
         make_run(tmp_path, Counts(), Saves()).fit(2, make_learn())
-    assert len(caught) == 1 and "change as they go: Counts (count)" in str(caught[0].message)
+    assert len(caught) == 1 and "change during the fit: Counts (count)" in str(caught[0].message)
     run = make_run(tmp_path / "b", Counts(), Saves())
     with pytest.warns(UserWarning):
         run.fit(2, make_learn(), resume=tmp_path / "c" / "checkpoint-0004-step-4.pt")
     assert (run.counts.count, run.saves.count) == (6, 10)
 
 
-def test_state_that_is_more_than_plain_data_is_an_error_that_names_its_place(tmp_path):
+def test_state_that_is_not_plain_data_is_an_error_that_names_its_place(tmp_path):
     class Odd(Callback):
         def state_dict(self):
             return {"seen": [1, {2, 3}]}
@@ -535,7 +535,7 @@ def test_state_that_is_more_than_plain_data_is_an_error_that_names_its_place(tmp
 
 
 class Scheduled(Callback):
-    """A torch scheduler as users attach one, an epoch a step."""
+    """A torch scheduler as users attach it, with one step per epoch."""
 
     def __init__(self, make):
         self.make = make
@@ -562,10 +562,10 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:the checkpoint does not hold what these callbacks change:UserWarning")
+@pytest.mark.filterwarnings("ignore:the checkpoint does not contain these attributes:UserWarning")
 @pytest.mark.parametrize("every", [None, 3])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_that_a_callback_holds_goes_on(name, every, tmp_path):
+def test_a_scheduler_in_a_callback_is_restored(name, every, tmp_path):
     make, rates = SCHEDULERS[name]
     whole = Runner(Scheduled(make))
     whole.fit(4, make_learn(opt=torch.optim.SGD))
@@ -576,7 +576,7 @@ def test_a_scheduler_that_a_callback_holds_goes_on(name, every, tmp_path):
     assert rest.scheduled.rates == whole.scheduled.rates[2:]
 
 
-def test_a_scheduler_that_no_callback_holds_is_told(tmp_path):
+def test_a_scheduler_in_no_callback_is_a_warning(tmp_path):
     learn = make_learn()
     kept = [torch.optim.lr_scheduler.ConstantLR(learn.opt)]
     with pytest.warns(UserWarning, match="a torch scheduler sets the rates .* make it an attribute of a callback"):
@@ -584,7 +584,7 @@ def test_a_scheduler_that_no_callback_holds_is_told(tmp_path):
     assert kept
 
 
-def test_a_scheduler_that_is_made_too_late_to_take_over_its_state_is_an_error(tmp_path):
+def test_a_scheduler_made_too_late_to_be_restored_is_an_error(tmp_path):
     class Late(Callback):
         def begin_batch(self):
             if self.run.in_train and "sched" not in vars(self):
@@ -605,7 +605,7 @@ def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp
     group = state["opt"]["param_groups"][0]
     assert group.pop("label") == "body" and group.pop("decoupled_weight_decay") is False
     group["lr"] = 0.125
-    for known in (True, False):  # without: a file from before the name of the optimiser was kept
+    for known in (True, False):  # a file from before the name of the optimiser was saved
         learn = make_learn(opt=labelled)
         checkpoints.write(tmp_path / "old.pt", state)
         Runner().fit(1, learn, resume=tmp_path / "old.pt")
@@ -618,7 +618,7 @@ def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp
 
 
 class Tempered(nn.Module):
-    """A loss with a learned temperature, class weights and a buffer that no state_dict holds."""
+    """A loss with a learned temperature, class weights and a buffer that is not in the state_dict."""
 
     def __init__(self):
         super().__init__()
@@ -638,7 +638,7 @@ def tempered_learn():
     return learn
 
 
-def test_a_loss_function_with_parameters_goes_on_with_them(tmp_path):
+def test_parameters_of_the_loss_function_are_restored(tmp_path):
     whole, learn = tempered_learn(), tempered_learn()
     Runner().fit(3, whole)
     assert whole.loss_func.temperature.item() != 1.0
@@ -652,7 +652,7 @@ def test_a_loss_function_with_parameters_goes_on_with_them(tmp_path):
         Runner().fit(3, learn, resume=tmp_path)
 
 
-def test_a_model_that_the_user_compiled_has_plain_names_in_the_file(tmp_path):
+def test_a_compiled_model_has_plain_names_in_the_file(tmp_path):
     def compiled(learn):
         learn.model = torch.compile(learn.model, backend="eager")
         return learn

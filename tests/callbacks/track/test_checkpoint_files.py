@@ -1,4 +1,4 @@
-"""Which checkpoints are written and kept, what a full disk does, and SaveBest."""
+"""Which checkpoints are written and kept, full and failing disks, and SaveBest."""
 
 import errno
 import math
@@ -25,7 +25,7 @@ from fastrbn.learn import checkpoint_file as checkpoints
 
 
 class SetLoss(Callback):
-    """Makes the epochs' losses those of a list."""
+    """Sets the loss of each epoch."""
 
     def __init__(self, losses):
         self._losses = losses
@@ -42,7 +42,7 @@ def make_run(folder, *cbs, **kwargs):
 
 
 def steps(folder):
-    """The steps after which the checkpoints there were written, in the order of writing."""
+    """The steps of the checkpoints in a folder, in the order of writing."""
     return [int(p.stem.split("-")[-1]) for _, p in checkpoints.files(folder)]
 
 
@@ -58,13 +58,13 @@ def steps(folder):
     ],
     ids=str,
 )
-def test_it_saves_when_it_says_and_keeps_the_newest(kwargs, expected, make_learn, tmp_path):
+def test_it_saves_on_schedule_and_keeps_the_newest(kwargs, expected, make_learn, tmp_path):
     make_run(tmp_path / "c", **kwargs).fit(3, make_learn())
     assert steps(tmp_path / "c") == expected
-    assert not list(tmp_path.glob("c/.*")), "nothing temporary is left"
+    assert not list(tmp_path.glob("c/.*")), "a temporary file is left"
 
 
-def test_the_best_epochs_file_stays_beside_the_newest_also_after_a_resume(make_learn, tmp_path):
+def test_the_best_epochs_file_stays_beside_the_newest_even_after_a_resume(make_learn, tmp_path):
     losses = [3.0, 1.0, 2.0, math.nan, 1.0, 0.5]
     run = make_run(tmp_path / "c", SetLoss(losses), keep=1, monitor="train_loss")
     run.fit(4, make_learn())
@@ -72,7 +72,7 @@ def test_the_best_epochs_file_stays_beside_the_newest_also_after_a_resume(make_l
     assert run.checkpoint.best == 1.0 and run.checkpoint.best_path.name == "checkpoint-0002-step-8.pt"
     again = make_run(tmp_path / "c", SetLoss(losses), keep=1, monitor="train_loss")
     again.fit(5, make_learn(), resume=tmp_path / "c")
-    assert steps(tmp_path / "c") == [8, 20], "a draw is no gain"
+    assert steps(tmp_path / "c") == [8, 20], "an equal value is no improvement"
     again.fit(6, resume=tmp_path / "c")
     assert steps(tmp_path / "c") == [24] and again.checkpoint.best == 0.5
 
@@ -80,15 +80,15 @@ def test_the_best_epochs_file_stays_beside_the_newest_also_after_a_resume(make_l
 @pytest.mark.parametrize(
     "kwargs, text",
     [
-        ({"every": 0}, "every must be a whole number, 1 or more, or None; got 0"),
-        ({"keep": 2.5}, "keep must be a whole number"),
+        ({"every": 0}, "every, unless it is None, must be a whole number, 1 or more; got 0"),
+        ({"keep": 2.5}, "keep, unless it is None, must be a whole number"),
         ({"monitor": "valid_f1"}, "whether 'valid_f1' should fall .* got None"),
         ({"monitor": "valid_loss", "mode": "low"}, "got 'low'"),
-        ({"mode": "min"}, "give monitor as well"),
+        ({"mode": "min"}, "add monitor, or remove mode"),
     ],
     ids=str,
 )
-def test_a_bad_setting_is_an_error(kwargs, text, tmp_path):
+def test_an_invalid_setting_is_an_error(kwargs, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         Checkpoint(tmp_path / "c", **kwargs)
 
@@ -98,7 +98,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(make_learn, tmp_path):
         Checkpoint(tmp_path / "model.pt")
     run = make_run(tmp_path / "c")
     (tmp_path / "c").write_text("")
-    with pytest.raises(NotADirectoryError, match="take another name"):
+    with pytest.raises(NotADirectoryError, match="use another name"):
         run.fit(1, make_learn())
 
 
@@ -107,23 +107,23 @@ def test_a_monitor_that_is_not_measured_is_an_error_before_training(cls, make_le
     def fit(monitor, *cbs, **kwargs):
         Runner([cls(tmp_path / "c", monitor=monitor), *cbs]).fit(1, make_learn(**kwargs))
 
-    with pytest.raises(ValueError, match="'valid_loss' among what AvgStatsCallback measures, and the run has none"):
+    with pytest.raises(ValueError, match="needs an AvgStatsCallback in the run, which measures 'valid_loss'"):
         fit("valid_loss")
     with pytest.raises(ValueError, match="got 'vaild_accuracy'. Did you mean 'valid_accuracy'?"):
         fit("vaild_accuracy", AvgStatsCallback(accuracy))
-    with pytest.raises(ValueError, match="measured in validation, and there is none"):
+    with pytest.raises(ValueError, match="measured in validation, but data.valid_dl is None"):
         fit("accuracy", AvgStatsCallback(accuracy), n_valid=0)
 
 
-# --- folders that hold something
+# --- folders with checkpoints
 
 
-def test_checkpoints_of_another_fit_are_not_overwritten_unasked(make_learn, tmp_path):
+def test_checkpoints_of_another_fit_are_not_overwritten_by_default(make_learn, tmp_path):
     run = make_run(tmp_path / "c")
     run.fit(1, make_learn())
-    run.fit(1)  # the same callback goes on in its folder
+    run.fit(1)  # the same callback may reuse its folder
     assert steps(tmp_path / "c") == [4, 4]
-    with pytest.raises(FileExistsError, match=r"another fit \(checkpoint-0002-step-4.pt\): go on .*resume="):
+    with pytest.raises(FileExistsError, match=r"another fit \(checkpoint-0002-step-4.pt\): resume it with .*resume="):
         make_run(tmp_path / "c").fit(1, make_learn())
     make_run(tmp_path / "c").fit(2, make_learn(), resume=tmp_path / "c")
     assert steps(tmp_path / "c") == [4, 8]
@@ -131,7 +131,7 @@ def test_checkpoints_of_another_fit_are_not_overwritten_unasked(make_learn, tmp_
     assert steps(tmp_path / "c") == [4]
 
 
-def test_the_newest_is_the_one_written_last_not_the_one_of_most_steps(make_learn, tmp_path):
+def test_the_newest_is_the_one_written_last_not_the_one_with_most_steps(make_learn, tmp_path):
     make_run(tmp_path / "c", keep=None).fit(3, make_learn())
     first = checkpoints.files(tmp_path / "c")[0][1]
     again = make_run(tmp_path / "c", Ends(1), keep=None)
@@ -157,7 +157,7 @@ class Ends(Callback):
 
 
 class Disk:
-    """Refuses the writes of the numbers given, counted from 1; as a disk does, in the middle."""
+    """A full disk: the writes with these numbers, counted from 1, fail halfway."""
 
     def __init__(self, monkeypatch, *full):
         self.full, self.count = full, 0
@@ -172,23 +172,23 @@ class Disk:
         return self._write(path, content)
 
 
-def test_one_write_that_fails_is_told_and_the_next_one_makes_up_for_it(make_learn, tmp_path, monkeypatch):
+def test_one_failed_write_is_a_warning_and_the_next_one_succeeds(make_learn, tmp_path, monkeypatch):
     Disk(monkeypatch, 2)
     run = make_run(tmp_path / "c", SetLoss([2.0, 1.0, 1.5]), monitor="train_loss")
     text = (
-        r"checkpoint-0002-step-8.pt could not be written \(No space left on device\); the one before, "
-        r"checkpoint-0001-step-4.pt, is whole. Training goes on"
+        r"checkpoint-0002-step-8.pt could not be written \(No space left on device\); the previous one, "
+        r"checkpoint-0001-step-4.pt, is intact. Training goes on"
     )
     with pytest.warns(RuntimeWarning, match=text):
         run.fit(3, make_learn())
     assert steps(tmp_path / "c") == [4, 12] and run.stop_reason is None
-    assert run.checkpoint.best == 1.5 and run.checkpoint.best_path.exists(), "the best of those that there are"
+    assert run.checkpoint.best == 1.5 and run.checkpoint.best_path.exists(), "the best of the epochs that were saved"
 
 
-def test_two_in_a_row_or_the_last_end_the_fit_and_the_one_before_is_whole(make_learn, tmp_path, monkeypatch):
+def test_two_failed_writes_in_a_row_or_the_last_end_the_fit(make_learn, tmp_path, monkeypatch):
     Disk(monkeypatch, 2, 3, 5)
     run = make_run(tmp_path / "c")
-    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError, match="Make room and resume from it"):
+    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError, match="Free disk space and resume from it"):
         run.fit(5, make_learn())
     assert run.epoch == 2 and run.stop_reason.startswith("CheckpointError in Checkpoint.after_epoch")
     assert steps(tmp_path / "c") == [4]
@@ -200,13 +200,13 @@ def test_two_in_a_row_or_the_last_end_the_fit_and_the_one_before_is_whole(make_l
     assert steps(tmp_path / "c") == [8, 12] and not list(tmp_path.glob("c/.*"))
 
 
-def test_the_first_write_that_fails_says_that_there_is_nothing_before(make_learn, tmp_path, monkeypatch):
+def test_a_failed_first_write_says_that_there_is_no_previous_file(make_learn, tmp_path, monkeypatch):
     Disk(monkeypatch, 1)
-    with pytest.raises(CheckpointError, match=r"there is none before it\. Make room, or take"):
+    with pytest.raises(CheckpointError, match=r"there is no previous one\. Free disk space, or use"):
         make_run(tmp_path / "c").fit(1, make_learn())
 
 
-def test_files_can_be_read_whatever_torch_was_told_about_checksums(make_learn, tmp_path):
+def test_files_can_be_read_whatever_crc32_options_torch_has(make_learn, tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
         make_run(tmp_path / "c").fit(1, make_learn())
@@ -216,7 +216,7 @@ def test_files_can_be_read_whatever_torch_was_told_about_checksums(make_learn, t
     make_run(tmp_path / "c").fit(2, make_learn(), resume=tmp_path / "c")
 
 
-# --- a disk that changes bits
+# --- flipped bits
 
 
 def small_state():
@@ -226,7 +226,7 @@ def small_state():
 
 
 def without_checksum(path):
-    """The file as it was written before checksums were kept: what torch.save makes of the same state."""
+    """Rewrites a file as torch.save does, without a checksum, as old versions did."""
     state = torch.load(path, weights_only=True)
     del state["checksum"]
     torch.save(state, path)
@@ -243,7 +243,7 @@ def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
     checkpoints.write(path, state)
     whole, refused = path.read_bytes(), 0
     names = [info.filename.encode() for info in zipfile.ZipFile(path).infolist()]
-    directory = [whole.rindex(name) for name in names]  # the last place of a name is in the zip's directory
+    directory = [whole.rindex(name) for name in names]  # the last occurrence of a name is in the zip's directory
     bits = [8 * at + n for at in directory for n in (5, 6, 7)] + [8 * (at - 8) + 4 for at in directory]
     for bit in [*bits, *random.Random(1).sample(range(8 * len(whole)), 400)]:
         flip(path, bit)
@@ -259,7 +259,7 @@ def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
     assert refused > 400
 
 
-def test_the_one_before_is_taken_whatever_the_reader_of_the_newest_raises(tmp_path, monkeypatch):
+def test_the_previous_file_is_used_whatever_error_reading_the_newest_gives(tmp_path, monkeypatch):
     for n in (1, 2):
         checkpoints.write(tmp_path / checkpoints.file_name(n, 3), small_state())
     newest = tmp_path / checkpoints.file_name(2, 3)
@@ -271,7 +271,7 @@ def test_the_one_before_is_taken_whatever_the_reader_of_the_newest_raises(tmp_pa
     assert file.name == "checkpoint-0001-step-3.pt"
 
 
-def test_a_file_without_a_checksum_is_read_and_said_to_have_none(tmp_path):
+def test_a_file_without_a_checksum_is_read_with_a_warning(tmp_path):
     path = tmp_path / "checkpoint-0001-step-3.pt"
     checkpoints.write(path, small_state())
     without_checksum(path)
@@ -279,7 +279,7 @@ def test_a_file_without_a_checksum_is_read_and_said_to_have_none(tmp_path):
         assert checkpoints.read(path)["position"] == small_state()["position"]
 
 
-def test_a_file_whose_checksum_was_cut_off_is_not_taken_for_an_old_one(tmp_path):
+def test_a_file_with_a_truncated_checksum_is_an_error(tmp_path):
     path = tmp_path / "checkpoint-0001-step-3.pt"
     checkpoints.write(path, small_state())
     path.write_bytes(path.read_bytes()[:-1])
@@ -297,13 +297,13 @@ def test_a_file_whose_checksum_was_cut_off_is_not_taken_for_an_old_one(tmp_path)
     ],
     ids=str,
 )
-def test_a_state_of_another_shape_is_refused(change, text, tmp_path):
+def test_a_state_of_another_shape_is_an_error(change, text, tmp_path):
     checkpoints.write(tmp_path / "a.pt", {**small_state(), **change})
     with pytest.raises(CheckpointError, match=text):
         checkpoints.read(tmp_path / "a.pt")
 
 
-def test_torch_alone_reads_the_file_also_mapped(tmp_path):
+def test_torch_alone_reads_the_file_with_and_without_mmap(tmp_path):
     checkpoints.write(tmp_path / "a.pt", small_state())
     for mmap in (False, True):
         read = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mmap)
@@ -346,7 +346,7 @@ def test_a_metrics_name_means_validation_and_nothing_is_written_when_all_is_nan(
     assert run.save_best.best is None and not (tmp_path / "b.pt").exists()
 
 
-def test_the_best_so_far_goes_on_through_a_resume(make_learn, tmp_path):
+def test_the_best_so_far_survives_a_resume(make_learn, tmp_path):
     def run():
         made = make_run(tmp_path / "c", SaveBest(tmp_path / "best.pt", "train_loss"), SetLoss([1.0, 2.0, 3.0, 0.5]))
         return made
@@ -366,7 +366,7 @@ def test_a_folder_in_place_of_its_file_is_an_error(make_learn, tmp_path):
         save_best(tmp_path, [1.0], 1, make_learn)
 
 
-def test_a_further_fit_of_the_model_replaces_the_file_only_by_a_better_epoch(make_learn, tmp_path):
+def test_a_further_fit_replaces_the_file_only_by_a_better_epoch(make_learn, tmp_path):
     path = tmp_path / "best.pt"
     losses = [3.0, 1.0]
     run, seen = save_best(path, losses, 2, make_learn)
@@ -381,10 +381,10 @@ def test_a_further_fit_of_the_model_replaces_the_file_only_by_a_better_epoch(mak
     losses[:] = [4.0, 5.0]
     path.unlink()
     run.fit(2)
-    assert path.exists() and run.save_best.best == 4.0, "the file was taken away: there is none to keep"
+    assert path.exists() and run.save_best.best == 4.0, "without the file the search starts again"
     losses[:] = [6.0, 7.0]
     run.fit(2, make_learn())
-    assert run.save_best.best == 6.0, "another model begins anew"
+    assert run.save_best.best == 6.0, "with another model the search starts again"
 
 
 def test_the_file_of_a_compiled_model_loads_into_the_plain_one(make_learn, tmp_path):
@@ -400,7 +400,7 @@ def test_the_file_of_a_compiled_model_loads_into_the_plain_one(make_learn, tmp_p
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), learn.model.parameters()))
 
 
-def test_averages_are_saved_without_validation_too(make_learn, tmp_path):
+def test_averages_are_saved_without_validation(make_learn, tmp_path):
     run = Runner([SaveBest(tmp_path / "best.pt", "train_loss"), AvgStatsCallback(), EMA()])
     run.logger = lambda line: None
     run.fit(1, make_learn(n_valid=0))
@@ -409,7 +409,7 @@ def test_averages_are_saved_without_validation_too(make_learn, tmp_path):
     assert not torch.equal(saved["0.weight"], run.learn.model[0].weight)
 
 
-def test_a_relative_path_is_one_from_where_it_was_given(make_learn, tmp_path, monkeypatch):
+def test_a_relative_path_is_resolved_at_construction(make_learn, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     cbs = [SaveBest("best.pt"), Checkpoint("c"), CSVLogger("history.csv"), Profiler("trace.json", 1, 0, 1)]

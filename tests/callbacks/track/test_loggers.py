@@ -1,4 +1,4 @@
-"""CSVLogger: the file is whole after each epoch, whatever happens then. TensorBoardLogger: what it is given."""
+"""CSVLogger: the file is complete after each epoch. TensorBoardLogger: what is written."""
 
 import csv
 import os
@@ -38,7 +38,7 @@ def test_there_is_a_row_for_each_epoch(make_learn, tmp_path):
     check(read(tmp_path / "runs" / "a" / "history.csv"), run.avg_stats.history)
 
 
-def test_what_was_not_measured_is_an_empty_cell(make_learn, tmp_path):
+def test_a_value_that_was_not_measured_is_an_empty_cell(make_learn, tmp_path):
     run = make_run(tmp_path / "h.csv")
     run.fit(1, make_learn(n_valid=0))
     assert read(tmp_path / "h.csv")[0]["valid_loss"] == ""
@@ -58,7 +58,7 @@ def test_the_file_is_complete_after_each_epoch(make_learn, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=repr)
-def test_rows_so_far_survive_what_ends_the_fit(make_learn, tmp_path, error):
+def test_rows_survive_whatever_ends_the_fit(make_learn, tmp_path, error):
     class Ends(Callback):
         def begin_epoch(self):
             if self.run.epoch == 2:
@@ -99,11 +99,11 @@ def test_appending_to_a_file_that_is_not_text_is_an_error_and_leaves_the_file(ma
 
 
 def test_without_averages_the_error_says_what_to_add(make_learn, tmp_path):
-    with pytest.raises(ValueError, match="CSVLogger writes what AvgStatsCallback measures, and the run has none"):
+    with pytest.raises(ValueError, match="CSVLogger needs an AvgStatsCallback in the run, whose history it writes"):
         Runner([CSVLogger(tmp_path / "h.csv")]).fit(1, make_learn())
 
 
-def test_averages_of_a_subclass_serve_as_well(make_learn, tmp_path):
+def test_a_subclass_of_avg_stats_works(make_learn, tmp_path):
     class MyAverages(AvgStatsCallback):
         pass
 
@@ -118,10 +118,10 @@ def test_a_folder_in_place_of_a_file_is_an_error_before_training(make_learn, tmp
         make_run(tmp_path).fit(1, make_learn())
 
 
-# --- files that are written whole
+# --- whole files
 
 
-def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_whole(tmp_path / "a" / "b.txt", "old")
 
     def fails(source, target):
@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("content", ["größer\n", b"\x00\xff"])
-def test_text_and_bytes_are_written_as_they_are(tmp_path, content):
+def test_text_and_bytes_are_written_unchanged(tmp_path, content):
     path = write_whole(str(tmp_path / "f"), content)
     assert isinstance(path, Path)
     assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
@@ -146,7 +146,7 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path, content):
 
 @pytest.fixture
 def writers(monkeypatch):
-    """A stand-in for the package tensorboard; the list of what was made and written."""
+    """Replaces the package tensorboard; returns the list of calls."""
     made = []
 
     class SummaryWriter:
@@ -195,7 +195,7 @@ def test_tensorboard_keeps_the_steps_before_an_error_and_is_closed(make_learn, t
     assert writers[0].calls == ["close"]
 
 
-def test_without_the_package_tensorboard_the_error_comes_before_training_and_says_what_to_install(
+def test_without_tensorboard_the_error_comes_before_training_and_says_what_to_install(
     make_learn, monkeypatch, tmp_path
 ):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -210,14 +210,14 @@ def test_tensorboards_arguments_are_checked(tmp_path):
     (tmp_path / "f").touch()
     with pytest.raises(ValueError, match="needs a folder; got the file"):
         TensorBoardLogger(tmp_path / "f")
-    with pytest.raises(ValueError, match="every must be a whole number of steps, 1 or more; got 0"):
+    with pytest.raises(ValueError, match="every must be a whole number, 1 or more; got 0"):
         TensorBoardLogger(every=0)
 
 
 def test_the_real_tensorboard_can_read_it(make_learn, tmp_path):
     pytest.importorskip("tensorboard")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of its dependencies
+        warnings.simplefilter("ignore")  # warnings of its dependencies
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         run = Runner([Recorder(), TensorBoardLogger(tmp_path, every=1)])

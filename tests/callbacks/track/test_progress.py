@@ -1,4 +1,4 @@
-"""ProgressCallback: bars where they can be drawn, plain lines elsewhere, and nothing left open."""
+"""ProgressCallback: bars in terminals and notebooks, plain lines elsewhere, and nothing left open."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ def terminal(monkeypatch):
 
 
 def fit_into(out, run, *args):
-    with contextlib.redirect_stdout(out):  # here, not in the fixture: pytest puts its own there for each phase
+    with contextlib.redirect_stdout(out):  # not in the fixture, since pytest replaces it in each phase
         run.fit(*args)
 
 
@@ -76,7 +76,7 @@ def test_it_works_in_whatever_order_callbacks_are_given(make_learn, capsys, late
     assert capsys.readouterr().out.split()[0] == "epoch"
 
 
-def test_in_a_pipe_a_long_pass_speaks_at_most_every_ten_seconds(make_learn, capsys, monkeypatch):
+def test_in_a_pipe_a_long_pass_prints_at_most_every_ten_seconds(make_learn, capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
 
@@ -103,7 +103,7 @@ def test_an_epoch_has_one_number_in_lines_table_and_history(make_learn, capsys, 
     assert [row["epoch"] for row in run.avg_stats.history] == [0, 1]
 
 
-def test_lines_tell_the_mean_loss(make_learn, capsys, monkeypatch):
+def test_lines_show_the_mean_loss(make_learn, capsys, monkeypatch):
     always_draws(monkeypatch)
     run = Runner([ProgressCallback, Recorder])
     run.fit(1, make_learn(n_train=3, n_valid=0))
@@ -145,7 +145,7 @@ def test_in_a_terminal_there_are_bars_and_the_same_table(make_learn, terminal, m
 
 @pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize("n_train", [0, 2])
-def test_nothing_to_count_is_no_trouble(make_learn, stdout, epochs, n_train):
+def test_empty_loaders_and_fits_work(make_learn, stdout, epochs, n_train):
     fit_into(stdout, Runner([ProgressCallback]), epochs, make_learn(n_train=n_train, n_valid=0))
 
 
@@ -158,13 +158,13 @@ def test_a_loader_without_length_has_a_bar_without_end(make_learn, terminal, mon
     assert "[2/? " in terminal.getvalue()
 
 
-def test_many_short_epochs_are_numbered_right(make_learn, terminal):
+def test_many_short_epochs_are_numbered_correctly(make_learn, terminal):
     fit_into(terminal, Runner([ProgressCallback]), 30, make_learn(n_train=1, n_valid=0))
     out = terminal.getvalue()
     assert all(f"epoch {i} ({i + 1} of 30) train:" in out for i in range(30))
 
 
-def test_in_a_terminal_a_plot_is_no_trouble(make_learn, terminal):
+def test_a_plot_in_a_terminal_does_nothing(make_learn, terminal):
     fit_into(terminal, with_stats(ProgressCallback(plot=True)), 2, make_learn())
     assert "epoch 1 (2 of 2) valid:" in terminal.getvalue()
 
@@ -173,7 +173,7 @@ def test_in_a_terminal_a_plot_is_no_trouble(make_learn, terminal):
 @pytest.mark.parametrize(
     "error", [ValueError("broken"), KeyboardInterrupt(), CancelTrainException(), CancelEpochException()], ids=repr
 )
-def test_after_a_fit_that_was_cut_the_bar_is_closed_and_the_logger_back(make_learn, stdout, event, error):
+def test_after_an_interrupted_fit_the_bar_is_closed_and_the_logger_restored(make_learn, stdout, event, error):
     run = with_stats(ProgressCallback, Raises(event, error))
     logger = run.logger
     if isinstance(error, ValueError):
@@ -184,10 +184,10 @@ def test_after_a_fit_that_was_cut_the_bar_is_closed_and_the_logger_back(make_lea
     assert run.logger is logger
     assert run.progress._display is None
     last = stdout.getvalue().rpartition("\n")[2]
-    assert last.rpartition("\r")[2].strip() == "", "the next line of output would stand on the bar"
+    assert last.rpartition("\r")[2].strip() == "", "the next line of output would overwrite the bar"
 
 
-def test_a_failing_begin_fit_before_it_is_no_trouble(make_learn, stdout):
+def test_it_survives_an_earlier_begin_fit_that_fails(make_learn, stdout):
     class First(Raises):
         _order = -5
 
@@ -195,7 +195,7 @@ def test_a_failing_begin_fit_before_it_is_no_trouble(make_learn, stdout):
         fit_into(stdout, Runner([ProgressCallback, First("begin_fit", ValueError("broken"))]), 1, make_learn())
 
 
-def test_it_gets_along_with_lr_find(make_learn, stdout):
+def test_it_works_with_lr_find(make_learn, stdout):
     run = with_stats(ProgressCallback, LR_Find(max_iter=10))
     fit_into(stdout, run, 5, make_learn())
     assert "the whole sweep" in run.stop_reason
@@ -210,7 +210,7 @@ def test_other_callbacks_can_log_lines(make_learn, stdout):
     assert "half way\n" in stdout.getvalue()
 
 
-# --- notebooks: what fastprogress shows there is stood in for; a real kernel runs the notebooks' tests
+# --- notebooks, with a stand-in for their display; the tests of the notebooks run a real kernel
 
 
 class FakeMaster:

@@ -35,7 +35,7 @@ class At(Callback):
 
 
 class Losses(Callback):
-    """The losses as a callback may read them, one wait a step."""
+    """Records the loss of each step, waiting for the device each time."""
 
     def begin_fit(self):
         self.train, self.valid = [], []
@@ -96,7 +96,7 @@ def test_recorder_waits_for_the_device_once_an_epoch(make_learn, monkeypatch):
         )
     run = make_silent(Runner([Recorder, functools.partial(AvgStatsCallback, [accuracy, accuracy])]))
     run.fit(1, make_learn(n_train=150, n_valid=3, bs=2))
-    assert waits == ["tolist"] * 7  # a column each: the recorder's, three of training, three of validation
+    assert waits == ["tolist"] * 7  # one column for the recorder, three for training, three for validation
 
 
 @pytest.mark.parametrize("n", [63, 64, 65, 200])
@@ -107,7 +107,7 @@ def test_recorder_loses_nothing_where_scalars_are_joined(make_learn, n):
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), CancelTrainException()], ids=repr)
-def test_the_record_survives_what_ends_the_fit(make_learn, error):
+def test_the_record_survives_whatever_ends_the_fit(make_learn, error):
     run = Runner([Recorder, At("after_backward", error, at=2)])
     if isinstance(error, ValueError):
         with pytest.raises(ValueError, match="broken"):
@@ -124,14 +124,14 @@ def test_a_second_fit_starts_a_new_record(make_learn):
     assert len(run.recorder.losses) == len(run.recorder.lrs[0]) == 4
 
 
-def test_a_batch_that_is_cancelled_before_its_loss_leaves_none(make_learn):
+def test_a_batch_cancelled_before_its_loss_has_no_entry(make_learn):
     run = Runner([Recorder, Losses, At("begin_batch", CancelBatchException())])
     run.fit(1, make_learn(n_train=4))
     assert run.recorder.losses == run.losses.train
     assert len(run.recorder.losses) == len(run.recorder.lrs[0]) == 3
 
 
-def test_a_rate_in_a_tensor_is_recorded_as_it_was(make_learn):
+def test_a_rate_in_a_tensor_is_recorded_by_value(make_learn):
     learn = make_learn(n_train=2, opt=lambda p: torch.optim.SGD(p, lr=torch.tensor(0.5)))
     run = Runner([ParamScheduler("lr", sched_lin(0.5, 0.25)), Recorder])
     run.fit(1, learn)
@@ -139,7 +139,7 @@ def test_a_rate_in_a_tensor_is_recorded_as_it_was(make_learn):
     assert all(type(v) is float for v in run.recorder.lrs[0])
 
 
-def test_no_graph_hangs_on_the_record(make_learn):
+def test_the_record_keeps_no_graph(make_learn):
     class Looks(Callback):
         _order = 5
 
@@ -149,7 +149,7 @@ def test_no_graph_hangs_on_the_record(make_learn):
     Runner([Recorder, Looks]).fit(1, make_learn())
 
 
-def test_a_recorder_without_a_fit_says_so():
+def test_plotting_before_a_fit_is_an_error():
     assert Recorder().losses == []
     with pytest.raises(ValueError, match="not been part of a fit"):
         Recorder().plot_lr()
@@ -158,7 +158,7 @@ def test_a_recorder_without_a_fit_says_so():
 # --- accuracy and averages
 
 
-def test_accuracy_is_the_share_of_rows_that_are_right():
+def test_accuracy_is_the_share_of_correct_rows():
     out = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
     value = accuracy(out, torch.tensor([1, 0, 0, 1]))
     assert value.dtype == torch.float32
@@ -193,7 +193,7 @@ def test_averages_are_weighted_by_batch_size(make_learn):
     assert run.avg_stats.train_stats.count == 7
 
 
-def test_a_row_of_history_holds_what_its_columns_say(make_learn):
+def test_a_row_of_history_has_the_listed_columns(make_learn):
     run = make_silent(Runner([functools.partial(AvgStatsCallback, accuracy)]))
     run.fit(3, make_learn())
     rows = run.avg_stats.history
@@ -205,7 +205,7 @@ def test_a_row_of_history_holds_what_its_columns_say(make_learn):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
 
-def test_without_validation_its_columns_hold_none(make_learn):
+def test_without_validation_its_columns_are_none(make_learn):
     run = make_silent(Runner([AvgStatsCallback(accuracy)]))
     run.fit(1, make_learn(n_valid=0))
     row = run.avg_stats.history[0]
@@ -240,7 +240,7 @@ def test_it_writes_rows_to_a_logger_that_wants_a_table(make_learn):
 
 
 @pytest.mark.parametrize("event", ["begin_batch", "after_pred"])
-def test_a_batch_that_is_cancelled_before_its_loss_does_not_count(make_learn, event):
+def test_a_batch_cancelled_before_its_loss_does_not_count(make_learn, event):
     run = make_silent(Runner([AvgStatsCallback(accuracy), Losses, At(event, CancelBatchException())]))
     run.fit(1, make_learn(n_train=4))
     assert run.avg_stats.train_stats.count == 3 * 6
@@ -248,7 +248,7 @@ def test_a_batch_that_is_cancelled_before_its_loss_does_not_count(make_learn, ev
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), CancelTrainException()], ids=repr)
-def test_history_survives_what_ends_the_fit(make_learn, error):
+def test_history_survives_whatever_ends_the_fit(make_learn, error):
     run = make_silent(Runner([AvgStatsCallback(accuracy), At("after_loss", error, at=10)]))
     if isinstance(error, ValueError):
         with pytest.raises(ValueError, match="broken"):
@@ -256,7 +256,7 @@ def test_history_survives_what_ends_the_fit(make_learn, error):
     else:
         run.fit(5, make_learn(n_train=4))
     assert [r["epoch"] for r in run.avg_stats.history] == [0, 1]
-    assert run.avg_stats.train_stats.count == 2 * 6, "the averages of the epoch that was cut are there too"
+    assert run.avg_stats.train_stats.count == 2 * 6, "the averages of the interrupted epoch are lost"
 
 
 def test_a_second_fit_starts_a_new_history(make_learn):
@@ -278,18 +278,18 @@ def broken_metric(pred, yb):
         (lambda p, y: p, ValueError, r"the metric 'lambda' must return one number for a batch; got shape \(6, 3\)"),
     ],
 )
-def test_a_metric_that_fails_is_named(make_learn, metric, error, message):
+def test_a_failing_metric_is_named(make_learn, metric, error, message):
     with pytest.raises(error, match=message):
         Runner([AvgStatsCallback(metric)]).fit(1, make_learn())
 
 
 @pytest.mark.parametrize("wrong", [3, "accuracy", [accuracy, 3]], ids=["number", "name", "list"])
-def test_what_is_no_metric_is_an_error_at_once(wrong):
-    with pytest.raises(TypeError, match="a metric is a function of"):
+def test_an_invalid_metric_is_an_error_at_construction(wrong):
+    with pytest.raises(TypeError, match="a metric must be a function of"):
         AvgStatsCallback(wrong)
 
 
-def test_metrics_may_return_plain_numbers_and_see_no_graph(make_learn):
+def test_metrics_may_return_plain_numbers_and_get_detached_predictions(make_learn):
     def constant(pred, yb):
         assert not pred.requires_grad
         return 2
@@ -299,7 +299,7 @@ def test_metrics_may_return_plain_numbers_and_see_no_graph(make_learn):
     assert run.avg_stats.history[0]["train_constant_1"] == run.avg_stats.history[0]["valid_constant_2"] == 2.0
 
 
-def test_a_metric_of_several_outputs_leaves_no_graph(make_learn):
+def test_a_metric_of_several_outputs_keeps_no_graph(make_learn):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -337,7 +337,7 @@ def test_inputs_in_tuples_and_dictionaries_count_by_their_first(make_learn):
         assert run.avg_stats.train_stats.count == 24
 
 
-def test_an_infinite_average_is_written_as_it_is(make_learn):
+def test_an_infinite_average_is_shown_unchanged(make_learn):
     run = make_silent(Runner([AvgStatsCallback(lambda p, y: math.inf)]))
     run.fit(1, make_learn())
     assert run.avg_stats.history[0]["train_lambda"] == math.inf
@@ -366,7 +366,7 @@ def test_a_copy_within_an_epoch_has_the_averages_so_far(make_learn):
 
 
 class F1:
-    """Of two classes, as it is over all samples: the mean over batches is another number."""
+    """The F1 score of two classes, which differs from the mean over batches."""
 
     def __init__(self):
         self.resets = 0
@@ -398,7 +398,7 @@ def whole_pass(learn, dl):
 
 
 @pytest.mark.parametrize("metric", [F1, lambda: EpochMetric(f1)], ids=["object", "EpochMetric"])
-def test_an_object_accumulates_over_each_pass_and_is_reset_before_it(make_learn, metric):
+def test_an_object_accumulates_over_each_pass_and_is_reset_before(make_learn, metric):
     learn, metric = make_learn(n_train=5, n_valid=3), metric()
     learn.opt.param_groups[0]["lr"] = 0.0
     run = make_silent(Runner([functools.partial(AvgStatsCallback, [accuracy, metric])]))
@@ -407,9 +407,9 @@ def test_an_object_accumulates_over_each_pass_and_is_reset_before_it(make_learn,
     expected = whole_pass(learn, learn.data.valid_dl)
     with torch.no_grad():
         batchwise = sum(f1(learn.model(xb), yb) for xb, yb in learn.data.valid_dl) / 3
-    assert abs(expected - batchwise) > 0.01, "else this test shows nothing"
+    assert abs(expected - batchwise) > 0.01, "otherwise this test shows nothing"
     assert [row[f"valid_{name}"] for row in run.avg_stats.history] == pytest.approx([expected] * 2)
-    assert metric.compute() == pytest.approx(expected), "the object given is the one of validation"
+    assert metric.compute() == pytest.approx(expected), "validation must use the object itself"
     learn.model.train()
     expected = whole_pass_in_training(learn)
     assert run.avg_stats.history[0][f"train_{name}"] == pytest.approx(expected)
@@ -417,11 +417,11 @@ def test_an_object_accumulates_over_each_pass_and_is_reset_before_it(make_learn,
 
 def whole_pass_in_training(learn):
     with torch.no_grad():
-        preds = [learn.model(xb) for xb, _ in learn.data.train_dl]  # each batch normalised by itself
+        preds = [learn.model(xb) for xb, _ in learn.data.train_dl]  # each batch is normalised by its own statistics
     return f1(torch.cat(preds), torch.cat([yb for _, yb in learn.data.train_dl]))
 
 
-def test_a_checkpoint_within_an_epoch_has_what_objects_have_accumulated(make_learn, tmp_path):
+def test_a_checkpoint_within_an_epoch_has_the_state_of_accumulating_objects(make_learn, tmp_path):
     def fit(epochs, n_train, resume=None):
         learn = make_learn(n_train=5)
         run = make_silent(Runner([AvgStatsCallback(F1()), Checkpoint(tmp_path, every=3)]))
@@ -446,9 +446,9 @@ class Resets:
 
 @pytest.mark.parametrize(
     ("metric", "message"),
-    [(F1, r"got the class F1: write F1\(\)"), (Resets(), r"has update.*lacks update, compute: add what is missing")],
+    [(F1, r"got the class F1: write F1\(\)"), (Resets(), r"lacks update, compute: add what is missing")],
 )
-def test_half_a_protocol_is_an_error_at_once(metric, message):
+def test_an_incomplete_protocol_is_an_error_at_construction(metric, message):
     with pytest.raises(TypeError, match=message):
         AvgStatsCallback(metric)
 
@@ -457,7 +457,7 @@ def test_a_metric_may_not_take_the_name_of_the_loss():
     def loss(pred, yb):
         return 0.0
 
-    with pytest.raises(ValueError, match="'loss' is the loss's; got metrics named accuracy, loss: rename 'loss'"):
+    with pytest.raises(ValueError, match="'loss' is the name of the loss; got accuracy, loss: rename 'loss'"):
         AvgStatsCallback([accuracy, loss])
 
 
@@ -473,7 +473,7 @@ SUMS = [nn.CrossEntropyLoss(reduction="sum"), functools.partial(F.cross_entropy,
 
 
 @pytest.mark.parametrize("loss_func", SUMS, ids=["module", "function"])
-def test_of_a_summed_loss_the_mean_over_samples_is_shown(make_learn, loss_func):
+def test_a_summed_loss_is_shown_as_the_mean_over_samples(make_learn, loss_func):
     learn = make_learn(n_train=2, n_valid=3, loss_func=loss_func)
     learn.opt.param_groups[0]["lr"] = 0.0
     learn.data.valid_dl[2] = tuple(t[:1] for t in learn.data.valid_dl[2])
@@ -494,10 +494,10 @@ def test_an_optimiser_without_pytorchs_groups_has_no_rate_in_the_history(make_le
     assert run.avg_stats.history[0]["lr"] is None and run.avg_stats.history[0]["train_loss"] > 0
 
 
-def test_values_of_objects_that_differ_between_processes_are_told():
+def test_objects_with_different_values_in_processes_are_a_warning():
     stats = AvgStats([F1()], in_train=False)
     stats._sizes, stats._computed = [4], {"F1": 0.5}
     stats._tape.add((torch.tensor(1.0),))
-    with pytest.warns(UserWarning, match="'F1' does not merge over processes"):
+    with pytest.warns(UserWarning, match="'F1' is not merged over processes"):
         stats.merge(lambda numbers: [numbers, [12, 24.0, 12.0]])
     assert stats.avg_stats == [28 / 16, 14 / 16] and stats.count == 16

@@ -1,4 +1,4 @@
-"""EarlyStopping: when it ends a fit, what it says, and what a resumed fit makes of it."""
+"""EarlyStopping: when it ends a fit, what it reports, and how it resumes."""
 
 import math
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ VALUES = [5.0, 4.0, 3.0, 3.5, 2.9, 2.95, 2.92, 2.91, 2.0, 1.0]
 
 
 def make_learn(values=VALUES):
-    """The validation loss of epoch i is values[i], whatever is trained."""
+    """Sets the validation loss of epoch i to values[i]."""
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
 
@@ -55,7 +55,7 @@ def fit(learn, epochs, *cbs, resume=None):
     ],
     ids=str,
 )
-def test_it_ends_after_so_many_epochs_without_a_gain(kwargs, epochs, best_epoch, sentence):
+def test_it_ends_after_patience_epochs_without_improvement(kwargs, epochs, best_epoch, sentence):
     run = fit(make_learn(), 10, EarlyStopping(**kwargs))
     stopping = run.early_stopping
     assert len(run.avg_stats.history) == epochs
@@ -64,13 +64,13 @@ def test_it_ends_after_so_many_epochs_without_a_gain(kwargs, epochs, best_epoch,
     assert run.epoch == epochs - 1
 
 
-def test_nan_is_no_gain():
+def test_nan_is_no_improvement():
     run = fit(make_learn([math.nan] * 5), 5, EarlyStopping(patience=2))
     assert run.stop_reason == "valid_loss has not fallen for 2 epochs (it was NaN throughout)"
     assert len(run.avg_stats.history) == 2
 
 
-def test_the_others_have_the_last_epoch_too(tmp_path):
+def test_other_callbacks_see_the_last_epoch(tmp_path):
     class Counts(Callback):
         n = 0
 
@@ -89,7 +89,7 @@ def test_the_others_have_the_last_epoch_too(tmp_path):
 
 
 @pytest.mark.parametrize("number", range(1, 8))
-def test_a_resumed_fit_ends_where_the_whole_one_did(number, tmp_path):
+def test_a_resumed_fit_ends_where_an_uninterrupted_one_does(number, tmp_path):
     whole = fit(make_learn(), 10, EarlyStopping(patience=2), Checkpoint(tmp_path / "c", keep=None))
     (file,) = (tmp_path / "c").glob(f"checkpoint-*{number}-step-*.pt")
     again = fit(make_learn(), 10, EarlyStopping(patience=2), Checkpoint(tmp_path / "c", keep=None), resume=file)
@@ -99,7 +99,7 @@ def test_a_resumed_fit_ends_where_the_whole_one_did(number, tmp_path):
     assert again.n_iter == whole.n_iter
 
 
-def test_a_fit_begins_anew():
+def test_a_new_fit_starts_counting_again():
     stopping = EarlyStopping(patience=2)
     fit(make_learn(), 10, stopping)
     run = fit(make_learn(), 2, stopping)
@@ -107,19 +107,21 @@ def test_a_fit_begins_anew():
 
 
 def test_a_metric_of_unknown_direction_needs_a_mode():
-    with pytest.raises(ValueError, match=r"EarlyStopping: mode says whether 'last_row' should fall \('min'\) or rise"):
+    with pytest.raises(
+        ValueError, match=r"EarlyStopping: mode must say whether 'last_row' should fall \('min'\) or rise"
+    ):
         EarlyStopping("last_row")
     run = fit(make_learn(), 2, EarlyStopping("last_row", mode="max"))
     assert run.early_stopping.best is not None
 
 
-def test_a_name_that_is_not_measured_is_told():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(
-        ValueError, match="EarlyStopping: monitor is one of train_loss, .*; got 'val_loss'. Did you mean"
+        ValueError, match="EarlyStopping: monitor must be one of train_loss, .*; got 'val_loss'. Did you mean"
     ):
         fit(make_learn(), 1, EarlyStopping("val_loss"))
     with pytest.raises(
-        ValueError, match="EarlyStopping finds 'valid_loss' among what AvgStatsCallback measures, and the"
+        ValueError, match="EarlyStopping needs an AvgStatsCallback in the run, which measures 'valid_loss'"
     ):
         Runner([EarlyStopping()]).fit(1, make_learn())
 
@@ -127,22 +129,22 @@ def test_a_name_that_is_not_measured_is_told():
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"patience": 0}, "patience is a whole number of epochs, 1 or more; got 0"),
-        ({"patience": 2.5}, "patience is a whole number of epochs, 1 or more; got 2.5"),
-        ({"min_delta": -1}, "min_delta is a finite number, 0 or more; got -1"),
-        ({"min_delta": math.nan}, "min_delta is a finite number, 0 or more; got nan"),
+        ({"patience": 0}, "patience must be a whole number, 1 or more; got 0"),
+        ({"patience": 2.5}, "patience must be a whole number, 1 or more; got 2.5"),
+        ({"min_delta": -1}, "min_delta must be a finite number, 0 or more; got -1"),
+        ({"min_delta": math.nan}, "min_delta must be a finite number, 0 or more; got nan"),
     ],
     ids=str,
 )
-def test_wrong_arguments_are_told(kwargs, words):
+def test_invalid_arguments_are_errors(kwargs, words):
     with pytest.raises(ValueError, match=words):
         EarlyStopping(**kwargs)
 
 
 @pytest.mark.parametrize("cls", [EarlyStopping, lambda name: SaveBest(monitor=name)], ids=["EarlyStopping", "SaveBest"])
-def test_only_whole_words_say_in_which_direction_a_metric_gets_better(cls):
+def test_only_whole_words_decide_the_direction(cls):
     for name in ("inaccuracy", "valid_inaccuracy", "gloss"):
-        with pytest.raises(ValueError, match=f"mode says whether '{name}' should fall .* or rise"):
+        with pytest.raises(ValueError, match=f"mode must say whether '{name}' should fall .* or rise"):
             cls(name)
     assert [cls(name).monitor.mode for name in ("accuracy", "valid_accuracy_2", "top5_accuracy", "loss")] == [
         *["max"] * 3,
