@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 
-import torch
-
 from fastrbn.compare import cells_of, run_grid, split_norms, write_report
 from fastrbn.data import DataError, DataNotFoundError
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DONE, ERROR, INTERRUPTED, CliError
+from .settings import find_device
 
 CELLS, FAILED = "cells.csv", "failed.txt"
 
@@ -76,18 +75,13 @@ def _data(text) -> list[str]:
 def _check(args) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise CliError(f"--out must be a folder; {args.out} is a file: take another name", BAD_ARGUMENTS)
-    for name in args.device.split(","):
-        try:
-            kind = torch.device(name).type
-            torch.ones(1, device=name).item()  # a device that can be named need not be there
-        except (RuntimeError, AssertionError, NotImplementedError) as e:
-            why = str(e).strip().splitlines()[0]
-            raise CliError(
-                f"--device must be cpu, cuda, or devices such as cuda:0,cuda:1 of this machine; got '{name}': {why}",
-                BAD_ARGUMENTS,
-            ) from e
-        if kind != torch.device(args.device.split(",")[0]).type:
-            raise CliError(f"--device takes devices of one kind; got '{args.device}'", BAD_ARGUMENTS)
+    known = "cpu, cuda, or devices such as cuda:0,cuda:1 of this machine"
+    try:
+        kinds = {find_device(name, known).partition(":")[0] for name in args.device.split(",")}
+    except ValueError as e:
+        raise CliError(str(e), BAD_ARGUMENTS) from e
+    if len(kinds) > 1:
+        raise CliError(f"--device takes devices of one kind; got '{args.device}'", BAD_ARGUMENTS)
 
 
 def _table(folder) -> int:

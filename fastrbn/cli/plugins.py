@@ -9,8 +9,9 @@ from pathlib import Path
 
 from fastrbn import callbacks as built_in_package
 from fastrbn.learn import Callback
+from fastrbn.util import suggestion
 
-from .options import BAD_ARGUMENTS, CliError, nearest
+from .options import BAD_ARGUMENTS, CliError
 
 GROUP = "fastrbn.callbacks"
 
@@ -38,7 +39,7 @@ def make_callback(spec: str) -> Callback:
         signature.bind(**kwargs)
     except TypeError as e:
         unknown = [k for k in kwargs if k not in signature.parameters]
-        hint = nearest(unknown[0], signature.parameters) if unknown else ""
+        hint = suggestion(unknown[0], signature.parameters) if unknown else ""
         raise CliError(f"--cb {spec}: {e}; {name} takes {_takes(signature)}.{hint}", BAD_ARGUMENTS) from None
     try:
         made = factory(**kwargs)
@@ -89,7 +90,7 @@ def _find(name: str, spec: str):
         return _load(points[name])
     names = [*sorted(known), *sorted(points)]
     raise CliError(
-        f"--cb {spec}: there is no callback '{name}'.{nearest(name, names)} There are: {', '.join(names)}",
+        f"--cb {spec}: there is no callback '{name}'.{suggestion(name, names)} There are: {', '.join(names)}",
         BAD_ARGUMENTS,
     )
 

@@ -90,11 +90,11 @@ def launch() -> dict | None:
     return {"run_id": os.environ["TORCHELASTIC_RUN_ID"], "agent": os.getppid()}
 
 
-def restarted(args) -> str | None:
-    """The folder of the run that torchrun (--max-restarts) has started again; None when it is the first time."""
-    if args.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+def restarted(out: Path | None) -> str | None:
+    """The folder of the run that torchrun (--max-restarts) has started again; None the first time."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    folders = [args.out] if args.out is not None else sorted(Path("runs").glob("*"), reverse=True)
+    folders = [out] if out is not None else sorted(Path("runs").glob("*"), reverse=True)
     for folder in folders:
         try:
             if json.loads((folder / "config.json").read_text(encoding="utf-8"))["launch"] == launch():

@@ -10,10 +10,9 @@ from PIL import Image
 from torch import nn
 
 from fastrbn import RECIPES, LabelSmoothingCrossEntropy, RunningBatchNorm
-from fastrbn.cli import main
-from fastrbn.cli import run_folder as _cli_results
-from fastrbn.cli import train as _cli_train
-from fastrbn.cli.options import default_lr
+from fastrbn.cli import main, run_folder
+from fastrbn.cli import train as cli_train
+from fastrbn.cli.settings import default_lr
 from fastrbn.data import Cutout, RandomCrop, RandomFlip, glyphs, to_channels_last
 
 REAL = Path(os.environ.get("FASTRBN_DATA") or "/nowhere") / "cifar10-jpeg"
@@ -28,11 +27,11 @@ def cli(tmp_path, monkeypatch, capsys):
     """cli("train", …) in an empty folder gives status, stdout, stderr; cli.built has the (learn, run) of each."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
-    monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
-    real = _cli_train.load_dataset
+    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
+    real = cli_train.load_dataset
     small = glyphs(16, 10)
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a: small if name == "glyphs" else real(name, *a))
-    build = _cli_train._build
+    monkeypatch.setattr(cli_train, "load_dataset", lambda name, *a: small if name == "glyphs" else real(name, *a))
+    build = cli_train._build
 
     def run(*args):
         status = main([*map(str, args)])
@@ -44,7 +43,7 @@ def cli(tmp_path, monkeypatch, capsys):
         return run.built[-1]
 
     run.built = []
-    monkeypatch.setattr(_cli_train, "_build", built)
+    monkeypatch.setattr(cli_train, "_build", built)
     return run
 
 
@@ -175,7 +174,7 @@ def test_resume_goes_on_with_the_recipe_and_with_the_data_that_were_found(cli, c
         ("--norm bacth", "--norm must be one of running, batch, group, default, … got 'bacth'. Did you mean 'batch'?"),
         ("--norm batch --layer conv_gn", "argument --layer: not allowed with argument --norm"),
         ("--norm course --recipe detached", "--norm course is a recipe already, and --recipe is detached"),
-        ("--norm batch --recipe course", "--recipe is for conv_rbn, and --layer is conv_bn"),
+        ("--norm batch --recipe course", "--recipe is for --norm running, and --norm is batch"),
         ("--width 8", "--width is for resnet9, and --model is cnn: leave it out"),
         ("--momentum 1", "--momentum: must be a number from 0, below 1; got '1'"),
         ("--weight-decay -1", "--weight-decay: must be a number from 0, below 1; got '-1'"),

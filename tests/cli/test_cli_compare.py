@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 import fastrbn
-from fastrbn.cli import compare_options as _cli_compare_args
-from fastrbn.cli import main
+from fastrbn.cli import main, options
 from fastrbn.compare import NETS, grid, read_rows, workers
 from fastrbn.data import glyphs
 from fastrbn.util import locked
@@ -159,7 +158,7 @@ def test_a_second_command_into_the_same_folder_ends_with_a_clear_line(cli):
 
 
 def test_the_help_lists_the_nets_there_are():
-    assert tuple(NETS) == _cli_compare_args.NETS
+    assert tuple(NETS) == options.NETS
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group of processes")
