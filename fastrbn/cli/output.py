@@ -12,10 +12,8 @@ from typing import Any
 _ASCII = {"→": "->", "×": "x", "·": "*", "±": "+/-", "−": "-", "…": "...", "█": "#"}
 
 
-def _spelt_out(error: UnicodeError) -> tuple[str, int]:
+def _spelt_out(error: Any) -> tuple[str, int]:
     """An error handler for encodings that writes unknown characters in ASCII."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
     text = error.object[error.start : error.end]
     return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 

@@ -5,6 +5,7 @@ Each file is written whole or not at all, and one that cannot be written does no
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -19,17 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastrbn import plots
 from fastrbn._version import __version__
-from fastrbn.callbacks import HaltOnNaN
+from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, ParamMagnitudes, Recorder
+from fastrbn.data import DataBunch, ImageData
+from fastrbn.learn import Learner, Runner
 from fastrbn.learn import checkpoint_file as checkpoints
 from fastrbn.norm import get_recipe
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DONE, CliError
 from .plugins import outside
-from .settings import NFS, Settings, of_config, split_norm
+from .settings import NFS, Settings, of_config, split_norm, wrong
 
 CHECKPOINTS = "checkpoints"  # a folder
 REPORT = "nan_report.txt"
@@ -37,7 +41,6 @@ RESULTS = ("config.json", "model.pt", "history.csv", "curves.png", "params.png",
 
 _MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir")  # training goes on from the same place all the same
 _DATA = ("data", "size", "limit", "data_dir")  # described apart in config.json
-_WAY_OUT = "correct the file or restore it from a copy, or train in another folder"
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,9 @@ def check_folder(folder: Path | None, force: bool) -> None:
 
 def open_folder(plan: Plan, name: str, held: ExitStack) -> Path:
     """The run's folder, made if need be and locked while `held` is; in runs/ it is named after `name`."""
-    if plan.config is not None:
-        assert plan.folder is not None
-        folder = plan.folder
-    elif plan.folder is not None:
-        folder = make_folder(plan.folder)
-    else:
-        name = f"{name}-{plan.settings.layer}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = make_folder(Path("runs") / name, numbered=True)
+    folder = plan.folder or Path("runs") / f"{name}-{plan.settings.layer}-{datetime.now():%Y%m%d-%H%M%S}"
+    if plan.config is None:
+        folder = make_folder(folder, numbered=plan.folder is None)
     try:
         held.enter_context(locked(folder))
     except BlockingIOError as e:
@@ -118,7 +116,9 @@ def _not_there(folder: Path, error: OSError) -> CliError:
 # config.json
 
 
-def configuration(plan: Plan, images, data, learn, run, **processes: Any) -> dict[str, Any]:
+def configuration(
+    plan: Plan, images: ImageData, data: DataBunch, learn: Learner, run: Runner, **processes: Any
+) -> dict[str, Any]:
     """What config.json holds: the settings (`arguments`, to resume from), and what they come to with these data."""
     import torchvision
 
@@ -146,7 +146,7 @@ def configuration(plan: Plan, images, data, learn, run, **processes: Any) -> dic
         "recipe_settings": recipe and dataclasses.asdict(get_recipe(recipe)),
         "parameters": sum(p.numel() for p in learn.model.parameters()),
         "optimiser": type(learn.opt).__name__,
-        "halt_on_nan": any(type(cb) is HaltOnNaN for cb in run.cbs),
+        "halt_on_nan": callback_of(run, HaltOnNaN) is not None,
         "callbacks": [repr(cb) for cb in run.cbs],
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {
@@ -165,7 +165,7 @@ def configuration(plan: Plan, images, data, learn, run, **processes: Any) -> dic
     return {**past, **config, **again}
 
 
-def _found(data: str | None, images) -> str:
+def _found(data: str | None, images: ImageData) -> str:
     """The data by the name under which they will be found again, from any folder."""
     if data is not None and Path(data).is_dir():
         return str(Path(data).resolve())
@@ -201,8 +201,9 @@ def _unwritten(file: Path, error: Exception) -> str:
 # the other results
 
 
-def write_results(folder: Path, model, stats, recorder, magnitudes, report=None) -> list[str]:
+def write_results(folder: Path, run: Runner, model: nn.Module, report: object = None) -> list[str]:
     """Write all results but the configuration. Returns a sentence for each file that could not be written."""
+    stats, recorder, magnitudes = (callback_of(run, cls) for cls in (AvgStatsCallback, Recorder, ParamMagnitudes))
     writers: dict[str, Callable[[], str | bytes]] = {
         "model.pt": lambda: _state_dict(model),
         "history.csv": lambda: _history(stats),
@@ -222,7 +223,12 @@ def write_results(folder: Path, model, stats, recorder, magnitudes, report=None)
     return failures
 
 
-def rows(stats) -> list[dict[str, Any]]:
+def callback_of(run: Runner, cls: type) -> Any:
+    """The run's callback that is a `cls` and no subclass, or None."""
+    return next((cb for cb in run.cbs if type(cb) is cls), None)
+
+
+def rows(stats: AvgStatsCallback) -> list[dict[str, Any]]:
     """The history; if the fit ended within an epoch, its last row has that epoch's averages so far."""
     history, run = list(stats.history), stats.run
     begun = run.iter is not None or run.dl is not run.data.train_dl  # else the averages are still the last epoch's
@@ -236,7 +242,7 @@ def rows(stats) -> list[dict[str, Any]]:
     return history
 
 
-def _history(stats) -> str:
+def _history(stats: AvgStatsCallback) -> str:
     text = io.StringIO(newline="")
     out = csv.DictWriter(text, stats.columns, lineterminator="\n")
     out.writeheader()
@@ -244,7 +250,7 @@ def _history(stats) -> str:
     return text.getvalue()
 
 
-def _state_dict(model) -> bytes:
+def _state_dict(model: nn.Module) -> bytes:
     file = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
     return file.getvalue()
@@ -265,15 +271,7 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
     The run may be somebody else's. CliError if its configuration names a file outside its folder, unless the command
     repeats it; if it is damaged; and if it does not go together with `given`.
     """
-    config = _read_config(folder)
-    arguments = config.get("arguments", {"checkpoint_every": None})
-    if isinstance(arguments, dict) and arguments.get("checkpoint_every", 0) is None:
-        raise CliError(
-            f"--resume needs a run that was trained with --checkpoint-every; {folder} was not, so there is nothing to "
-            f"go on from",
-            BAD_ARGUMENTS,
-        )
-    settings = _kept_settings(arguments, folder)
+    config, settings = _load(folder)
     result, saved = config.get("result", {}), folder / CHECKPOINTS
     wrote = result.get("status") == DONE or result.get("steps", 0) >= (settings.checkpoint_every or 0)
     if wrote and not checkpoints.files(saved):
@@ -308,12 +306,8 @@ def restarted(folder: Path, settings: Settings, command: str) -> Plan:
     """The run in `folder` that torchrun has started again with its own `settings`; from the start if it did not get so
     far as to keep them."""
     if settings.checkpoint_every is not None:
-        try:
-            config = _read_config(folder)
-            kept = _kept_settings(config.get("arguments"), folder)
-        except CliError:
-            pass
-        else:
+        with contextlib.suppress(CliError):
+            config, kept = _load(folder)
             own = {name: getattr(settings, name) for name in ("data", "device", "data_dir", "cb")}
             return Plan(dataclasses.replace(kept, **own), command, folder, config=config)
     return Plan(settings, command, folder, force=True)
@@ -329,7 +323,7 @@ def start(folder: Path) -> Path | None:
     return folder / CHECKPOINTS
 
 
-def has_learnt(run) -> bool:
+def has_learnt(run: Runner) -> bool:
     """Whether a resumed fit has done a step beyond its checkpoint. Until then the run's results are all there is."""
     return run.resumed_from is not None and run.n_iter > checkpoints.steps_in(run.resumed_from)
 
@@ -344,48 +338,46 @@ def _check_callbacks(specs: tuple[str, ...], folder: Path) -> None:
             )
 
 
-def _kept_settings(arguments: Any, folder: Path) -> Settings:
-    try:
-        return of_config(arguments)
-    except ValueError as e:
-        raise _wrong(folder / "config.json", f": {e}") from e
-
-
-def _wrong(path: Path, problem: str) -> CliError:
-    return CliError(f"--resume: {path}{problem}; {_WAY_OUT}", BAD_ARGUMENTS)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _load(folder: Path) -> tuple[dict[str, Any], Settings]:
+    """The config.json of a run that can be resumed, and its settings. CliError if it is missing, damaged or odd."""
+    path, problem = folder / "config.json", " is no configuration of a run"
     try:
         if path.exists() and not path.is_file():  # a named pipe would be waited for
             raise OSError(None, "it is not a file")
         config = json.loads(path.read_text(encoding="utf-8-sig"))
+        _check(config)
+        problem = ""
+        arguments = config.get("arguments", {"checkpoint_every": None})
+        if isinstance(arguments, dict) and arguments.get("checkpoint_every", 0) is None:
+            raise CliError(
+                f"--resume needs a run that was trained with --checkpoint-every; {folder} was not, so there is nothing "
+                f"to go on from",
+                BAD_ARGUMENTS,
+            )
+        return config, of_config(arguments)
     except OSError as e:
         raise CliError(
             f"--resume needs the folder of a run, with its config.json; {path} cannot be read: {e.strerror or e}",
             BAD_ARGUMENTS,
         ) from e
     except (ValueError, RecursionError) as e:  # a byte that is not UTF-8 is a ValueError too
-        raise _wrong(path, f" is no configuration of a run: {e}") from e
+        raise CliError(
+            f"--resume: {path}{problem}: {e}; correct the file or restore it from a copy, or train in another folder",
+            BAD_ARGUMENTS,
+        ) from e
+
+
+def _check(config: Any) -> None:
+    """ValueError if what resuming reads, beside the settings, is not of its kind."""
     if not isinstance(config, dict):
-        raise _wrong(path, " is no configuration of a run: it must be an object")
-    for name, kind, rule in (
-        ("command", str, "text"),
-        ("started", str, "text"),
-        ("resumed", list, "a list"),
-        ("result", dict, "an object"),
-    ):
+        raise wrong("it", "must be an object", config)
+    parts: dict[str, tuple[type, str]] = {"command": (str, "text"), "started": (str, "text")}
+    parts |= {"resumed": (list, "a list"), "result": (dict, "an object")}
+    for name, (kind, rule) in parts.items():
         if name not in config and kind is str:
-            raise _wrong(path, f" lacks {name}, which the configuration of a run has")
-        if name in config and not isinstance(config[name], kind):
-            raise _wrong(path, f": {name} must be {rule}; got {_short(config[name])}")
+            raise ValueError(f"{name} is missing")
+        if not isinstance(config.get(name, kind()), kind):
+            raise wrong(name, f"must be {rule}", config[name])
     steps = config.get("result", {}).get("steps", 0)
     if type(steps) is not int:
-        raise _wrong(path, f": result.steps must be a whole number; got {_short(steps)}")
-    return config
-
-
-def _short(value: Any) -> str:
-    got = json.dumps(value)
-    return got if len(got) <= 60 else f"{got[:60]}…"
+        raise wrong("result.steps", "must be a whole number", steps)

@@ -43,27 +43,21 @@ def whole(least: int, most: int = 2**31 - 1) -> Rule:
     return check
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def _number(rule: str, fits: Callable[[float], bool]) -> Rule:
+    def check(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise ValueError(f"must be {rule}; got '{text}'")
+        return number
+
+    return check
 
 
-def rate(text: str) -> float:
-    """A finite number above 0."""
-    number = _number(text)
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"must be a finite number above 0; got '{text}'")
-    return number
-
-
-def share(text: str) -> float:
-    """A number from 0, below 1."""
-    number = _number(text)
-    if not 0 <= number < 1:
-        raise ValueError(f"must be a number from 0, below 1; got '{text}'")
-    return number
+rate = _number("a finite number above 0", lambda x: 0 < x < math.inf)
+share = _number("a number from 0, below 1", lambda x: 0 <= x < 1)
 
 
 def one_of(*names: str, hint: str = "") -> Rule:
@@ -163,7 +157,7 @@ def of_config(kept: Any) -> Settings:
     ValueError names the first that is wrong.
     """
     if not isinstance(kept, dict):
-        raise _wrong("arguments", "must be an object", kept)
+        raise wrong("arguments", "must be an object", kept)
     kept = dict(kept)
     if "layer" in kept:  # of a version that kept norm and layer apart; null: the layer was given
         layer = kept.pop("layer")
@@ -191,16 +185,14 @@ def _checked(name: str, value: Any) -> Any:
         problem = "" if isinstance(value, str) and value and "\0" not in value else "must be text"
         value = Path(value) if name == "data_dir" and not problem else value
     else:
-        try:
-            value = check(value if isinstance(value, str) else json.dumps(value))
-        except ValueError as e:
-            raise ValueError(f"arguments.{name} {e}") from e
+        value = _named(f"arguments.{name}", check, value if isinstance(value, str) else json.dumps(value))
     if problem:
-        raise _wrong(f"arguments.{name}", problem, value)
+        raise wrong(f"arguments.{name}", problem, value)
     return value
 
 
-def _wrong(name: str, problem: str, value: Any) -> ValueError:
+def wrong(name: str, problem: str, value: Any) -> ValueError:
+    """An error about `value`, read from JSON, which is shortened."""
     got = json.dumps(value)
     return ValueError(f"{name} {problem}; got {got[:60]}{'…' if len(got) > 60 else ''}")
 
@@ -209,10 +201,8 @@ def split_norm(name: str) -> tuple[str, str | None]:
     """A value of --norm as one of `NORMS` and a recipe, which is None unless `name` is one. Layers' names serve too."""
     from fastrbn.norm import RECIPES
 
-    norms = {**{layer: norm for norm, layer in NORMS.items()}, **{norm: norm for norm in NORMS}}
-    known = dict.fromkeys((*NORMS, *RECIPES, *NORMS.values()))
-    if name not in known:
-        raise ValueError(f"--norm must be one of {', '.join(known)}; got '{name}'.{suggestion(name, known)}")
+    norms = {layer: norm for norm, layer in NORMS.items()} | {norm: norm for norm in NORMS}
+    _named("--norm", one_of(*dict.fromkeys((*NORMS, *RECIPES, *NORMS.values()))), name)
     return (norms[name], None) if name in norms else ("running", name)
 
 
@@ -223,15 +213,18 @@ def _norm_and_recipe(norm: str, recipe: str | None) -> tuple[str, str | None]:
     kind, own = split_norm(norm)
     if own is not None and recipe not in (None, own):
         raise ValueError(f"--norm {norm} is a recipe already, and --recipe is {recipe}: leave one of them out")
-    recipe = recipe or own
-    if kind != "running":
-        if recipe is not None:
-            raise ValueError(f"--recipe is for --norm running, and --norm is {norm}: leave one of them out")
-        return kind, None
+    if kind == "running":
+        return kind, _named("--recipe", one_of(*RECIPES), recipe or own or "default")
+    if recipe is not None:
+        raise ValueError(f"--recipe is for --norm running, and --norm is {norm}: leave one of them out")
+    return kind, None
+
+
+def _named(name: str, check: Rule, text: str) -> Any:
     try:
-        return kind, one_of(*RECIPES)(recipe or "default")
+        return check(text)
     except ValueError as e:
-        raise ValueError(f"--recipe {e}") from e
+        raise ValueError(f"{name} {e}") from e
 
 
 def default_lr(bs: int, model: str = "cnn", momentum: float = 0.0) -> float:

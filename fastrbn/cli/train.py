@@ -9,13 +9,13 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import optim
+from torch import nn, optim
 
 from fastrbn.build import LabelSmoothingCrossEntropy, get_learn_run, get_runner
 from fastrbn.callbacks import (
@@ -38,7 +38,16 @@ from fastrbn.callbacks import (
     sched_cos,
     sched_lin,
 )
-from fastrbn.data import DataError, DataNotFoundError, DownloadError, image_databunch, load_dataset
+from fastrbn.data import (
+    DataBunch,
+    DataError,
+    DataNotFoundError,
+    DownloadError,
+    ImageData,
+    image_databunch,
+    load_dataset,
+)
+from fastrbn.learn import Callback, Learner, Runner
 from fastrbn.models import conv_bn, conv_gn, conv_rbn, resnet9
 
 from . import ranks as processes
@@ -111,7 +120,7 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
     return _fit(plan, learn, run, folder, config, ranks)
 
 
-def _fit(plan: Plan, learn, run, folder: Path, config: dict[str, Any], ranks: processes.Ranks) -> int:
+def _fit(plan: Plan, learn: Learner, run: Runner, folder: Path, config: dict[str, Any], ranks: processes.Ranks) -> int:
     """Train, write the results whatever happened, and say so in a sentence."""
     settings, began, error = plan.settings, time.perf_counter(), None
     resume = None if plan.config is None else run_folder.start(folder)
@@ -125,10 +134,9 @@ def _fit(plan: Plan, learn, run, folder: Path, config: dict[str, Any], ranks: pr
             traceback.print_exc()
         error = e
     seconds = time.perf_counter() - began
-    stats, recorder, magnitudes = (_of(run, cls) for cls in (AvgStatsCallback, Recorder, ParamMagnitudes))
-    halt = _of(run, HaltOnNaN)
+    halt = run_folder.callback_of(run, HaltOnNaN)
     report = halt.report if halt is not None else None
-    status, sentence = ranks.worst(*_outcome(settings.epochs, run, error, report, stats, seconds))
+    status, sentence = ranks.worst(*_outcome(settings.epochs, run, error, report, seconds))
     if resume is not None and not run_folder.has_learnt(run) and status in (ERROR, INTERRUPTED):
         _put_back(plan, folder, ranks)
         if ranks.rank == 0:
@@ -136,7 +144,7 @@ def _fit(plan: Plan, learn, run, folder: Path, config: dict[str, Any], ranks: pr
         return status
     if ranks.rank != 0:
         return status
-    failures = run_folder.write_results(folder, learn.model, stats, recorder, magnitudes, report)
+    failures = run_folder.write_results(folder, run, learn.model, report)
     config["result"] = {"status": status, "reason": run.stop_reason, "seconds": round(seconds, 2), "steps": run.n_iter}
     try:
         run_folder.write_config(folder, config)
@@ -164,7 +172,7 @@ def _put_back(plan: Plan, folder: Path, ranks: processes.Ranks) -> None:
         run_folder.write_config(folder, plan.config)
 
 
-def _outcome(epochs: int, run, error, report, stats, seconds: float) -> tuple[int, str]:
+def _outcome(epochs: int, run: Runner, error: BaseException | None, report: object, seconds: float) -> tuple[int, str]:
     """Exit status, and what happened."""
     if error is not None:
         return ERROR, f"error: {run.stop_reason or f'{type(error).__name__}: {error}'}"
@@ -174,12 +182,13 @@ def _outcome(epochs: int, run, error, report, stats, seconds: float) -> tuple[in
         return INTERRUPTED, run.stop_reason
     if run.stop_reason is not None:
         return DONE, f"ended early: {run.stop_reason}"
-    last = stats.history[-1] if stats.history else {}
+    history = run_folder.callback_of(run, AvgStatsCallback).history
+    last = history[-1] if history else {}
     reached = f", validation accuracy {last['valid_accuracy']:.2%}" if last.get("valid_accuracy") is not None else ""
     return DONE, f"done: {_count(epochs, 'epoch')} in {seconds:.1f} s{reached}"
 
 
-def _images(settings: Settings):
+def _images(settings: Settings) -> ImageData:
     """The data set; without a name MNIST, or where that cannot be had, glyphs."""
     name, root = settings.data, settings.data_dir
     size = {} if settings.size is None else {"size": settings.size}
@@ -216,7 +225,7 @@ def _images(settings: Settings):
         raise CliError(f"{name} does not fit into memory; a smaller --size may") from e
 
 
-def _databunch(settings: Settings, images, world: int):
+def _databunch(settings: Settings, images: ImageData, world: int) -> DataBunch:
     """The data on the device. A compiled model does not get an epoch's last, smaller batch, for which it would be
     compiled once more (unless there is no whole one)."""
     side, cutout = min(images.train.x.shape[2:]), settings.cutout
@@ -238,7 +247,7 @@ def _databunch(settings: Settings, images, world: int):
         raise CliError(f"cannot train on {images.name}: {e}") from e
 
 
-def _build(settings: Settings, data):
+def _build(settings: Settings, data: DataBunch) -> tuple[Learner, Runner]:
     """The learner and its runner, on the device."""
     momentum, recipe = settings.momentum, {} if settings.recipe is None else {"recipe": settings.recipe}
     how = {
@@ -260,7 +269,7 @@ def _build(settings: Settings, data):
 
 
 @torch.no_grad()
-def _try_a_batch(model, data, settings: Settings, world: int) -> None:
+def _try_a_batch(model: nn.Module, data: DataBunch, settings: Settings, world: int) -> None:
     """Raise what a copy of the model raises in the forward pass of an epoch's smallest batch: for images too small for
     its layers, or a batch too small for nn.BatchNorm."""
     x, bs = data.train_dl.x, settings.bs
@@ -269,7 +278,7 @@ def _try_a_batch(model, data, settings: Settings, world: int) -> None:
     copy.deepcopy(model).train()(torch.zeros(left or min(bs, len(x)), *x.shape[1:], device=x.device))
 
 
-def _callbacks(settings: Settings, folder: Path, steps: int, added: list) -> list:
+def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callback]) -> list[Callback]:
     """The command's own callbacks and the added ones; an added one replaces its own of that class."""
     own = [Recorder(), AvgStatsCallback(accuracy), ProgressCallback()]
     own.append(ParamMagnitudes(every=max(1, steps * settings.epochs // MAGNITUDES)))
@@ -294,17 +303,13 @@ def _callbacks(settings: Settings, folder: Path, steps: int, added: list) -> lis
     return own + added
 
 
-def _schedule(name: str, lr: float):
+def _schedule(name: str, lr: float) -> Callable[[float], float] | None:
     return {
         "none": None,
         "lin": sched_lin(lr, lr / 10),
         "cos": sched_cos(lr, lr / 10),
         "1cycle": combine_scheds([0.3, 0.7], cos_1cycle_anneal(lr / 10, lr, lr / 100)),
     }[name]
-
-
-def _of(run, cls):
-    return next((cb for cb in run.cbs if type(cb) is cls), None)
 
 
 def _announce(settings: Settings, config: dict[str, Any]) -> None:
@@ -325,7 +330,7 @@ def _announce(settings: Settings, config: dict[str, Any]) -> None:
     bs += f" on each of {world} processes ({step} a step)" if world > 1 else ""
     bs += ", more than there are images" if step > data["train"] else ""
     compiled = "compiled" if settings.compile == COMPILE[0] else f"compiled ({settings.compile})"
-    fast = [settings.amp, settings.channels_last and "channels last", settings.compile and compiled]
+    fast = [settings.amp, "channels last" if settings.channels_last else None, compiled if settings.compile else None]
     print(
         f"{settings.model} of {settings.layer}{recipe}, {config['parameters']} parameters, {bs}, learning rate {path}, "
         + ", ".join([_count(settings.epochs, "epoch"), f"on {settings.device}", *filter(None, fast)])

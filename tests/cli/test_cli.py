@@ -1,4 +1,4 @@
-"""The command line as its users meet it: what a run leaves, what it says, and the exit status of each ending."""
+"""The command line as its users meet it: the files of a run, what is printed, and the exit status of each ending."""
 
 import csv
 import importlib.metadata
@@ -40,7 +40,7 @@ def small(n_train=200, n_valid=100):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Runs the command line here, in an empty folder: cli("train", …) gives status, stdout and stderr. `glyphs` is a
+    """Run the command line here, in an empty folder: cli("train", …) returns status, stdout and stderr. `glyphs` is a
     small set; pictures are drawn in the tests that look at them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
@@ -57,7 +57,7 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 def plug_in(monkeypatch, **named):
-    """Entry points of the group, as if packages that provide them were installed."""
+    """Install entry points of the group, as far as importlib.metadata can tell."""
     points = [SimpleNamespace(name=name, value=f"tests:{name}", dist=None, load=load) for name, load in named.items()]
     real = importlib.metadata.entry_points  # of which others, such as triton, ask as well
 
@@ -77,7 +77,7 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs with everything real, in a process of its own and into a pipe."""
+    """A real run of two epochs, in its own process, printing into a pipe."""
     folder = tmp_path_factory.mktemp("finished")
     command = ["-W", "error", "-m", *COMMAND.split()]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -294,7 +294,7 @@ def photos(folder, classes="ab", n=4, sides=(9, 14)):
             Image.fromarray(x.numpy()).save(folder / c / f"{i}.png")
 
 
-def test_photos_of_differing_sizes_are_refused_with_the_option_that_brings_them_to_one(cli, tmp_path):
+def test_photos_of_differing_sizes_are_refused_with_a_hint_at_size(cli, tmp_path):
     photos(tmp_path / "photos")
     status, out, err = cli("train", "photos", "--out", "r")
     assert (status, out) == (1, "") and err.endswith("Bring them to one: size=N, or `fastrbn train --size N`.\n")
@@ -324,7 +324,7 @@ def test_a_folder_of_names_that_are_not_utf8_can_be_trained_on(cli, tmp_path):
         ("ab", (9, 10), "--limit 5 --layer conv_bn --bs 1", 1, "Expected more than 1 value per channel"),
     ],
 )
-def test_what_cannot_work_with_the_data_is_refused_before_training(cli, tmp_path, classes, sides, args, status, words):
+def test_settings_that_do_not_suit_the_data_are_refused_before_training(cli, tmp_path, classes, sides, args, status, words):
     photos(tmp_path / "set", classes, sides=sides)
     got, out, err = cli("train", "set", *args.split(), "--out", "r")
     assert (got, out) == (status, "") and err.startswith("fastrbn train: error: ")
@@ -435,7 +435,7 @@ def test_bad_arguments_end_with_2_and_the_rule_before_anything_is_written(cli, a
     assert "Traceback" not in err and not Path("runs").exists()
 
 
-def test_an_unknown_data_set_gets_the_nearest_name(cli):
+def test_an_unknown_data_set_gets_a_suggestion(cli):
     status, _, err = cli("train", "fashon")
     assert status == 2 and "'fashon'" in err and "'fashion'" in err
 
@@ -515,7 +515,7 @@ def test_an_interrupt_keeps_what_there_is_so_far_and_ends_with_130(cli, monkeypa
     assert float(part["train_loss"]) > 0 and part["valid_loss"] == ""
 
 
-def test_an_error_in_a_callback_shows_the_way_there_keeps_the_results_and_ends_with_1(cli, monkeypatch):
+def test_an_error_in_a_callback_shows_a_traceback_keeps_the_results_and_ends_with_1(cli, monkeypatch):
     plug_in(monkeypatch, stop=lambda: type("Failing", (Stop,), {"error": ZeroDivisionError}))
     status, _, err = cli("train", "glyphs", "--epochs", 2, "--limit", 80, "--cb", "stop", "--out", "r")
     assert status == 1
@@ -590,16 +590,15 @@ def test_an_interrupt_while_the_last_line_is_flushed_ends_with_130_quietly(cli, 
 def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path):
     code = """if True:
         import sys
-        from fastrbn import cli
-        from fastrbn.cli import train as cli_train
+        from fastrbn import Recorder
+        from fastrbn.cli import main
 
-        class Tells(cli_train.Recorder):
-            def after_batch(self):
-                if self.run.n_iter == 3:
-                    print("three steps", flush=True)
+        def tell(self):
+            if self.run.n_iter == 3:
+                print("three steps", flush=True)
 
-        cli_train.Recorder = Tells
-        sys.exit(cli.main(sys.argv[1:]))"""
+        Recorder.after_step = tell
+        sys.exit(main(sys.argv[1:]))"""
     command = [sys.executable, "-c", code, "train", "glyphs", "--epochs", "1000", "--bs", "2", "--out", "r"]
     # where the tests run in the background the signal may be ignored, and children inherit that
     with subprocess.Popen(
@@ -655,7 +654,7 @@ def test_callbacks_go_by_class_name_and_snake_name_with_and_without_the_suffix(n
         (" a = 1 , b = cpu ", {"a": 1, "b": "cpu"}),
     ],
 )
-def test_arguments_are_literals_and_what_is_none_is_text(text, expected):
+def test_arguments_are_literals_or_else_text(text, expected):
     assert plugins._arguments(text, "") == expected
 
 
@@ -685,7 +684,7 @@ def test_a_plug_in_is_listed_and_trains(cli, monkeypatch):
     assert seen == [7, 7, 7]
 
 
-def test_a_broken_plug_in_is_named_and_stops_nobody_else(cli, monkeypatch):
+def test_a_broken_plug_in_is_named_and_does_not_stop_the_others(cli, monkeypatch):
     def broken():
         raise ModuleNotFoundError("No module named 'nowhere'")
 
@@ -721,7 +720,7 @@ class Unmakeable(Callback):
         (lambda: Unmakeable, "--cb mine: mine cannot be made: LookupError: no such service"),
     ],
 )
-def test_a_plug_in_that_leaves_or_fails_before_training_is_an_error_that_names_it(cli, monkeypatch, load, words):
+def test_a_plug_in_that_exits_or_fails_before_training_is_an_error_that_names_it(cli, monkeypatch, load, words):
     plug_in(monkeypatch, mine=load)
     assert cli("train", "glyphs", "--cb", "mine", "--out", "r") == (1, "", f"fastrbn train: error: {words}\n")
     assert not Path("r").exists()
@@ -729,7 +728,7 @@ def test_a_plug_in_that_leaves_or_fails_before_training_is_an_error_that_names_i
 
 
 @pytest.mark.parametrize("event", ["begin_fit", "after_step", "after_fit"])
-def test_a_plug_in_that_leaves_during_training_is_an_error_that_names_it(cli, monkeypatch, event):
+def test_a_plug_in_that_exits_during_training_is_an_error_that_names_it(cli, monkeypatch, event):
     made = {}
     exec(f"def {event}(self):\n    raise SystemExit(0)", made)  # by the name that errors are told with
     plug_in(monkeypatch, mine=lambda: type("Leaves", (Callback,), {event: made[event]}))
@@ -778,7 +777,7 @@ def test_a_plug_in_that_is_truly_installed_is_found(cli, tmp_path, monkeypatch):
     assert "speaks: moo\n" in out
 
 
-def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
+def test_the_listing_ends_quietly_when_its_reader_closes_the_pipe(tmp_path):
     code = "import sys; from fastrbn.cli import main; sys.exit(main(['callbacks']))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -798,7 +797,7 @@ def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
 
 
 def printing_to(monkeypatch, file, encoding="utf-8"):
-    """Have stdout go to the binary `file`, as a process would have it."""
+    """Redirect stdout to the binary `file`, as in a process of its own."""
     stream = io.TextIOWrapper(file, encoding, errors="strict", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
     return stream
@@ -856,7 +855,7 @@ def test_an_interrupt_after_the_reader_has_left_saves_the_results(cli, monkeypat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_under_the_log_is_told_once_and_training_continues(cli, monkeypatch, capsys):
+def test_a_full_disk_under_the_log_is_reported_once_and_training_continues(cli, monkeypatch, capsys):
     stream = printing_to(monkeypatch, open("/dev/full", "wb", buffering=0))
     assert main(["train", "glyphs", "--limit", "80", "--out", "r"]) == 0
     stream.close()
@@ -865,7 +864,7 @@ def test_a_full_disk_under_the_log_is_told_once_and_training_continues(cli, monk
     assert set(os.listdir("r")) == RESULTS
 
 
-def test_of_many_processes_the_gravest_ending_counts_and_an_error_of_the_first_is_everybodys():
+def test_the_worst_ending_of_all_processes_counts_and_an_error_on_rank_0_is_raised_on_all():
     ranks = object.__new__(cli_ranks.Ranks)
     ranks.world, ranks.rank = 2, 1
     said = []
@@ -882,7 +881,7 @@ def test_of_many_processes_the_gravest_ending_counts_and_an_error_of_the_first_i
     assert caught.value.status == 2
 
 
-def test_a_device_with_a_number_is_no_choice_for_many_processes():
+def test_a_numbered_device_is_refused_for_many_processes():
     with pytest.raises(cli_ranks.CliError, match="must leave each of the 2 processes its own; got 'cuda:1': take cuda"):
         cli_ranks.check_device("cuda:1", SimpleNamespace(world=2))
     cli_ranks.check_device("cuda:1", SimpleNamespace(world=1))

@@ -49,7 +49,7 @@ def cli(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def cifar(tmp_path):
-    """CIFAR-10 as JPEG images, some of each class: real ones where there are, else drawn."""
+    """CIFAR-10 as JPEG images, a few of each class: real ones if there are any, otherwise noise."""
     root = tmp_path / "data"
     for part, n in (("train", 16), ("test", 4)):
         for label in range(10):
@@ -95,7 +95,7 @@ def test_images_stay_bytes_until_their_batch(cli, cifar):
     assert next(iter(data.train_dl))[0].dtype == torch.float32
 
 
-def test_left_out_every_option_changes_nothing(cli):
+def test_without_options_the_recipe_is_plain(cli):
     assert cli("train", "glyphs", "--out", "r")[0] == 0
     learn, run = cli.built[0]
     (group,) = learn.opt.param_groups
@@ -142,12 +142,12 @@ def test_a_compiled_training_with_cuda_graphs_ends_well_on_a_gpu(cli, cifar, nor
 
 
 @pytest.mark.parametrize("args, batches", [((), [7, 7, 2]), (("--compile",), [7, 7]), (("--compile", "--bs", 20), [16])])
-def test_what_is_compiled_is_spared_a_last_smaller_batch_where_there_is_a_whole_one(cli, args, batches):
+def test_a_compiled_model_gets_no_smaller_last_batch_unless_it_is_the_only_one(cli, args, batches):
     assert cli("train", "glyphs", "--bs", 7, *args, "--epochs", 0, "--out", "r")[0] == 0
     assert [len(xb) for xb, _ in cli.built[0][0].data.train_dl] == batches
 
 
-def test_a_callback_of_ones_own_takes_the_place_of_the_options(cli):
+def test_an_added_callback_replaces_that_of_an_option(cli):
     assert cli("train", "glyphs", "--amp", "bf16", "--cb", "MixedPrecision:dtype=fp16", "--epochs", 0, "--out", "r")[0] == 0
     assert [cb.dtype for cb in cli.built[0][1].cbs if type(cb).__name__ == "MixedPrecision"] == [torch.float16]
 

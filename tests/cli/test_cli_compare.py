@@ -27,7 +27,7 @@ def small():
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Runs the command here, on small images, in this process: cli("--bs", 8) gives status, stdout and stderr."""
+    """Run the command here, on small images, in this process: cli("--bs", 8) returns status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     real = grid.load_images
     for module in (grid, workers):
@@ -91,7 +91,7 @@ def test_the_table_can_be_drawn_again_without_training(cli):
     assert Path("compare/cells.csv").read_bytes() == before
 
 
-def test_a_cell_that_fails_is_named_its_traceback_kept_and_the_next_call_mends_it(cli, monkeypatch):
+def test_a_failed_cell_is_named_its_traceback_kept_and_tried_again_by_the_next_call(cli, monkeypatch):
     def broken(cell, *args):
         if cell.norm == "frn":
             raise RuntimeError("out of luck")
@@ -127,12 +127,12 @@ def test_a_cell_that_fails_is_named_its_traceback_kept_and_the_next_call_mends_i
         ("--table nowhere", "there is no finished cell in nowhere/cells.csv: give the folder"),
     ],
 )
-def test_bad_arguments_are_said_in_a_sentence_before_anything_is_made(cli, args, words):
+def test_bad_arguments_get_a_sentence_before_anything_is_made(cli, args, words):
     status, _, err = cli(*args.split())
     assert status == 2 and words in err and "Traceback" not in err and os.listdir() == []
 
 
-def test_data_that_is_not_there_is_said_and_named(cli):
+def test_missing_data_is_named(cli):
     status, _, err = cli(data="glyph")
     assert status == 2 and "Did you mean 'glyphs'?" in err
     status, _, err = cli(data="glyphs,glyphs")

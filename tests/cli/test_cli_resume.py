@@ -38,7 +38,7 @@ def small():
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Runs the command line here, in an empty folder: cli("train", …) gives status, stdout and stderr."""
+    """Run the command line here, in an empty folder: cli("train", …) returns status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
     monkeypatch.setattr(cli_train, "load_dataset", lambda *a: small())
@@ -52,7 +52,7 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 def stop_after(step, monkeypatch, by):
-    """Ends the next fit by calling `by` after that many steps."""
+    """End the next fit by calling `by` after that many steps."""
 
     def after_step(self):
         if self.run.n_iter + 1 == step:
@@ -82,7 +82,7 @@ def config(folder):
 
 
 @pytest.mark.parametrize("step", [4, 31, 50])
-def test_a_run_that_broke_off_ends_as_the_whole_one(step, cli, monkeypatch):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(step, cli, monkeypatch):
     arguments = ("train", "glyphs", "--epochs", 2, "--seed", 3, "--sched", "1cycle", "--checkpoint-every", 5, "--out")
     assert cli(*arguments, "whole")[0] == 0
     stop_after(step, monkeypatch, crash)
@@ -172,7 +172,7 @@ def cut_short(monkeypatch):
 
 
 def lose_a_name(monkeypatch):
-    """One bit in the archive's directory, in files that have no checksum, as older ones."""
+    """Flip a bit in the archive's directory, in files without a checksum, as older ones were."""
     for file in Path("a/checkpoints").iterdir():
         state = torch.load(file, weights_only=True)
         state.pop("checksum", None)
@@ -281,7 +281,7 @@ def test_a_plug_in_is_resumed_without_text_only():
     assert plugins.outside("somebodys:every=5,scale=(0.5, 2)", Path("a")) is None
 
 
-def test_a_runs_data_folder_that_is_not_here_is_not_made(cli):
+def test_a_missing_data_folder_of_the_run_is_an_error_and_is_not_made(cli):
     trained(cli)
     rewrite(lambda made: made["arguments"].update(data_dir="/nowhere/data"))
     status, _, err = cli("train", "--resume", "a")
@@ -292,7 +292,7 @@ ODD = (None, True, -1, 0.5, 10**30, math.inf, "", "x", "a\0b", [], [1], {}, {"x"
 
 
 def test_a_mistyped_configuration_gets_one_line_that_names_file_and_key(cli):
-    """Each of the keys that are read takes each odd value, or is missing; what is accepted is a value of its kind."""
+    """Every key that is read is set to every odd value, or removed; only values of its kind are accepted."""
     trained(cli)
     made = config("a")
     places = [(made, k) for k in ("arguments", "command", "started", "resumed", "result")]
@@ -337,7 +337,7 @@ def test_a_mistyped_configuration_gets_one_line_that_names_file_and_key(cli):
     ],
     ids=lambda x: str(x)[:12],
 )
-def test_a_configuration_that_is_none_gets_one_line(data, text, cli):
+def test_a_damaged_configuration_gets_one_line_with_a_way_out(data, text, cli):
     Path("a").mkdir()
     Path("a/config.json").write_bytes(data)
     status, out, err = cli("train", "--resume", "a")
@@ -359,7 +359,7 @@ def test_a_configuration_that_is_none_gets_one_line(data, text, cli):
     ],
     ids=str,
 )
-def test_what_only_the_run_can_tell_is_one_line_too(change, text, cli, monkeypatch):
+def test_settings_that_fail_later_get_one_line_too(change, text, cli, monkeypatch):
     trained(cli)
     rewrite(lambda made: made["arguments"].update(change))
     monkeypatch.setattr(cli_train, "load_dataset", lambda name, *a: small() if name == "glyphs" else load_dataset(name))
@@ -471,7 +471,7 @@ def test_force_drops_the_checkpoints_of_the_run_before(cli):
     assert sorted(os.listdir("a/checkpoints")) == ["checkpoint-0001-step-9.pt", "checkpoint-0002-step-10.pt"]
 
 
-def test_options_that_were_given_are_known_also_when_they_have_their_default():
+def test_the_parser_returns_the_options_given_and_no_defaults():
     def given(*argv):
         return vars(parser().parse_args(["train", *argv])).keys() - {"command"}
 
