@@ -6,6 +6,8 @@ what happened and, once training has begun, where the results are.
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(argv)
     except KeyboardInterrupt:  # while the last lines were flushed, which say how it ended
         return INTERRUPTED
+    finally:
+        atexit.unregister(_leave_in_peace)
+        atexit.register(_leave_in_peace)  # as the last, and so run before torch's
+
+
+def _leave_in_peace() -> None:
+    """Ignore Ctrl-C while the interpreter exits: all is written, and torch would show a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(argv: list[str]) -> int:

@@ -587,6 +587,20 @@ def test_an_interrupt_while_the_last_line_is_flushed_ends_with_130_quietly(cli, 
     assert set(os.listdir("r")) == RESULTS
 
 
+def test_ctrl_c_while_the_process_exits_shows_no_traceback(tmp_path):
+    code = """if True:
+        import atexit, signal, sys, torch
+        from fastrbn.cli import main
+        atexit.register(signal.raise_signal, signal.SIGINT)  # as if it came among torch's
+        sys.exit(main(["train", "glyphs", "--limit", "16", "--out", "r"]))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines()[-1].startswith("done: ")
+
+
 def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path):
     code = """if True:
         import sys
