@@ -13,6 +13,7 @@ from fastrbn.data import DataError, DataNotFoundError
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DONE, ERROR, INTERRUPTED, CliError
+from .run_folder import make_folder
 from .settings import find_device
 
 CELLS, FAILED = "cells.csv", "failed.txt"
@@ -40,8 +41,10 @@ def compare(args: Namespace) -> int:
             result = run_grid(cells, path, args.jobs, args.device, args.data_dir, args.record_norms, _line)
     except DataNotFoundError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
-    except (DataError, OSError) as e:
+    except (DataError, BlockingIOError) as e:
         raise CliError(str(e)) from e
+    except OSError as e:
+        raise CliError(f"{e.filename or args.out}: {e.strerror or e}; once that is mended, the same command goes on") from e
     except ValueError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
     if result.rows:
@@ -54,7 +57,7 @@ def compare(args: Namespace) -> int:
 def _folder(path: Path) -> Iterator[None]:
     """Make and lock the folder `path`; remove a new one in which nothing was written."""
     new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     try:
         with locked(path):
             yield

@@ -70,6 +70,8 @@ def check_folder(folder: Path | None, force: bool) -> None:
     for name in RESULTS:
         if (folder / name).is_dir():
             raise CliError(f"{folder / name} must be a file; it is a folder: move it away", BAD_ARGUMENTS)
+    if (folder / CHECKPOINTS).is_file():
+        raise CliError(f"{folder / CHECKPOINTS} must be a folder; it is a file: move it away", BAD_ARGUMENTS)
 
 
 def open_folder(plan: Plan, name: str, held: ExitStack) -> Path:
@@ -362,7 +364,7 @@ def _load(folder: Path) -> tuple[dict[str, Any], Settings]:
         ) from e
     except (ValueError, RecursionError) as e:  # a byte that is not UTF-8 is a ValueError too
         raise CliError(
-            f"--resume: {path}{problem}: {e}; correct the file or restore it from a copy, or train in another folder",
+            f"--resume: {path}{problem}: {e}; edit the file or restore it from a copy, or train in another folder",
             BAD_ARGUMENTS,
         ) from e
 

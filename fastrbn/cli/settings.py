@@ -1,4 +1,4 @@
-"""The settings of one training run, their rules and defaults.
+"""The settings of a training run, their rules and defaults.
 
 `settle` makes them from the command line, `of_config` from the config.json of an earlier run. Nothing changes them
 afterwards; config.json holds their `dump`. Errors are ValueErrors. Imports torch only when settings are made, so that
@@ -119,9 +119,8 @@ class Settings:
 
 _FIELDS = {f.name: f for f in fields(Settings)}
 _NEVER_NULL = ("data", "lr", "device", "threads")  # resolved before they are dumped
-_ADDED_LATER = {  # an older config.json may lack these, which then have their defaults
-    *("size", "width", "momentum", "weight_decay", "label_smoothing", "cutout", "amp", "channels_last", "compile"),
-}
+# an older config.json may lack these, which then have their defaults
+_ADDED_LATER = "size width momentum weight_decay label_smoothing cutout amp channels_last compile".split()
 
 
 def rule(name: str) -> Rule | None:
@@ -159,7 +158,7 @@ def of_config(kept: Any) -> Settings:
     if not isinstance(kept, dict):
         raise wrong("arguments", "must be an object", kept)
     kept = dict(kept)
-    if "layer" in kept:  # of a version that kept norm and layer apart; null: the layer was given
+    if "layer" in kept:  # of an earlier version, which had either of two options, --layer and --norm
         layer = kept.pop("layer")
         kept["norm"] = layer if kept.get("norm") is None else kept["norm"]
     for name in kept:

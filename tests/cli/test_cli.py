@@ -553,6 +553,13 @@ def test_a_folder_in_the_place_of_a_result_is_refused_before_training(cli, name)
         assert cli("train", "--resume", "r", "--epochs", 2) == (2, "", words)
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_refused_before_training(cli):
+    Path("r").mkdir()
+    Path("r/checkpoints").touch()
+    status, _, err = cli("train", "glyphs", "--limit", 16, "--checkpoint-every", 9, "--out", "r", "--force")
+    assert (status, err) == (2, "fastrbn train: error: r/checkpoints must be a folder; it is a file: move it away\n")
+
+
 def test_a_folder_that_takes_the_place_of_a_result_during_training_is_named(cli, monkeypatch):
     class Maker(Callback):
         def after_fit(self):

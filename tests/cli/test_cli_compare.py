@@ -13,7 +13,7 @@ from PIL import Image
 
 import fastrbn
 from fastrbn.cli import main, options
-from fastrbn.compare import NETS, grid, read_rows, workers
+from fastrbn.compare import NETS, grid, read_rows, table, workers
 from fastrbn.data import glyphs
 from fastrbn.util import locked
 
@@ -147,6 +147,20 @@ def test_a_file_in_the_folders_place_and_a_csv_of_others_are_refused(cli):
     Path("full/cells.csv").write_text("my,own\n1,2\n")
     status, _, err = cli("--out", "full")
     assert status == 2 and "other columns" in err and Path("full/cells.csv").read_text() == "my,own\n1,2\n"
+
+
+def test_a_folder_that_cannot_be_made_and_a_full_disk_get_a_sentence_with_a_way_out(cli, monkeypatch):
+    Path("file").touch()
+    words = "the results cannot go to file/c: Not a directory; choose another folder with --out"
+    assert cli("--out", "file/c")[::2] == (1, f"fastrbn compare: error: {words}\n")
+
+    def full(path, row):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(table, "append", full)
+    status, _, err = cli("--norms", "default", "--bs", 8, "--seeds", 0)
+    words = "compare/cells.csv: No space left on device; once that is mended, the same command goes on"
+    assert (status, err) == (1, f"fastrbn compare: error: {words}\n")
 
 
 def test_a_second_command_into_the_same_folder_ends_with_a_clear_line(cli):

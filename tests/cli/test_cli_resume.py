@@ -342,7 +342,7 @@ def test_a_damaged_configuration_gets_one_line_with_a_way_out(data, text, cli):
     Path("a/config.json").write_bytes(data)
     status, out, err = cli("train", "--resume", "a")
     assert status == 2 and text in err and err.count("\n") == 1 and out == ""
-    assert err.endswith("; correct the file or restore it from a copy, or train in another folder\n")
+    assert err.endswith("; edit the file or restore it from a copy, or train in another folder\n")
 
 
 @pytest.mark.parametrize(
