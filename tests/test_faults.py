@@ -39,9 +39,8 @@ from fastrbn.callbacks import (
     accuracy,
     sched_cos,
 )
-from fastrbn.cli import main
-from fastrbn.cli import run_folder as _cli_results
-from fastrbn.cli import train as _cli_train
+from fastrbn.cli import main, run_folder
+from fastrbn.cli import train as cli_train
 from fastrbn.data import BatchLoader, DataBunch, Dataset, glyphs
 from fastrbn.learn import Callback, Learner, Runner
 from fastrbn.learn import checkpoint_file as checkpoints
@@ -519,8 +518,8 @@ def small():
 def cli(tmp_path, monkeypatch, capfd):
     """Runs the command line here, in an empty folder: cli("train", …) gives status and what was printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda *a: small())
-    monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(cli_train, "load_dataset", lambda *a: small())
+    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
 
     def run(*args):
         status = main([*map(str, args)])
@@ -563,18 +562,19 @@ def test_the_command_goes_on_after(fault, cli, monkeypatch):
     assert cli(*TRAIN, "whole")[0] == 0
     with monkeypatch.context() as m, pytest.warns(RuntimeWarning) if "disk" in fault else nullcontext():
         if how is None:
-            made = _cli_train.image_databunch
+            made = cli_train.image_databunch
 
             def databunch(*args, **kwargs):
                 data = made(*args, **kwargs)
                 data.train_dl = Breaks(data.train_dl, 3, 2)
                 return data
 
-            m.setattr(_cli_train, "image_databunch", databunch)
+            m.setattr(cli_train, "image_databunch", databunch)
         else:
             how(m)
         got, told = cli(*TRAIN, "a")
     assert got == status and text in told, told
+    assert ("Traceback" in told) == (fault in ("an exception", "a loader")), "a full disk is no fault of the code"
     found = checkpoints.files("a/checkpoints")[-1][1]
     assert checkpoints.read(found)["position"]["n_iter"] == newest
     assert not [p for p in Path("a").rglob("*") if p.name.startswith(".")]
@@ -598,6 +598,7 @@ def test_the_command_says_what_a_full_disk_has_kept_it_from_writing(before, cli,
         )
         assert "Traceback" not in told
         return
+    assert "Traceback" not in told
     assert "error: CheckpointError in Checkpoint.after_batch, in training, epoch 1, batch 6: the checkpoint" in told
     for name in ("model.pt", "history.csv", "curves.png", "config.json"):
         assert f"error: a/{name} could not be written: " in told

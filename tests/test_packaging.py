@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastrbn
-from fastrbn.cli import plugins as _cli_callbacks
+from fastrbn.cli import plugins
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.cfg").is_file():
@@ -100,7 +100,7 @@ def test_the_metadata_says_what_users_need(installed):
     scripts = {e.name: e.value for e in dist.entry_points if e.group == "console_scripts"}
     assert scripts == {"fastrbn": "fastrbn.cli:main"}
     callbacks = {e.name: e for e in dist.entry_points if e.group == "fastrbn.callbacks"}
-    assert set(callbacks) == set(_cli_callbacks.built_in())
+    assert set(callbacks) == set(plugins.built_in())
     assert all(e.load().__name__ == name for name, e in callbacks.items())
 
 

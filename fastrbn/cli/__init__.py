@@ -6,7 +6,10 @@ what happened and, once training has begun, where the results are.
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
+from collections.abc import Sequence
 
 from .options import DONE, INTERRUPTED, CliError, parser
 from .output import lasting
@@ -15,23 +18,35 @@ from .ranks import is_first
 __all__ = ["main"]
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return the exit status."""
-    with lasting():
-        return _run(sys.argv[1:] if argv is None else list(argv))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        with lasting():
+            return _run(argv)
+    except KeyboardInterrupt:  # while the last lines were flushed, which say how it ended
+        return INTERRUPTED
+    finally:
+        atexit.unregister(_leave_in_peace)
+        atexit.register(_leave_in_peace)  # as the last, and so run before torch's
 
 
-def _run(argv) -> int:
+def _leave_in_peace() -> None:
+    """Ignore Ctrl-C while the interpreter exits: all is written, and torch would show a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(argv: list[str]) -> int:
     try:
         args = parser().parse_args(argv)
-        args.argv = argv
     except SystemExit as e:  # argparse has printed help, or what is wrong
-        return e.code
+        return e.code if isinstance(e.code, int) else DONE
     try:
         if args.command == "train":  # imported here: --help and wrong arguments need no torch
             from .train import train
 
-            return train(args)
+            given = {name: value for name, value in vars(args).items() if name != "command"}
+            return train(given, argv)
         if args.command == "compare":
             from .compare import compare
 

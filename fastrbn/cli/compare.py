@@ -1,22 +1,25 @@
-"""`fastrbn compare`: from the arguments to a finished grid, its table and pictures."""
+"""`fastrbn compare`: train a grid of cells, and write its table and pictures."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
 
-import torch
-
-from fastrbn.compare import cells_of, run_grid, split_norms, write_report
+from fastrbn.compare import GridResult, cells_of, run_grid, split_norms, write_report
 from fastrbn.data import DataError, DataNotFoundError
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DONE, ERROR, INTERRUPTED, CliError
+from .run_folder import make_folder
+from .settings import find_device
 
 CELLS, FAILED = "cells.csv", "failed.txt"
 
 
-def compare(args) -> int:
+def compare(args: Namespace) -> int:
     """Run `fastrbn compare` and return the exit status."""
     if args.table is not None:
         return _table(args.table)
@@ -38,8 +41,10 @@ def compare(args) -> int:
             result = run_grid(cells, path, args.jobs, args.device, args.data_dir, args.record_norms, _line)
     except DataNotFoundError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
-    except (DataError, OSError) as e:
+    except (DataError, BlockingIOError) as e:
         raise CliError(str(e)) from e
+    except OSError as e:
+        raise CliError(f"{e.filename or args.out}: {e.strerror or e}; once that is mended, the same command goes on") from e
     except ValueError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
     if result.rows:
@@ -49,10 +54,10 @@ def compare(args) -> int:
 
 
 @contextlib.contextmanager
-def _folder(path):
-    """The folder at `path`, which is this process's alone; one that was made for nothing is removed again."""
+def _folder(path: Path) -> Iterator[None]:
+    """Make and lock the folder `path`; remove a new one in which nothing was written."""
     new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     try:
         with locked(path):
             yield
@@ -62,36 +67,31 @@ def _folder(path):
                 path.rmdir()
 
 
-def _line(text) -> None:
+def _line(text: str) -> None:
     print(text, flush=True)
 
 
-def _data(text) -> list[str]:
+def _data(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"DATA is a data set or several with commas between them, each once; got '{text}'")
     return names
 
 
-def _check(args) -> None:
+def _check(args: Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise CliError(f"--out must be a folder; {args.out} is a file: take another name", BAD_ARGUMENTS)
-    for name in args.device.split(","):
-        try:
-            kind = torch.device(name).type
-            torch.ones(1, device=name).item()  # a device that can be named need not be there
-        except (RuntimeError, AssertionError, NotImplementedError) as e:
-            why = str(e).strip().splitlines()[0]
-            raise CliError(
-                f"--device must be cpu, cuda, or devices such as cuda:0,cuda:1 of this machine; got '{name}': {why}",
-                BAD_ARGUMENTS,
-            ) from e
-        if kind != torch.device(args.device.split(",")[0]).type:
-            raise CliError(f"--device takes devices of one kind; got '{args.device}'", BAD_ARGUMENTS)
+    known = "cpu, cuda, or devices such as cuda:0,cuda:1 of this machine"
+    try:
+        kinds = {find_device(name, known).partition(":")[0] for name in args.device.split(",")}
+    except ValueError as e:
+        raise CliError(str(e), BAD_ARGUMENTS) from e
+    if len(kinds) > 1:
+        raise CliError(f"--device takes devices of one kind; got '{args.device}'", BAD_ARGUMENTS)
 
 
-def _table(folder) -> int:
-    """Write and print the report of a folder's CSV."""
+def _table(folder: Path) -> int:
+    """Write and print the report of the CSV in `folder`."""
     try:
         text, files = write_report(folder / CELLS)
     except ValueError as e:
@@ -101,8 +101,8 @@ def _table(folder) -> int:
     return DONE
 
 
-def _outcome(result, asked, folder) -> int:
-    """Say how it ended; the exit status."""
+def _outcome(result: GridResult, asked: int, folder: Path) -> int:
+    """Print how the grid ended, and return the exit status."""
     log = folder / FAILED
     if not result.failed:
         log.unlink(missing_ok=True)

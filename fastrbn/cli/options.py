@@ -1,21 +1,24 @@
-"""What the command line takes: options, their rules and defaults. Imports no torch, so that `--help` comes at once."""
+"""What the command line takes. Imports no torch, so that `--help` is quick.
+
+The parser of `train` has no defaults: what it returns are the options that were given. `settings.py` has the rest.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastrbn._version import __version__
+
+from .settings import COMPILE, MANY, MODELS, Rule, one_of, rate, rule, whole
 
 DONE, ERROR, BAD_ARGUMENTS, HALTED, INTERRUPTED = 0, 1, 2, 3, 130
 
 DATA_SETS = ("mnist", "fashion", "cifar10", "cifar100", "glyphs")
-LAYERS = {"conv_rbn": "running", "conv_bn": "batch", "conv_gn": "group"}  # and the norm= of resnet9
-MODELS = ("cnn", "resnet9")
-MANY = 128  # batch size from which several CPU threads make the course's net faster
-SCHEDULES = ("none", "lin", "cos", "1cycle")
+NETS = ("cnn", "resnet-small", "resnet9")  # of compare
+DATA_DIR = "folder of the data sets (default: $FASTRBN_DATA or a cache)"
 
 
 class CliError(Exception):
@@ -26,79 +29,32 @@ class CliError(Exception):
         self.status = status
 
 
-def nearest(name: str, names) -> str:
-    """` Did you mean 'x'?`, or nothing when no name resembles it."""
-    names = list(names)
-    by_lower = {n.lower(): n for n in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
+def typed(check: Rule) -> Callable[[str], Any]:
+    """`check` as an argparse type, which shows the words of its ValueError."""
 
-
-def default_lr(bs: int) -> float:
-    """2·bs/(bs + 32): 0.05 a sample while batches are small, never above 2. It passes through the rates measured to
-    train the course net well with a linear schedule (0.4 at 8, 1.0 at 32) and near the others (0.1 at 2, 1.5 at 128)."""
-    return 2 * bs / (bs + 32)
-
-
-def one_of(*names: str):
-    """An argparse type: one of `names`, otherwise an error with the nearest."""
-
-    def check(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}; got '{text}'.{nearest(text, names)}")
-        return text
-
-    return check
-
-
-def whole(least: int, most: int = 2**31 - 1):
-    """An argparse type: a whole number from `least` to `most`."""
-
-    def check(text):
+    def convert(text: str) -> Any:
         try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got '{text}'")
-        if number > most:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {most} at most; got '{text}'")
-        return number
+            return check(text)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from e
+
+    return convert
+
+
+def _listed(kind: Rule) -> Rule:
+    """Values of `kind` with commas between them, each once."""
+
+    def check(text: str) -> list:
+        values = [kind(part.strip()) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise ValueError(f"must name each value once; got '{text}'")
+        return values
 
     return check
-
-
-def rate(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (number > 0 and math.isfinite(number)):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0; got '{text}'")
-    return number
-
-
-def share(text: str) -> float:
-    """An argparse type: a number from 0, below 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, below 1; got '{text}'")
-    return number
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    return _both()[0]
-
-
-def _both() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The whole command line's parser, and that of `train` within it."""
-    from .compare_options import add_compare
-
     top = argparse.ArgumentParser(
         prog="fastrbn",
         description="Train with running batch norm: batch norm for every batch size down to one.",
@@ -107,32 +63,17 @@ def _both() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     top.add_argument("--version", action="version", version=f"fastrbn {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    train = _add_train(commands)
-    add_compare(commands)
+    _add_train(commands)
+    _add_compare(commands)
     commands.add_parser(
         "callbacks",
         help="list what --cb takes: built-in callbacks and plug-ins",
         description="List the built-in callbacks and those of plug-ins (entry points of the group fastrbn.callbacks).",
     )
-    return top, train
+    return top
 
 
-def given(argv) -> set[str]:
-    """The names of the options of `train` that `argv` has, also those given their default."""
-    top, train = _both()
-    names, unset = vars(top.parse_args(argv)), []  # a list, which an option that is repeatable copies and extends
-    train.set_defaults(**dict.fromkeys(names, unset))
-    return {name for name, value in vars(top.parse_args(argv)).items() if value is not unset} - {"command"}
-
-
-def options() -> dict[str, argparse.Action]:
-    """The options of `train` by the names that their values have."""
-    return {action.dest: action for action in _both()[1]._actions}
-
-
-def _add_train(commands) -> argparse.ArgumentParser:
-    from . import recipe
-
+def _add_train(commands) -> None:
     p = commands.add_parser(
         "train",
         help="train a net on images",
@@ -141,7 +82,14 @@ def _add_train(commands) -> argparse.ArgumentParser:
         epilog="Without options: MNIST, the course's net with running batch norm, one epoch at batch 8, learning rate "
         "0.4 falling to 0.04.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given is not in the namespace
     )
+
+    def setting(name: str, metavar: str, help: str, group=p, **more) -> None:
+        check = rule(name)
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=check and typed(check), metavar=metavar, help=help, **more)
+
     p.add_argument(
         "data",
         nargs="?",
@@ -150,74 +98,63 @@ def _add_train(commands) -> argparse.ArgumentParser:
         "MNIST can neither be found nor downloaded)",
     )
     norm = p.add_mutually_exclusive_group()
-    norm.add_argument("--layer", type=one_of(*LAYERS), default="conv_rbn", metavar="NAME", help=_names(LAYERS))
-    recipe.add_norm(norm)
-    p.add_argument(
-        "--size",
-        type=whole(1),
-        metavar="N",
-        help="for a folder of images: scale each to cover N x N pixels and cut out its centre (default: as they are, "
-        "which must then be of one size)",
+    setting(
+        "norm",
+        "NAME",
+        "running (default), batch, group, or a recipe of running batch norm, such as course; `conv_rbn`, `conv_bn` and "
+        "`conv_gn` are other names of the first three",
+        norm,
     )
-    p.add_argument("--recipe", metavar="NAME", help="how conv_rbn averages its statistics (default: default)")
-    p.add_argument("--model", type=one_of(*MODELS), default="cnn", metavar="NAME", help=_names(MODELS))
-    p.add_argument(
-        "--bs", type=whole(1), default=8, metavar="N", help="batch size; of each process under torchrun (default: 8)"
+    norm.add_argument("--layer", dest="norm", metavar="NAME", help="another spelling of --norm")
+    setting("recipe", "NAME", "how running batch norm averages its statistics (default: default)")
+    setting(
+        "size",
+        "N",
+        "for a folder of images: scale each to cover N x N pixels and cut out its centre (default: as they are, which "
+        "must then be of one size)",
     )
-    p.add_argument(
-        "--lr",
-        type=rate,
-        metavar="X",
-        help="learning rate (default: 2·bs/(bs + 32) with bs summed over processes, 0.4 at batch 8; a quarter of that "
-        "for resnet9; times 1 − momentum)",
+    setting("model", "NAME", f"{MODELS[0]} (default), {MODELS[1]}")
+    setting("bs", "N", "batch size; of each process under torchrun (default: 8)")
+    setting(
+        "lr",
+        "X",
+        "learning rate (default: 2·bs/(bs + 32) with bs summed over processes, 0.4 at batch 8; a quarter of that for "
+        "resnet9; times 1 − momentum)",
     )
-    p.add_argument(
-        "--epochs",
-        type=whole(0),
-        default=1,
-        metavar="N",
-        help="passes over the data (default: 1); the first is epoch 0, on screen as in history.csv and curves.png",
+    setting(
+        "epochs",
+        "N",
+        "passes over the data (default: 1); the first is epoch 0, on screen as in history.csv and curves.png",
     )
-    p.add_argument(
-        "--sched",
-        type=one_of(*SCHEDULES),
-        default="lin",
-        metavar="NAME",
-        help="learning-rate schedule: none; lin and cos fall to a tenth; 1cycle rises from a tenth for 30 %% of the "
-        "steps, then falls to a hundredth (default: lin)",
+    setting(
+        "sched",
+        "NAME",
+        "learning-rate schedule: none; lin and cos fall to a tenth; 1cycle rises from a tenth for 30 %% of the steps, "
+        "then falls to a hundredth (default: lin)",
     )
-    p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
-    p.add_argument(
-        "--threads",
-        type=whole(1, 1024),
-        metavar="N",
-        help=f"CPU threads (default: 1 for the cnn at batches below {MANY}, where extra threads slow it down; otherwise "
+    setting("device", "NAME", "auto, cpu, cuda, cuda:N, mps (default: auto)")
+    setting(
+        "threads",
+        "N",
+        f"CPU threads (default: 1 for the cnn at batches below {MANY}, where extra threads slow it down; otherwise "
         "PyTorch's choice)",
     )
-    p.add_argument(
-        "--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of initial weights and batch order (default: 0)"
-    )
-    p.add_argument(
-        "--limit", type=whole(1), metavar="N", help="train on at most N images, and validate on the same share (at least 500)"
-    )
-    p.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the data sets (default: $FASTRBN_DATA or a cache)"
-    )
-    p.add_argument(
-        "--cb",
+    setting("seed", "N", "of initial weights and batch order (default: 0)")
+    setting("limit", "N", "train on at most N images, and validate on the same share (at least 500)")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help=DATA_DIR)
+    setting(
+        "cb",
+        "NAME[:ARG=VALUE,…]",
+        "add a callback, by its class name or in snake case; repeatable; `fastrbn callbacks` lists them",
         action="append",
-        default=[],
-        metavar="NAME[:ARG=VALUE,…]",
-        help="add a callback, by its class name or in snake case; repeatable; `fastrbn callbacks` lists them",
     )
     p.add_argument("--no-halt", action="store_true", help="continue after NaN or Inf")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATA-LAYER-DATE-TIME)")
     p.add_argument("--force", action="store_true", help="write into --out although it is not empty")
-    p.add_argument(
-        "--checkpoint-every",
-        type=whole(1),
-        metavar="N",
-        help="save a checkpoint for --resume every N steps, after Ctrl-C and at the end, in the run's folder",
+    setting(
+        "checkpoint_every",
+        "N",
+        "save a checkpoint for --resume every N steps, after Ctrl-C and at the end, in the run's folder",
     )
     p.add_argument(
         "--resume",
@@ -226,10 +163,86 @@ def _add_train(commands) -> argparse.ArgumentParser:
         help="continue the run in the folder RUN from its newest intact checkpoint, with the run's own arguments; "
         "--epochs may be larger (the schedule is stretched), --checkpoint-every and --data-dir may differ",
     )
-    recipe.add_options(p)
-    return p
+    more = p.add_argument_group("recipe", "none of these is on by default")
+    setting("width", "N", "channels of resnet9's first layer (default: 64)", more)
+    setting("momentum", "X", "Nesterov momentum of SGD (default: 0)", more)
+    setting("weight_decay", "X", "for weights, not for norms and biases (default: 0)", more)
+    setting("label_smoothing", "X", "share of the target spread over all classes", more)
+    setting("cutout", "N", "blank a square of N pixels a side in each training image", more)
+    setting("amp", "NAME", "mixed precision: bf16, fp16", more)
+    more.add_argument("--channels-last", action="store_true", help="keep images and weights in that memory order")
+    setting(
+        "compile",
+        "MODE",
+        f"compile the model: {', '.join(COMPILE)} (default: not; --compile alone: {COMPILE[0]}); an epoch's last, "
+        "smaller training batch is dropped",
+        more,
+        nargs="?",
+        const=COMPILE[0],
+    )
 
 
-def _names(names) -> str:
-    first, *others = names
-    return f"{first} (default), {', '.join(others)}"
+def _add_compare(commands) -> None:
+    p = commands.add_parser(
+        "compare",
+        help="compare norms over batch sizes",
+        description="Train a net with each norm, batch size and seed, and leave in the folder cells.csv (a row a "
+        "finished cell), table.md and accuracy.png. Interrupted, it goes on with the same command.",
+        epilog="A norm is the name of a recipe (default, course, ...) or one of batchnorm, groupnorm, "
+        "layernorm, instancenorm, batchrenorm, frn, onlinenorm, mabn, groupnorm-ws (with weight standardisation), none, "
+        "and may have settings: groupnorm:groups=4, "
+        "default:mom=0.05,elements=none. Every norm has the same net, initial weights, order of batches and learning "
+        "rate at the same seed: on the cnn 0.05·bs^0.9, at most 2, falling on a line to a tenth.",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "data",
+        nargs="?",
+        default="mnist",
+        metavar="DATA",
+        help="a data set or folder of images, as for train, or several with commas between them (default: mnist)",
+    )
+    p.add_argument("--norms", default="default,batchnorm,groupnorm", metavar="A,B,…", help="default: %(default)s")
+    p.add_argument(
+        "--bs", type=typed(_listed(whole(1))), default=[2, 8, 32], metavar="N,…", help="batch sizes (default: 2,8,32)"
+    )
+    seeds = typed(_listed(whole(0, 2**63 - 1)))
+    p.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="N,…", help="default: 0,1,2")
+    p.add_argument(
+        "--lr-factors",
+        type=typed(_listed(rate)),
+        default=[1.0],
+        metavar="X,…",
+        help="times the learning-rate rule's rate (default: 1)",
+    )
+    p.add_argument(
+        "--net",
+        type=typed(_listed(one_of(*NETS))),
+        default=["cnn"],
+        metavar="NAME,…",
+        help=f"{NETS[0]} (default), {', '.join(NETS[1:])}; the last two suit cifar10",
+    )
+    p.add_argument("--n-train", type=typed(whole(1)), metavar="N", help="train on the first N images (default: all)")
+    p.add_argument("--epochs", type=typed(whole(1)), default=1, metavar="N", help="passes over the data (default: 1)")
+    p.add_argument("--augment", action="store_true", help="random crops and left-right flips; not for digits")
+    p.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="the folder (default: compare)")
+    p.add_argument(
+        "--jobs",
+        type=typed(whole(0)),
+        metavar="N",
+        help="worker processes with one CPU thread each; 0: train in this process (default: one per core; 1 on CUDA)",
+    )
+    p.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME,…",
+        help="cpu (default), cuda, or several, such as cuda:0,cuda:1, which processes take in turn",
+    )
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help=DATA_DIR)
+    p.add_argument(
+        "--record-norms",
+        type=typed(whole(1)),
+        metavar="K",
+        help="record the norms of the convolutions' weights every K steps, and draw weight_norms.png",
+    )
+    p.add_argument("--table", type=Path, metavar="DIR", help="train nothing; redraw table and pictures of DIR/cells.csv")

@@ -1,16 +1,19 @@
-"""Callbacks by name: what `--cb NAME[:ARG=VALUE,…]` finds, built in or a plug-in, and what `fastrbn callbacks` lists."""
+"""Callbacks by name, built-in ones and plug-ins, for `--cb NAME[:ARG=VALUE,…]` and `fastrbn callbacks`."""
 
 from __future__ import annotations
 
 import ast
 import importlib.metadata
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastrbn import callbacks as built_in_package
 from fastrbn.learn import Callback
+from fastrbn.util import suggestion
 
-from .options import BAD_ARGUMENTS, CliError, nearest
+from .options import BAD_ARGUMENTS, CliError
 
 GROUP = "fastrbn.callbacks"
 
@@ -22,14 +25,16 @@ def built_in() -> dict[str, type[Callback]]:
 
 
 def plug_ins() -> dict[str, importlib.metadata.EntryPoint]:
-    """The installed plug-ins' entry points by name, not loaded: one that is broken harms only who asks for it. This
-    package registers its own callbacks in the same group, for whoever looks there; they are no plug-ins."""
+    """The installed plug-ins' entry points by name, not loaded, so that a broken one harms only its users.
+
+    This package registers its own callbacks in the same group; they are left out.
+    """
     points = importlib.metadata.entry_points(group=GROUP)
     return {point.name: point for point in points if point.value.partition(":")[0] != "fastrbn.callbacks"}
 
 
 def make_callback(spec: str) -> Callback:
-    """The callback that `NAME[:ARG=VALUE,…]` describes. CliError when there is none such, or not with these arguments."""
+    """The callback that `NAME[:ARG=VALUE,…]` describes. CliError for an unknown name or wrong arguments."""
     name, _, rest = spec.partition(":")
     factory = _find(name.strip(), spec)
     kwargs = _arguments(rest, spec)
@@ -38,22 +43,24 @@ def make_callback(spec: str) -> Callback:
         signature.bind(**kwargs)
     except TypeError as e:
         unknown = [k for k in kwargs if k not in signature.parameters]
-        hint = nearest(unknown[0], signature.parameters) if unknown else ""
+        hint = suggestion(unknown[0], signature.parameters) if unknown else ""
         raise CliError(f"--cb {spec}: {e}; {name} takes {_takes(signature)}.{hint}", BAD_ARGUMENTS) from None
     try:
         made = factory(**kwargs)
     except (TypeError, ValueError, OSError) as e:
         raise CliError(f"--cb {spec}: {e}", BAD_ARGUMENTS) from e
     except (Exception, SystemExit) as e:
-        raise CliError(f"--cb {spec}: {name} cannot be made: {_told(e)}") from e
+        raise CliError(f"--cb {spec}: {name} cannot be made: {_describe(e)}") from e
     if not isinstance(made, Callback):
         raise CliError(f"--cb {spec}: a callback derives from fastrbn.Callback; {name} made a {type(made).__name__}")
     return made
 
 
 def outside(spec: str, folder: Path) -> str | None:
-    """Why the callback of `spec` may reach beyond `folder`, in words; None where it cannot: it is built in and its
-    files lie there, or it is a plug-in that is given no text, which may name anything."""
+    """The reason why the callback of `spec` may reach outside `folder`, or None if it cannot.
+
+    A built-in callback cannot if its files lie there; a plug-in cannot if no argument is text, which could be a path.
+    """
     name, _, rest = spec.partition(":")
     factory, kwargs = _built_in(name.strip()), _arguments(rest, spec)
     if factory is None:
@@ -67,7 +74,7 @@ def outside(spec: str, folder: Path) -> str | None:
 
 
 def listing() -> list[str]:
-    """Lines that name every callback, its arguments and the first line of its documentation."""
+    """The lines of `fastrbn callbacks`: every callback, its arguments and the first line of its docstring."""
     lines = ["Built in:"]
     for name, cls in sorted(built_in().items()):
         lines += _entry(name, cls)
@@ -81,7 +88,7 @@ def listing() -> list[str]:
     return lines
 
 
-def _find(name: str, spec: str):
+def _find(name: str, spec: str) -> Callable[..., Any]:
     if (cls := _built_in(name)) is not None:
         return cls
     known, points = built_in(), plug_ins()
@@ -89,7 +96,7 @@ def _find(name: str, spec: str):
         return _load(points[name])
     names = [*sorted(known), *sorted(points)]
     raise CliError(
-        f"--cb {spec}: there is no callback '{name}'.{nearest(name, names)} There are: {', '.join(names)}",
+        f"--cb {spec}: there is no callback '{name}'.{suggestion(name, names)} There are: {', '.join(names)}",
         BAD_ARGUMENTS,
     )
 
@@ -98,7 +105,7 @@ def _built_in(name: str) -> type[Callback] | None:
     return {form: cls for cls_name, cls in built_in().items() for form in _forms(cls_name)}.get(_plain(name))
 
 
-def _text_in(value) -> bool:
+def _text_in(value: Any) -> bool:
     """Whether a literal contains text: in a container, or as bytes."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
@@ -116,32 +123,32 @@ def _forms(cls_name: str) -> tuple[str, str]:
     return _plain(cls_name), _plain(cls_name.removesuffix("Callback"))
 
 
-def _load(point):
-    """What the entry point names. A plug-in is somebody else's code: whatever it raises is told with its name."""
+def _load(point: Any) -> Callable[..., Any]:
+    """Load an entry point. A plug-in may raise anything: the error names it."""
     dist = f" of {point.dist.name} {point.dist.version}" if getattr(point, "dist", None) else ""
     try:
         loaded = point.load()
     except (Exception, SystemExit) as e:
-        raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) cannot be loaded: {_told(e)}") from e
+        raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) cannot be loaded: {_describe(e)}") from e
     if not callable(loaded):
         raise CliError(f"the plug-in '{point.name}' ({point.value}{dist}) must be a callback class; it is {loaded!r}")
     return loaded
 
 
-def _told(error) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _signature(factory) -> inspect.Signature:
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(factory)
-    except (TypeError, ValueError):  # some callables have none: they say themselves what they do not take
+    except (TypeError, ValueError):  # some callables have none; they check their arguments themselves
         return inspect.signature(lambda **kwargs: None)
 
 
-def _arguments(text: str, spec: str) -> dict:
-    """`every=5,stats=('max','rms')` as a dictionary. Values are Python literals; what is none is taken as text."""
-    kwargs = {}
+def _arguments(text: str, spec: str) -> dict[str, Any]:
+    """`every=5,stats=('max','rms')` as a dictionary. Values that are not Python literals are text."""
+    kwargs: dict[str, Any] = {}
     for part in _split(text):
         name, equals, value = (s.strip() for s in part.partition("="))
         if not equals or not name.isidentifier():
@@ -177,8 +184,8 @@ def _takes(signature: inspect.Signature) -> str:
     return ", ".join(str(p) for p in signature.parameters.values()) or "no arguments"
 
 
-def _entry(name: str, factory) -> list[str]:
-    """One line of name and arguments, one of documentation."""
+def _entry(name: str, factory: Callable[..., Any]) -> list[str]:
+    """A line with name and arguments, and one with the start of the docstring."""
     takes = ", ".join(map(str, _signature(factory).parameters.values()))
     doc = (inspect.getdoc(factory) or "").strip()
     return [f"  {name}({takes})", *([f"      {doc.splitlines()[0]}"] if doc else [])]

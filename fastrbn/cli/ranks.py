@@ -1,4 +1,4 @@
-"""`torchrun -m fastrbn train …`: one run in many processes, of which rank 0 speaks and writes."""
+"""`torchrun -m fastrbn train …`: one run in many processes, of which rank 0 prints and writes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
 
-_GRAVER = (ERROR, HALTED, INTERRUPTED, DONE)  # the first of these that a rank ends with is the run's status
+_GRAVER = (ERROR, HALTED, INTERRUPTED, DONE)  # worst first: the run's status is the worst of its ranks'
 _WAIT = timedelta(minutes=10)  # for rank 0's downloads and files
+T = TypeVar("T")
 
 
 def is_first() -> bool:
-    """Whether this process speaks for the run. Needs no torch."""
+    """Whether this process prints for the run. Needs no torch."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 class Ranks:
-    """The run's processes; a run of one is rank 0 of 1 and waits for nobody."""
+    """The run's processes. A run without torchrun is rank 0 of 1 and never waits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from fastrbn.learn import ranks as _ranks
 
         try:
@@ -35,17 +38,17 @@ class Ranks:
         self._channel = _ranks.Channel(_WAIT) if self.world > 1 else None
 
     @contextlib.contextmanager
-    def quiet(self):
-        """Nothing is printed but by rank 0 (errors are)."""
+    def quiet(self) -> Iterator[None]:
+        """Within this context only rank 0 prints to stdout; every rank prints errors."""
         if self.rank == 0:
             yield
             return
         with open(os.devnull, "w", errors="replace") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
 
-    def first(self, make):
-        """What `make()` gives on rank 0: text, a number or None. Its CliError is everybody's."""
-        if self.world == 1:
+    def first(self, make: Callable[[], Any]) -> Any:
+        """Call `make()` on rank 0 and return its text, number or None on every rank, or raise its CliError there."""
+        if self._channel is None:
             return make()
         told, error = "", None
         if self.rank == 0:
@@ -58,55 +61,55 @@ class Ranks:
             raise error or CliError(told["error"], told["status"])
         return told["value"]
 
-    def first_then_others(self, make):
-        """`make()` of each rank, rank 0's before the others begin: it may download."""
-        made = []
+    def first_then_others(self, make: Callable[[], T]) -> T:
+        """Call `make()` on rank 0, which may download, and then on the other ranks."""
+        made: list[T] = []
         self.first(lambda: made.append(make()))
         return made[0] if made else make()
 
     def worst(self, status: int, sentence: str) -> tuple[int, str]:
-        """The run's status, from those of all ranks, and the sentence of who has it."""
-        if self.world == 1:
+        """The worst status of all ranks, and the sentence of the first rank that has it."""
+        if self._channel is None:
             return status, sentence
         try:
             every = [json.loads(text) for text in self._channel.texts(json.dumps([status, sentence]))]
-        except RuntimeError:  # one of them is gone: each for itself
+        except RuntimeError:  # one of them is gone
             return status, sentence
         return next((s, text) for grave in _GRAVER for s, text in every if s == grave)
 
     def leave(self) -> None:
-        """Wait until rank 0 has written everything (torchrun ends all when one ends in error), and part."""
-        if self.world > 1:
+        """Wait until rank 0 has written everything, since torchrun ends all ranks when one ends in error; then leave."""
+        if self._channel is not None:
             with contextlib.suppress(RuntimeError):
                 self._channel.texts("")
         if self.joined:
             self._leave()
 
 
-def launch() -> dict | None:
-    """What tells this launch of torchrun from others, and is the same after it has restarted its processes."""
+def launch() -> dict[str, Any] | None:
+    """Identify this launch of torchrun; it stays the same when torchrun restarts its processes."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     return {"run_id": os.environ["TORCHELASTIC_RUN_ID"], "agent": os.getppid()}
 
 
-def restarted(args) -> str | None:
-    """The folder of the run that torchrun (--max-restarts) has started again; None when it is the first time."""
-    if args.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+def restarted(out: Path | None) -> str | None:
+    """The folder of the run that torchrun (--max-restarts) has started again; None the first time."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    folders = [args.out] if args.out is not None else sorted(Path("runs").glob("*"), reverse=True)
+    folders = [out] if out is not None else sorted(Path("runs").glob("*"), reverse=True)
     for folder in folders:
         try:
             if json.loads((folder / "config.json").read_text(encoding="utf-8"))["launch"] == launch():
                 print(f"torchrun has started the processes again: going on with {folder}", file=sys.stderr)
                 return str(folder)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # no run, or not this one
+            continue
     return None
 
 
 def check_device(name: str, ranks: Ranks) -> None:
-    """CliError for one device that all processes would share."""
+    """CliError for a numbered device, which all processes would share."""
     if ranks.world > 1 and ":" in name:
         raise CliError(
             f"--device must leave each of the {ranks.world} processes its own; got '{name}': take "

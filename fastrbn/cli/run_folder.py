@@ -1,27 +1,64 @@
-"""What a run of `fastrbn train` leaves behind. Each file is written whole or not at all, each for itself."""
+"""The folder of a run of `fastrbn train`: what is written there, how it is locked, and how it is resumed.
+
+Each file is written whole or not at all, and one that cannot be written does not cost the others.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import io
 import json
+import platform
+import shlex
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastrbn import plots
+from fastrbn._version import __version__
+from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, ParamMagnitudes, Recorder
+from fastrbn.data import DataBunch, ImageData
+from fastrbn.learn import Learner, Runner
 from fastrbn.learn import checkpoint_file as checkpoints
-from fastrbn.util import write_whole
+from fastrbn.norm import get_recipe
+from fastrbn.util import locked, write_whole
 
-from .options import BAD_ARGUMENTS, ERROR, CliError
+from .options import BAD_ARGUMENTS, DONE, CliError
+from .plugins import outside
+from .settings import NFS, Settings, of_config, split_norm, wrong
 
-REPORT = "nan_report.txt"
 CHECKPOINTS = "checkpoints"  # a folder
+REPORT = "nan_report.txt"
 RESULTS = ("config.json", "model.pt", "history.csv", "curves.png", "params.png", REPORT, "nan_report.json", "nan_batch.pt")
+
+_MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir")  # training goes on from the same place all the same
+_DATA = ("data", "size", "limit", "data_dir")  # described apart in config.json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to be trained: its settings, its folder (None: a new one in runs/), and the config.json that it resumes."""
+
+    settings: Settings
+    command: str
+    folder: Path | None
+    force: bool = False
+    config: dict | None = None
+
+
+# the folder
 
 
 def check_folder(folder: Path | None, force: bool) -> None:
-    """CliError when results may not go to `folder`, before time is spent on making them."""
+    """CliError if results may not go to `folder`, before time is spent on making them."""
     if folder is None or not folder.exists():
         return
     if not folder.is_dir():
@@ -30,6 +67,25 @@ def check_folder(folder: Path | None, force: bool) -> None:
         raise CliError(
             f"--out {folder} is not empty: take another name, or --force to write over its results", BAD_ARGUMENTS
         )
+    for name in RESULTS:
+        if (folder / name).is_dir():
+            raise CliError(f"{folder / name} must be a file; it is a folder: move it away", BAD_ARGUMENTS)
+    if (folder / CHECKPOINTS).is_file():
+        raise CliError(f"{folder / CHECKPOINTS} must be a folder; it is a file: move it away", BAD_ARGUMENTS)
+
+
+def open_folder(plan: Plan, name: str, held: ExitStack) -> Path:
+    """The run's folder, made if need be and locked while `held` is; in runs/ it is named after `name`."""
+    folder = plan.folder or Path("runs") / f"{name}-{plan.settings.layer}-{datetime.now():%Y%m%d-%H%M%S}"
+    if plan.config is None:
+        folder = make_folder(folder, numbered=plan.folder is None)
+    try:
+        held.enter_context(locked(folder))
+    except BlockingIOError as e:
+        raise CliError(str(e)) from e
+    # once more: another process may have been here meanwhile
+    check_folder(plan.folder, plan.force or plan.config is not None)
+    return folder
 
 
 def make_folder(folder: Path, numbered: bool = False) -> Path:
@@ -55,35 +111,102 @@ def drop_results(folder: Path) -> None:
         raise _not_there(folder, e) from e
 
 
-def _not_there(folder, error) -> CliError:
-    return CliError(
-        f"the results cannot go to {folder}: {error.strerror or error}; choose another folder with --out", ERROR
-    )
+def _not_there(folder: Path, error: OSError) -> CliError:
+    return CliError(f"the results cannot go to {folder}: {error.strerror or error}; choose another folder with --out")
 
 
-def write_config(folder: Path, config: dict) -> None:
-    """`config` as JSON, a line for each setting. CliError when it cannot be written."""
+# config.json
+
+
+def configuration(
+    plan: Plan, images: ImageData, data: DataBunch, learn: Learner, run: Runner, **processes: Any
+) -> dict[str, Any]:
+    """What config.json holds: the settings (`arguments`, to resume from), and what they come to with these data."""
+    import torchvision
+
+    settings = plan.settings
+    kept = {**settings.dump(), "data": _found(settings.data, images)}
+    recipe, root, device = settings.recipe, settings.data_dir, torch.device(settings.device)
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    config = {
+        "command": plan.command,
+        "started": now,
+        "data": {
+            "name": images.name,
+            "train": len(data.train_ds),
+            "valid": len(data.valid_ds),
+            "shape": list(images.train.x.shape[1:]),
+            "classes": list(images.classes),
+            "mean": list(images.mean),
+            "std": list(images.std),
+            "limit": settings.limit,
+            "data_dir": root and str(root),
+        },
+        "layer": settings.layer,
+        **{name: value for name, value in kept.items() if name not in (*_DATA, "cb", "no_halt", "checkpoint_every")},
+        "nfs": NFS if settings.model == "cnn" else None,
+        "recipe_settings": recipe and dataclasses.asdict(get_recipe(recipe)),
+        "parameters": sum(p.numel() for p in learn.model.parameters()),
+        "optimiser": type(learn.opt).__name__,
+        "halt_on_nan": callback_of(run, HaltOnNaN) is not None,
+        "callbacks": [repr(cb) for cb in run.cbs],
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {
+            "fastrbn": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "platform": platform.platform(),
+        },
+        **processes,
+        "arguments": kept,
+    }
+    if (past := plan.config) is None:
+        return config
+    again = {"command": past["command"], "started": past["started"], "resumed": [*past.get("resumed", []), now]}
+    return {**past, **config, **again}
+
+
+def _found(data: str | None, images: ImageData) -> str:
+    """The data by the name under which they will be found again, from any folder."""
+    if data is not None and Path(data).is_dir():
+        return str(Path(data).resolve())
+    return images.name if data is None or data == images.name.removesuffix("-jpeg") else data
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """`config` as JSON, a line for each setting. CliError if it cannot be written."""
     file = folder / "config.json"
     try:
         # a name that is not UTF-8 has surrogates, for which these escapes are also JSON's
         write_whole(file, f"{_json(config)}\n".encode("utf-8", "backslashreplace"))
     except OSError as e:
-        raise CliError(
-            f"{file} could not be written: {e.strerror or e}; make room, or choose another folder with --out", ERROR
-        ) from e
+        raise CliError(_unwritten(file, e)) from e
 
 
-def _json(value, indent="") -> str:
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value, ensure_ascii=False)
+def _json(value: Any, indent: str = "") -> str:
+    if not isinstance(value, Mapping) or not value:
+        return json.dumps(value, ensure_ascii=False, default=lambda v: getattr(v, "__name__", None) or repr(v))
     inner = indent + "  "
     lines = (f"{inner}{json.dumps(str(k), ensure_ascii=False)}: {_json(v, inner)}" for k, v in value.items())
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
-def write_results(folder: Path, model, stats, recorder, magnitudes, report=None) -> list[str]:
-    """Write all results but the configuration; what went wrong, a sentence each: one failure costs one file."""
-    writers = {
+def _unwritten(file: Path, error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return f"{file} could not be written: {type(error).__name__}: {error}"
+    folder = isinstance(error, IsADirectoryError)
+    repair = "move that folder away" if folder else "make room, or choose another folder with --out"
+    return f"{file} could not be written: {error.strerror or error}; {repair}"
+
+
+# the other results
+
+
+def write_results(folder: Path, run: Runner, model: nn.Module, report: object = None) -> list[str]:
+    """Write all results but the configuration. Returns a sentence for each file that could not be written."""
+    stats, recorder, magnitudes = (callback_of(run, cls) for cls in (AvgStatsCallback, Recorder, ParamMagnitudes))
+    writers: dict[str, Callable[[], str | bytes]] = {
         "model.pt": lambda: _state_dict(model),
         "history.csv": lambda: _history(stats),
         "curves.png": lambda: _png(
@@ -98,12 +221,17 @@ def write_results(folder: Path, model, stats, recorder, magnitudes, report=None)
         try:
             write_whole(folder / name, make())
         except Exception as e:  # noqa: BLE001 - a full disk, a picture of odd numbers: the other files are still wanted
-            failures.append(f"{folder / name} could not be written: {type(e).__name__}: {e}")
+            failures.append(_unwritten(folder / name, e))
     return failures
 
 
-def rows(stats) -> list[dict]:
-    """The history, and where the fit ended within an epoch, a last row with the averages so far."""
+def callback_of(run: Runner, cls: type) -> Any:
+    """The run's callback that is a `cls` and no subclass, or None."""
+    return next((cb for cb in run.cbs if type(cb) is cls), None)
+
+
+def rows(stats: AvgStatsCallback) -> list[dict[str, Any]]:
+    """The history; if the fit ended within an epoch, its last row has that epoch's averages so far."""
     history, run = list(stats.history), stats.run
     begun = run.iter is not None or run.dl is not run.data.train_dl  # else the averages are still the last epoch's
     if run.epoch == len(history) and begun and stats.train_stats.count:
@@ -116,7 +244,7 @@ def rows(stats) -> list[dict]:
     return history
 
 
-def _history(stats) -> str:
+def _history(stats: AvgStatsCallback) -> str:
     text = io.StringIO(newline="")
     out = csv.DictWriter(text, stats.columns, lineterminator="\n")
     out.writeheader()
@@ -124,7 +252,7 @@ def _history(stats) -> str:
     return text.getvalue()
 
 
-def _state_dict(model) -> bytes:
+def _state_dict(model: nn.Module) -> bytes:
     file = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
     return file.getvalue()
@@ -134,3 +262,124 @@ def _png(figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
+
+
+# resuming
+
+
+def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
+    """The run in `folder` to go on with, `given` the options beside --resume, of which some may differ from the run's.
+
+    The run may be somebody else's. CliError if its configuration names a file outside its folder, unless the command
+    repeats it; if it is damaged; and if it does not go together with `given`.
+    """
+    config, settings = _load(folder)
+    result, saved = config.get("result", {}), folder / CHECKPOINTS
+    wrote = result.get("status") == DONE or result.get("steps", 0) >= (settings.checkpoint_every or 0)
+    if wrote and not checkpoints.files(saved):
+        raise CliError(
+            f"the checkpoints of {folder} are gone (there is no checkpoint-….pt in {saved}): put them back, or train in "
+            f"another folder"
+        )
+    asked = dict(given)
+    if "norm" in asked:
+        asked["norm"], recipe = split_norm(asked["norm"])
+        asked.update({} if recipe is None else {"recipe": recipe})
+    kept = {**settings.dump(), "out": folder, "force": False}
+    for name, wanted in sorted(asked.items()):
+        if name not in _MAY_CHANGE and wanted != kept[name]:
+            option = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
+            raise CliError(
+                f"{option} does not go with --resume: the run has {kept[name]}, got {wanted}; leave it out, or begin "
+                f"another run. What may be another: --epochs, --checkpoint-every, --data-dir",
+                BAD_ARGUMENTS,
+            )
+    if "cb" not in asked:
+        _check_callbacks(settings.cb, folder)
+    settings = dataclasses.replace(settings, **{name: asked[name] for name in _MAY_CHANGE if name in asked})
+    root = settings.data_dir
+    if "data_dir" not in asked and root is not None and not root.is_dir():
+        raise CliError(f"the run's --data-dir {root} is not here: say where the data are with --data-dir", BAD_ARGUMENTS)
+    check_folder(folder, force=True)
+    return Plan(settings, command, folder, config=config)
+
+
+def restarted(folder: Path, settings: Settings, command: str) -> Plan:
+    """The run in `folder` that torchrun has started again with its own `settings`; from the start if it did not get so
+    far as to keep them."""
+    if settings.checkpoint_every is not None:
+        with contextlib.suppress(CliError):
+            config, kept = _load(folder)
+            own = {name: getattr(settings, name) for name in ("data", "device", "data_dir", "cb")}
+            return Plan(dataclasses.replace(kept, **own), command, folder, config=config)
+    return Plan(settings, command, folder, force=True)
+
+
+def start(folder: Path) -> Path | None:
+    """The folder of checkpoints to resume from; None if the run ended before its first. Prints which it is."""
+    there = checkpoints.files(folder / CHECKPOINTS)
+    if not there:
+        print(f"{folder} ended before its first checkpoint: training from the start", flush=True)
+        return None
+    print(f"going on from {there[-1][1]}", flush=True)
+    return folder / CHECKPOINTS
+
+
+def has_learnt(run: Runner) -> bool:
+    """Whether a resumed fit has done a step beyond its checkpoint. Until then the run's results are all there is."""
+    return run.resumed_from is not None and run.n_iter > checkpoints.steps_in(run.resumed_from)
+
+
+def _check_callbacks(specs: tuple[str, ...], folder: Path) -> None:
+    for spec in specs:
+        if (what := outside(spec, folder)) is not None:
+            again = shlex.join(["fastrbn", "train", "--resume", str(folder), *(a for s in specs for a in ("--cb", s))])
+            raise CliError(
+                f"the run's callback '{spec}' {what}; if that is what you want, repeat the run's callbacks: {again}",
+                BAD_ARGUMENTS,
+            )
+
+
+def _load(folder: Path) -> tuple[dict[str, Any], Settings]:
+    """The config.json of a run that can be resumed, and its settings. CliError if it is missing, damaged or odd."""
+    path, problem = folder / "config.json", " is no configuration of a run"
+    try:
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            raise OSError(None, "it is not a file")
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        _check(config)
+        problem = ""
+        arguments = config.get("arguments", {"checkpoint_every": None})
+        if isinstance(arguments, dict) and arguments.get("checkpoint_every", 0) is None:
+            raise CliError(
+                f"--resume needs a run that was trained with --checkpoint-every; {folder} was not, so there is nothing "
+                f"to go on from",
+                BAD_ARGUMENTS,
+            )
+        return config, of_config(arguments)
+    except OSError as e:
+        raise CliError(
+            f"--resume needs the folder of a run, with its config.json; {path} cannot be read: {e.strerror or e}",
+            BAD_ARGUMENTS,
+        ) from e
+    except (ValueError, RecursionError) as e:  # a byte that is not UTF-8 is a ValueError too
+        raise CliError(
+            f"--resume: {path}{problem}: {e}; edit the file or restore it from a copy, or train in another folder",
+            BAD_ARGUMENTS,
+        ) from e
+
+
+def _check(config: Any) -> None:
+    """ValueError if what resuming reads, beside the settings, is not of its kind."""
+    if not isinstance(config, dict):
+        raise wrong("it", "must be an object", config)
+    parts: dict[str, tuple[type, str]] = {"command": (str, "text"), "started": (str, "text")}
+    parts |= {"resumed": (list, "a list"), "result": (dict, "an object")}
+    for name, (kind, rule) in parts.items():
+        if name not in config and kind is str:
+            raise ValueError(f"{name} is missing")
+        if not isinstance(config.get(name, kind()), kind):
+            raise wrong(name, f"must be {rule}", config[name])
+    steps = config.get("result", {}).get("steps", 0)
+    if type(steps) is not int:
+        raise wrong("result.steps", "must be a whole number", steps)

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: what a run leaves, what it says, and the exit status of each ending."""
+"""The command line as its users meet it: the files of a run, what is printed, and the exit status of each ending."""
 
 import csv
 import importlib.metadata
@@ -20,20 +20,10 @@ import torch
 from PIL import Image
 
 import fastrbn
-from fastrbn.cli import main
-from fastrbn.cli import (
-    plugins as _cli_callbacks,
-)
-from fastrbn.cli import (
-    ranks as _cli_ranks,
-)
-from fastrbn.cli import (
-    run_folder as _cli_results,
-)
-from fastrbn.cli import (
-    train as _cli_train,
-)
-from fastrbn.cli.options import default_lr
+from fastrbn.cli import main, plugins, run_folder
+from fastrbn.cli import ranks as cli_ranks
+from fastrbn.cli import train as cli_train
+from fastrbn.cli.settings import default_lr
 from fastrbn.data import DownloadError, glyphs, image_databunch
 from fastrbn.learn import Callback
 from fastrbn.models import conv_rbn, get_cnn_model, resnet9
@@ -50,13 +40,13 @@ def small(n_train=200, n_valid=100):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Runs the command line here, in an empty folder: cli("train", …) gives status, stdout and stderr. `glyphs` is a
+    """Run the command line here, in an empty folder: cli("train", …) returns status, stdout and stderr. `glyphs` is a
     small set; pictures are drawn in the tests that look at them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
-    real = _cli_train.load_dataset
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a, **kw: real(name, *a, **kw) if kw or name != "glyphs" else small())
-    monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
+    real = cli_train.load_dataset
+    monkeypatch.setattr(cli_train, "load_dataset", lambda name, *a, **kw: real(name, *a, **kw) if kw or name != "glyphs" else small())
+    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
 
     def run(*args):
         status = main([*map(str, args)])
@@ -67,7 +57,7 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 def plug_in(monkeypatch, **named):
-    """Entry points of the group, as if packages that provide them were installed."""
+    """Install entry points of the group, as far as importlib.metadata can tell."""
     points = [SimpleNamespace(name=name, value=f"tests:{name}", dist=None, load=load) for name, load in named.items()]
     real = importlib.metadata.entry_points  # of which others, such as triton, ask as well
 
@@ -87,7 +77,7 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs with everything real, in a process of its own and into a pipe."""
+    """A real run of two epochs, in its own process, printing into a pipe."""
     folder = tmp_path_factory.mktemp("finished")
     command = ["-W", "error", "-m", *COMMAND.split()]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -168,7 +158,7 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(cli):
 
 def test_the_seed_orders_the_batches_too(cli, monkeypatch):
     built = []
-    monkeypatch.setattr(_cli_train, "_build", keep(built, _cli_train._build))
+    monkeypatch.setattr(cli_train, "_build", keep(built, cli_train._build))
     for seed in (5, 6):
         assert cli("train", "glyphs", "--limit", 64, "--seed", seed, "--epochs", 0, "--out", f"r{seed}")[0] == 0
     first, second = (torch.cat([yb for _, yb in learn.data.train_dl]) for learn, _ in built)
@@ -176,7 +166,7 @@ def test_the_seed_orders_the_batches_too(cli, monkeypatch):
 
 
 def test_the_default_folder_is_named_after_data_layer_and_time_and_never_shared(cli, monkeypatch):
-    monkeypatch.setattr(_cli_train, "datetime", SimpleNamespace(now=lambda: datetime(2020, 1, 2)))
+    monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(now=lambda: datetime(2020, 1, 2)))
     for _ in range(2):
         assert cli("train", "glyphs", "--layer", "conv_gn", "--limit", 16)[0] == 0
     assert sorted(os.listdir("runs")) == ["glyphs-conv_gn-20200102-000000", "glyphs-conv_gn-20200102-000000-2"]
@@ -189,9 +179,9 @@ def test_the_default_folder_is_named_after_data_layer_and_time_and_never_shared(
 @pytest.mark.parametrize("model", ["cnn", "resnet9"])
 def test_each_model_trains_with_each_layer(cli, monkeypatch, layer, kind, model):
     built = []
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda *_: small(16, 10))
-    monkeypatch.setattr(_cli_train, "resnet9", lambda **kw: resnet9(width=8, **kw))  # an eighth of the field's width
-    monkeypatch.setattr(_cli_train, "_build", keep(built, _cli_train._build))
+    monkeypatch.setattr(cli_train, "load_dataset", lambda *_: small(16, 10))
+    monkeypatch.setattr(cli_train, "resnet9", lambda **kw: resnet9(width=8, **kw))  # an eighth of the field's width
+    monkeypatch.setattr(cli_train, "_build", keep(built, cli_train._build))
     status, out, _ = cli("train", "glyphs", "--layer", layer, "--model", model, "--out", "r")
     assert status == 0 and f"{model} of {layer}" in out
     learn = built[0][0]
@@ -209,7 +199,7 @@ def keep(results, function):
 
 def test_the_recipe_reaches_the_layers(cli, monkeypatch):
     built = []
-    monkeypatch.setattr(_cli_train, "_build", keep(built, _cli_train._build))
+    monkeypatch.setattr(cli_train, "_build", keep(built, cli_train._build))
     assert cli("train", "glyphs", "--limit", 16, "--recipe", "course", "--out", "r")[0] == 0
     assert built[0][0].model[0][2].recipe == fastrbn.RECIPES["course"]
     assert json.loads(Path("r/config.json").read_text())["recipe"] == "course"
@@ -225,17 +215,17 @@ def test_the_recipe_reaches_the_layers(cli, monkeypatch):
     ],
 )
 def test_schedules_go_where_the_help_says(sched, at):
-    made = _cli_train._schedule(SimpleNamespace(sched=sched), 1.0)
+    made = cli_train._schedule(sched, 1.0)
     assert made is None if at is None else {p: pytest.approx(made(p), abs=1e-5) for p in at} == at
 
 
 @pytest.mark.parametrize("sched", ["none", "lin", "cos", "1cycle"])
 def test_the_schedule_moves_the_rate_that_trains(cli, monkeypatch, sched):
     built = []
-    monkeypatch.setattr(_cli_train, "_build", keep(built, _cli_train._build))
+    monkeypatch.setattr(cli_train, "_build", keep(built, cli_train._build))
     assert cli("train", "glyphs", "--limit", 80, "--lr", "0.1", "--sched", sched, "--out", "r")[0] == 0
     rates = built[0][1].recorder.lrs[0]
-    expected = _cli_train._schedule(SimpleNamespace(sched=sched), 0.1) or (lambda pos: 0.1)
+    expected = cli_train._schedule(sched, 0.1) or (lambda pos: 0.1)
     assert rates == pytest.approx([expected(i / 10) for i in range(10)])
 
 
@@ -271,7 +261,7 @@ def test_zero_epochs_write_an_untrained_model(cli):
 
 def test_empty_pictures_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda *_: small())
+    monkeypatch.setattr(cli_train, "load_dataset", lambda *_: small())
     assert main(["train", "glyphs", "--epochs", "0", "--out", "r"]) == 0
     for name in ("r/curves.png", "r/params.png"):
         with Image.open(name) as image:
@@ -304,7 +294,7 @@ def photos(folder, classes="ab", n=4, sides=(9, 14)):
             Image.fromarray(x.numpy()).save(folder / c / f"{i}.png")
 
 
-def test_photos_of_differing_sizes_are_refused_with_the_option_that_brings_them_to_one(cli, tmp_path):
+def test_photos_of_differing_sizes_are_refused_with_a_hint_at_size(cli, tmp_path):
     photos(tmp_path / "photos")
     status, out, err = cli("train", "photos", "--out", "r")
     assert (status, out) == (1, "") and err.endswith("Bring them to one: size=N, or `fastrbn train --size N`.\n")
@@ -334,7 +324,7 @@ def test_a_folder_of_names_that_are_not_utf8_can_be_trained_on(cli, tmp_path):
         ("ab", (9, 10), "--limit 5 --layer conv_bn --bs 1", 1, "Expected more than 1 value per channel"),
     ],
 )
-def test_what_cannot_work_with_the_data_is_refused_before_training(cli, tmp_path, classes, sides, args, status, words):
+def test_settings_that_do_not_suit_the_data_are_refused_before_training(cli, tmp_path, classes, sides, args, status, words):
     photos(tmp_path / "set", classes, sides=sides)
     got, out, err = cli("train", "set", *args.split(), "--out", "r")
     assert (got, out) == (status, "") and err.startswith("fastrbn train: error: ")
@@ -362,7 +352,7 @@ def without_network(name, *args):
 
 
 def test_without_mnist_and_network_a_bare_train_says_so_in_a_line_and_takes_glyphs(cli, monkeypatch):
-    monkeypatch.setattr(_cli_train, "load_dataset", without_network)
+    monkeypatch.setattr(cli_train, "load_dataset", without_network)
     status, out, err = cli("train", "--limit", 16)
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == (
@@ -373,7 +363,7 @@ def test_without_mnist_and_network_a_bare_train_says_so_in_a_line_and_takes_glyp
 
 
 def test_mnist_by_name_that_cannot_be_had_is_an_error_that_suggests_glyphs(cli, monkeypatch):
-    monkeypatch.setattr(_cli_train, "load_dataset", without_network)
+    monkeypatch.setattr(cli_train, "load_dataset", without_network)
     status, out, err = cli("train", "mnist")
     assert (status, out) == (1, "")
     assert "no route to host. `fastrbn train glyphs` needs no download." in err
@@ -415,11 +405,11 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--cutout 100", "--cutout must leave some of the images, whose shorter side is 28; got 100"),
         ("--limit 0", "--limit: must be a whole number, 1 or more; got '0'"),
         ("--seed -3", "--seed: must be a whole number, 0 or more"),
-        ("--layer conv_rnb", "must be one of conv_rbn, conv_bn, conv_gn; got 'conv_rnb'. Did you mean 'conv_rbn'?"),
+        ("--layer conv_rnb", "--norm must be one of running, batch, group … conv_gn; got 'conv_rnb'. Did you mean 'conv_rbn'?"),
         ("--model resnet", "must be one of cnn, resnet9; got 'resnet'. Did you mean 'resnet9'?"),
         ("--sched cosine", "none, lin, cos, 1cycle; got 'cosine'"),
         ("--recipe corse", "must be one of default … got 'corse'. Did you mean 'course'?"),
-        ("--layer conv_bn --recipe course", "--recipe is for conv_rbn, and --layer is conv_bn"),
+        ("--layer conv_bn --recipe course", "--recipe is for --norm running, and --norm is conv_bn"),
         ("--device gpu", "--device must be auto, cpu, or … got 'gpu'"),
         ("--device meta", "--device must be auto, cpu, or … got 'meta'"),
         ("--epoch 3", "unrecognized arguments: --epoch"),
@@ -445,7 +435,7 @@ def test_bad_arguments_end_with_2_and_the_rule_before_anything_is_written(cli, a
     assert "Traceback" not in err and not Path("runs").exists()
 
 
-def test_an_unknown_data_set_gets_the_nearest_name(cli):
+def test_an_unknown_data_set_gets_a_suggestion(cli):
     status, _, err = cli("train", "fashon")
     assert status == 2 and "'fashon'" in err and "'fashion'" in err
 
@@ -456,6 +446,15 @@ def test_wrong_commands_end_with_2_and_help_and_version_with_0(cli):
     assert cli("--version")[:2] == (0, f"fastrbn {fastrbn.__version__}\n")
     status, out, _ = cli("train", "--help")
     assert status == 0 and "2·bs/(bs + 32)" in out and "%%" not in out
+
+
+@pytest.mark.parametrize("args", ["train --help", "compare --help", "train --bs 0", "compare --seeds a", "callback"])
+def test_help_and_wrong_arguments_need_no_torch(args):
+    code = f"import sys; from fastrbn.cli import main; main({args.split()}); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_force_writes_over_a_run_and_drops_what_would_pass_for_the_new_ones(cli):
@@ -516,7 +515,7 @@ def test_an_interrupt_keeps_what_there_is_so_far_and_ends_with_130(cli, monkeypa
     assert float(part["train_loss"]) > 0 and part["valid_loss"] == ""
 
 
-def test_an_error_in_a_callback_shows_the_way_there_keeps_the_results_and_ends_with_1(cli, monkeypatch):
+def test_an_error_in_a_callback_shows_a_traceback_keeps_the_results_and_ends_with_1(cli, monkeypatch):
     plug_in(monkeypatch, stop=lambda: type("Failing", (Stop,), {"error": ZeroDivisionError}))
     status, _, err = cli("train", "glyphs", "--epochs", 2, "--limit", 80, "--cb", "stop", "--out", "r")
     assert status == 1
@@ -535,35 +534,92 @@ def test_a_result_that_cannot_be_written_costs_only_itself(cli, monkeypatch):
     def no_room(figure):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_cli_results, "_png", no_room)
+    monkeypatch.setattr(run_folder, "_png", no_room)
     status, _, err = cli("train", "glyphs", "--limit", 16, "--out", "r")
     assert status == 1
-    assert err.count("could not be written: OSError: [Errno 28] No space left on device") == 2
+    assert err.count("could not be written: No space left on device; make room, or choose another folder with --out") == 2
+    assert err.splitlines()[-1].startswith("done: 1 epoch") and err.endswith("; other results in r\n")
     assert set(os.listdir("r")) == RESULTS - {"curves.png", "params.png"}
+
+
+@pytest.mark.parametrize("name", ["curves.png", "history.csv", "config.json"])
+def test_a_folder_in_the_place_of_a_result_is_refused_before_training(cli, name):
+    assert cli("train", "glyphs", "--limit", 16, "--checkpoint-every", 9, "--out", "r")[0] == 0
+    Path("r", name).unlink()
+    Path("r", name).mkdir()
+    words = f"fastrbn train: error: r/{name} must be a file; it is a folder: move it away\n"
+    assert cli("train", "glyphs", "--limit", 16, "--out", "r", "--force") == (2, "", words)
+    if name != "config.json":
+        assert cli("train", "--resume", "r", "--epochs", 2) == (2, "", words)
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_refused_before_training(cli):
+    Path("r").mkdir()
+    Path("r/checkpoints").touch()
+    status, _, err = cli("train", "glyphs", "--limit", 16, "--checkpoint-every", 9, "--out", "r", "--force")
+    assert (status, err) == (2, "fastrbn train: error: r/checkpoints must be a folder; it is a file: move it away\n")
+
+
+def test_a_folder_that_takes_the_place_of_a_result_during_training_is_named(cli, monkeypatch):
+    class Maker(Callback):
+        def after_fit(self):
+            Path("r/curves.png").mkdir()
+
+    plug_in(monkeypatch, maker=lambda: Maker)
+    status, out, err = cli("train", "glyphs", "--limit", 16, "--cb", "maker", "--out", "r")
+    first, last = err.splitlines()
+    assert status == 1 and "done" not in out and last.startswith("done: 1 epoch")
+    assert first == "fastrbn train: error: r/curves.png could not be written: Is a directory; move that folder away"
 
 
 def test_an_interrupt_before_training_ends_with_130_too(cli, monkeypatch):
     def slow(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_cli_train, "load_dataset", slow)
+    monkeypatch.setattr(cli_train, "load_dataset", slow)
     status, _, err = cli("train", "glyphs")
     assert (status, err) == (130, "fastrbn train: interrupted (Ctrl-C)\n")
+
+
+def test_an_interrupt_while_the_last_line_is_flushed_ends_with_130_quietly(cli, monkeypatch):
+    class Interrupted(io.StringIO):
+        def flush(self):
+            if "\ndone: " in self.getvalue():
+                raise KeyboardInterrupt
+
+    stream, real = Interrupted(), sys.stderr
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["train", "glyphs", "--limit", "16", "--out", "r"]) == 130
+    assert sys.stdout is stream and sys.stderr is real, "they are as they were"
+    assert set(os.listdir("r")) == RESULTS
+
+
+def test_ctrl_c_while_the_process_exits_shows_no_traceback(tmp_path):
+    code = """if True:
+        import atexit, signal, sys, torch
+        from fastrbn.cli import main
+        atexit.register(signal.raise_signal, signal.SIGINT)  # as if it came among torch's
+        sys.exit(main(["train", "glyphs", "--limit", "16", "--out", "r"]))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines()[-1].startswith("done: ")
 
 
 def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path):
     code = """if True:
         import sys
-        from fastrbn import cli
-        from fastrbn.cli import train as _cli_train
+        from fastrbn import Recorder
+        from fastrbn.cli import main
 
-        class Tells(_cli_train.Recorder):
-            def after_batch(self):
-                if self.run.n_iter == 3:
-                    print("three steps", flush=True)
+        def tell(self):
+            if self.run.n_iter == 3:
+                print("three steps", flush=True)
 
-        _cli_train.Recorder = Tells
-        sys.exit(cli.main(sys.argv[1:]))"""
+        Recorder.after_step = tell
+        sys.exit(main(sys.argv[1:]))"""
     command = [sys.executable, "-c", code, "train", "glyphs", "--epochs", "1000", "--bs", "2", "--out", "r"]
     # where the tests run in the background the signal may be ignored, and children inherit that
     with subprocess.Popen(
@@ -604,7 +660,7 @@ def test_several_callbacks_can_be_added_and_the_commands_own_file_stays(cli):
 
 @pytest.mark.parametrize("name", ["AvgStatsCallback", "avg_stats", "AvgStats", "avg_stats_callback"])
 def test_callbacks_go_by_class_name_and_snake_name_with_and_without_the_suffix(name):
-    assert type(_cli_callbacks.make_callback(name)) is fastrbn.AvgStatsCallback
+    assert type(plugins.make_callback(name)) is fastrbn.AvgStatsCallback
 
 
 @pytest.mark.parametrize(
@@ -619,14 +675,14 @@ def test_callbacks_go_by_class_name_and_snake_name_with_and_without_the_suffix(n
         (" a = 1 , b = cpu ", {"a": 1, "b": "cpu"}),
     ],
 )
-def test_arguments_are_literals_and_what_is_none_is_text(text, expected):
-    assert _cli_callbacks._arguments(text, "") == expected
+def test_arguments_are_literals_or_else_text(text, expected):
+    assert plugins._arguments(text, "") == expected
 
 
 def test_the_listing_names_every_built_in_callback_with_arguments_and_a_line(cli):
     status, out, _ = cli("callbacks")
     assert status == 0
-    for name, cls in _cli_callbacks.built_in().items():
+    for name, cls in plugins.built_in().items():
         assert f"  {name}(" in out and cls.__doc__.splitlines()[0] in out
     assert "HaltOnNaN(every=1, raise_error=False, path=None)" in out
 
@@ -649,7 +705,7 @@ def test_a_plug_in_is_listed_and_trains(cli, monkeypatch):
     assert seen == [7, 7, 7]
 
 
-def test_a_broken_plug_in_is_named_and_stops_nobody_else(cli, monkeypatch):
+def test_a_broken_plug_in_is_named_and_does_not_stop_the_others(cli, monkeypatch):
     def broken():
         raise ModuleNotFoundError("No module named 'nowhere'")
 
@@ -685,7 +741,7 @@ class Unmakeable(Callback):
         (lambda: Unmakeable, "--cb mine: mine cannot be made: LookupError: no such service"),
     ],
 )
-def test_a_plug_in_that_leaves_or_fails_before_training_is_an_error_that_names_it(cli, monkeypatch, load, words):
+def test_a_plug_in_that_exits_or_fails_before_training_is_an_error_that_names_it(cli, monkeypatch, load, words):
     plug_in(monkeypatch, mine=load)
     assert cli("train", "glyphs", "--cb", "mine", "--out", "r") == (1, "", f"fastrbn train: error: {words}\n")
     assert not Path("r").exists()
@@ -693,7 +749,7 @@ def test_a_plug_in_that_leaves_or_fails_before_training_is_an_error_that_names_i
 
 
 @pytest.mark.parametrize("event", ["begin_fit", "after_step", "after_fit"])
-def test_a_plug_in_that_leaves_during_training_is_an_error_that_names_it(cli, monkeypatch, event):
+def test_a_plug_in_that_exits_during_training_is_an_error_that_names_it(cli, monkeypatch, event):
     made = {}
     exec(f"def {event}(self):\n    raise SystemExit(0)", made)  # by the name that errors are told with
     plug_in(monkeypatch, mine=lambda: type("Leaves", (Callback,), {event: made[event]}))
@@ -742,7 +798,7 @@ def test_a_plug_in_that_is_truly_installed_is_found(cli, tmp_path, monkeypatch):
     assert "speaks: moo\n" in out
 
 
-def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
+def test_the_listing_ends_quietly_when_its_reader_closes_the_pipe(tmp_path):
     code = "import sys; from fastrbn.cli import main; sys.exit(main(['callbacks']))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -762,7 +818,7 @@ def test_a_reader_that_has_seen_enough_ends_the_listing_quietly(tmp_path):
 
 
 def printing_to(monkeypatch, file, encoding="utf-8"):
-    """Have stdout go to the binary `file`, as a process would have it."""
+    """Redirect stdout to the binary `file`, as in a process of its own."""
     stream = io.TextIOWrapper(file, encoding, errors="strict", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
     return stream
@@ -788,7 +844,7 @@ def test_characters_that_the_encoding_of_stdout_lacks_are_spelt_out(cli, monkeyp
 
 def test_a_rank_that_is_silent_prints_any_character(monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    ranks = object.__new__(_cli_ranks.Ranks)
+    ranks = object.__new__(cli_ranks.Ranks)
     ranks.rank = 1
     real = open
     monkeypatch.setattr("builtins.open", lambda *a, **kw: real(*a, **{"encoding": "ascii", **kw}))
@@ -820,7 +876,7 @@ def test_an_interrupt_after_the_reader_has_left_saves_the_results(cli, monkeypat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_under_the_log_is_told_once_and_training_continues(cli, monkeypatch, capsys):
+def test_a_full_disk_under_the_log_is_reported_once_and_training_continues(cli, monkeypatch, capsys):
     stream = printing_to(monkeypatch, open("/dev/full", "wb", buffering=0))
     assert main(["train", "glyphs", "--limit", "80", "--out", "r"]) == 0
     stream.close()
@@ -829,8 +885,8 @@ def test_a_full_disk_under_the_log_is_told_once_and_training_continues(cli, monk
     assert set(os.listdir("r")) == RESULTS
 
 
-def test_of_many_processes_the_gravest_ending_counts_and_an_error_of_the_first_is_everybodys():
-    ranks = object.__new__(_cli_ranks.Ranks)
+def test_the_worst_ending_of_all_processes_counts_and_an_error_on_rank_0_is_raised_on_all():
+    ranks = object.__new__(cli_ranks.Ranks)
     ranks.world, ranks.rank = 2, 1
     said = []
     ranks._channel = SimpleNamespace(texts=lambda text: said)
@@ -841,15 +897,15 @@ def test_of_many_processes_the_gravest_ending_counts_and_an_error_of_the_first_i
     said[:] = ['{"value": "runs/a"}', ""]
     assert ranks.first(lambda: pytest.fail("it is not the first")) == "runs/a"
     said[:] = ['{"error": "the folder is not empty", "status": 2}', ""]
-    with pytest.raises(_cli_ranks.CliError, match="the folder is not empty") as caught:
+    with pytest.raises(cli_ranks.CliError, match="the folder is not empty") as caught:
         ranks.first(lambda: None)
     assert caught.value.status == 2
 
 
-def test_a_device_with_a_number_is_no_choice_for_many_processes():
-    with pytest.raises(_cli_ranks.CliError, match="must leave each of the 2 processes its own; got 'cuda:1': take cuda"):
-        _cli_ranks.check_device("cuda:1", SimpleNamespace(world=2))
-    _cli_ranks.check_device("cuda:1", SimpleNamespace(world=1))
+def test_a_numbered_device_is_refused_for_many_processes():
+    with pytest.raises(cli_ranks.CliError, match="must leave each of the 2 processes its own; got 'cuda:1': take cuda"):
+        cli_ranks.check_device("cuda:1", SimpleNamespace(world=2))
+    cli_ranks.check_device("cuda:1", SimpleNamespace(world=1))
 
 
 def test_processes_that_cannot_meet_end_the_command_with_a_sentence(cli, monkeypatch):

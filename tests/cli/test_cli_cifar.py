@@ -10,10 +10,9 @@ from PIL import Image
 from torch import nn
 
 from fastrbn import RECIPES, LabelSmoothingCrossEntropy, RunningBatchNorm
-from fastrbn.cli import main
-from fastrbn.cli import run_folder as _cli_results
-from fastrbn.cli import train as _cli_train
-from fastrbn.cli.options import default_lr
+from fastrbn.cli import main, run_folder
+from fastrbn.cli import train as cli_train
+from fastrbn.cli.settings import default_lr
 from fastrbn.data import Cutout, RandomCrop, RandomFlip, glyphs, to_channels_last
 
 REAL = Path(os.environ.get("FASTRBN_DATA") or "/nowhere") / "cifar10-jpeg"
@@ -28,11 +27,11 @@ def cli(tmp_path, monkeypatch, capsys):
     """cli("train", …) in an empty folder gives status, stdout, stderr; cli.built has the (learn, run) of each."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
-    monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
-    real = _cli_train.load_dataset
+    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
+    real = cli_train.load_dataset
     small = glyphs(16, 10)
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a: small if name == "glyphs" else real(name, *a))
-    build = _cli_train._build
+    monkeypatch.setattr(cli_train, "load_dataset", lambda name, *a: small if name == "glyphs" else real(name, *a))
+    build = cli_train._build
 
     def run(*args):
         status = main([*map(str, args)])
@@ -44,13 +43,13 @@ def cli(tmp_path, monkeypatch, capsys):
         return run.built[-1]
 
     run.built = []
-    monkeypatch.setattr(_cli_train, "_build", built)
+    monkeypatch.setattr(cli_train, "_build", built)
     return run
 
 
 @pytest.fixture
 def cifar(tmp_path):
-    """CIFAR-10 as JPEG images, some of each class: real ones where there are, else drawn."""
+    """CIFAR-10 as JPEG images, a few of each class: real ones if there are any, otherwise noise."""
     root = tmp_path / "data"
     for part, n in (("train", 16), ("test", 4)):
         for label in range(10):
@@ -96,7 +95,7 @@ def test_images_stay_bytes_until_their_batch(cli, cifar):
     assert next(iter(data.train_dl))[0].dtype == torch.float32
 
 
-def test_left_out_every_option_changes_nothing(cli):
+def test_without_options_the_recipe_is_plain(cli):
     assert cli("train", "glyphs", "--out", "r")[0] == 0
     learn, run = cli.built[0]
     (group,) = learn.opt.param_groups
@@ -143,12 +142,12 @@ def test_a_compiled_training_with_cuda_graphs_ends_well_on_a_gpu(cli, cifar, nor
 
 
 @pytest.mark.parametrize("args, batches", [((), [7, 7, 2]), (("--compile",), [7, 7]), (("--compile", "--bs", 20), [16])])
-def test_what_is_compiled_is_spared_a_last_smaller_batch_where_there_is_a_whole_one(cli, args, batches):
+def test_a_compiled_model_gets_no_smaller_last_batch_unless_it_is_the_only_one(cli, args, batches):
     assert cli("train", "glyphs", "--bs", 7, *args, "--epochs", 0, "--out", "r")[0] == 0
     assert [len(xb) for xb, _ in cli.built[0][0].data.train_dl] == batches
 
 
-def test_a_callback_of_ones_own_takes_the_place_of_the_options(cli):
+def test_an_added_callback_replaces_that_of_an_option(cli):
     assert cli("train", "glyphs", "--amp", "bf16", "--cb", "MixedPrecision:dtype=fp16", "--epochs", 0, "--out", "r")[0] == 0
     assert [cb.dtype for cb in cli.built[0][1].cbs if type(cb).__name__ == "MixedPrecision"] == [torch.float16]
 
@@ -175,7 +174,7 @@ def test_resume_goes_on_with_the_recipe_and_with_the_data_that_were_found(cli, c
         ("--norm bacth", "--norm must be one of running, batch, group, default, … got 'bacth'. Did you mean 'batch'?"),
         ("--norm batch --layer conv_gn", "argument --layer: not allowed with argument --norm"),
         ("--norm course --recipe detached", "--norm course is a recipe already, and --recipe is detached"),
-        ("--norm batch --recipe course", "--recipe is for conv_rbn, and --layer is conv_bn"),
+        ("--norm batch --recipe course", "--recipe is for --norm running, and --norm is batch"),
         ("--width 8", "--width is for resnet9, and --model is cnn: leave it out"),
         ("--momentum 1", "--momentum: must be a number from 0, below 1; got '1'"),
         ("--weight-decay -1", "--weight-decay: must be a number from 0, below 1; got '-1'"),

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 import fastrbn
-from fastrbn.cli import compare_options as _cli_compare_args
-from fastrbn.cli import main
-from fastrbn.compare import NETS, grid, read_rows, workers
+from fastrbn.cli import main, options
+from fastrbn.compare import NETS, grid, read_rows, table, workers
 from fastrbn.data import glyphs
 from fastrbn.util import locked
 
@@ -28,7 +27,7 @@ def small():
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Runs the command here, on small images, in this process: cli("--bs", 8) gives status, stdout and stderr."""
+    """Run the command here, on small images, in this process: cli("--bs", 8) returns status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     real = grid.load_images
     for module in (grid, workers):
@@ -92,7 +91,7 @@ def test_the_table_can_be_drawn_again_without_training(cli):
     assert Path("compare/cells.csv").read_bytes() == before
 
 
-def test_a_cell_that_fails_is_named_its_traceback_kept_and_the_next_call_mends_it(cli, monkeypatch):
+def test_a_failed_cell_is_named_its_traceback_kept_and_tried_again_by_the_next_call(cli, monkeypatch):
     def broken(cell, *args):
         if cell.norm == "frn":
             raise RuntimeError("out of luck")
@@ -128,12 +127,12 @@ def test_a_cell_that_fails_is_named_its_traceback_kept_and_the_next_call_mends_i
         ("--table nowhere", "there is no finished cell in nowhere/cells.csv: give the folder"),
     ],
 )
-def test_bad_arguments_are_said_in_a_sentence_before_anything_is_made(cli, args, words):
+def test_bad_arguments_get_a_sentence_before_anything_is_made(cli, args, words):
     status, _, err = cli(*args.split())
     assert status == 2 and words in err and "Traceback" not in err and os.listdir() == []
 
 
-def test_data_that_is_not_there_is_said_and_named(cli):
+def test_missing_data_is_named(cli):
     status, _, err = cli(data="glyph")
     assert status == 2 and "Did you mean 'glyphs'?" in err
     status, _, err = cli(data="glyphs,glyphs")
@@ -150,6 +149,20 @@ def test_a_file_in_the_folders_place_and_a_csv_of_others_are_refused(cli):
     assert status == 2 and "other columns" in err and Path("full/cells.csv").read_text() == "my,own\n1,2\n"
 
 
+def test_a_folder_that_cannot_be_made_and_a_full_disk_get_a_sentence_with_a_way_out(cli, monkeypatch):
+    Path("file").touch()
+    words = "the results cannot go to file/c: Not a directory; choose another folder with --out"
+    assert cli("--out", "file/c")[::2] == (1, f"fastrbn compare: error: {words}\n")
+
+    def full(path, row):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(table, "append", full)
+    status, _, err = cli("--norms", "default", "--bs", 8, "--seeds", 0)
+    words = "compare/cells.csv: No space left on device; once that is mended, the same command goes on"
+    assert (status, err) == (1, f"fastrbn compare: error: {words}\n")
+
+
 def test_a_second_command_into_the_same_folder_ends_with_a_clear_line(cli):
     Path("compare").mkdir()
     with locked("compare"):
@@ -159,7 +172,7 @@ def test_a_second_command_into_the_same_folder_ends_with_a_clear_line(cli):
 
 
 def test_the_help_lists_the_nets_there_are():
-    assert tuple(NETS) == _cli_compare_args.NETS
+    assert tuple(NETS) == options.NETS
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group of processes")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import FrozenInstanceError
 from functools import cache
 from pathlib import Path
 
@@ -19,21 +20,10 @@ import torch
 import fastrbn
 from fastrbn import util as files
 from fastrbn.callbacks import Recorder
-from fastrbn.cli import main
-from fastrbn.cli import (
-    plugins as _cli_callbacks,
-)
-from fastrbn.cli import (
-    resume as _cli_resume,
-)
-from fastrbn.cli import (
-    run_folder as _cli_results,
-)
-from fastrbn.cli import (
-    train as _cli_train,
-)
-from fastrbn.cli.options import CliError, given
-from fastrbn.cli.options import parser as cli_parser
+from fastrbn.cli import main, plugins, run_folder
+from fastrbn.cli import train as cli_train
+from fastrbn.cli.options import CliError, parser
+from fastrbn.cli.settings import default_lr, of_config, settle
 from fastrbn.data import glyphs, load_dataset
 from fastrbn.learn import checkpoint_file as checkpoints
 
@@ -48,11 +38,11 @@ def small():
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Runs the command line here, in an empty folder: cli("train", …) gives status, stdout and stderr."""
+    """Run the command line here, in an empty folder: cli("train", …) returns status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda *a: small())
-    monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(cli_train, "load_dataset", lambda *a: small())
+    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
 
     def run(*args):
         status = main([*map(str, args)])
@@ -62,7 +52,7 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 def stop_after(step, monkeypatch, by):
-    """Ends the next fit by calling `by` after that many steps."""
+    """End the next fit by calling `by` after that many steps."""
 
     def after_step(self):
         if self.run.n_iter + 1 == step:
@@ -92,7 +82,7 @@ def config(folder):
 
 
 @pytest.mark.parametrize("step", [4, 31, 50])
-def test_a_run_that_broke_off_ends_as_the_whole_one(step, cli, monkeypatch):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(step, cli, monkeypatch):
     arguments = ("train", "glyphs", "--epochs", 2, "--seed", 3, "--sched", "1cycle", "--checkpoint-every", 5, "--out")
     assert cli(*arguments, "whole")[0] == 0
     stop_after(step, monkeypatch, crash)
@@ -182,7 +172,7 @@ def cut_short(monkeypatch):
 
 
 def lose_a_name(monkeypatch):
-    """One bit in the archive's directory, in files that have no checksum, as older ones."""
+    """Flip a bit in the archive's directory, in files without a checksum, as older ones were."""
     for file in Path("a/checkpoints").iterdir():
         state = torch.load(file, weights_only=True)
         state.pop("checksum", None)
@@ -240,7 +230,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(c
 def test_force_keeps_the_old_results_until_the_new_run_is_made(cli, monkeypatch):
     trained(cli)
     before = contents("a")
-    monkeypatch.setattr(_cli_train, "get_learn_run", lambda *a, **kw: int("no net"))
+    monkeypatch.setattr(cli_train, "get_learn_run", lambda *a, **kw: int("no net"))
     status, _, err = cli("train", "glyphs", "--out", "a", "--force")
     assert status == 1 and "cannot be trained" in err
     assert contents("a") == before
@@ -252,7 +242,7 @@ def test_force_keeps_the_old_results_until_the_new_run_is_made(cli, monkeypatch)
 def rewrite(change):
     made = config("a")
     change(made)
-    _cli_results.write_config(Path("a"), made)
+    run_folder.write_config(Path("a"), made)
 
 
 @pytest.mark.parametrize(
@@ -288,10 +278,10 @@ def test_repeated_or_harmless_callbacks_are_resumed(spec, cli):
 
 
 def test_a_plug_in_is_resumed_without_text_only():
-    assert _cli_callbacks.outside("somebodys:every=5,scale=(0.5, 2)", Path("a")) is None
+    assert plugins.outside("somebodys:every=5,scale=(0.5, 2)", Path("a")) is None
 
 
-def test_a_runs_data_folder_that_is_not_here_is_not_made(cli):
+def test_a_missing_data_folder_of_the_run_is_an_error_and_is_not_made(cli):
     trained(cli)
     rewrite(lambda made: made["arguments"].update(data_dir="/nowhere/data"))
     status, _, err = cli("train", "--resume", "a")
@@ -302,11 +292,9 @@ ODD = (None, True, -1, 0.5, 10**30, math.inf, "", "x", "a\0b", [], [1], {}, {"x"
 
 
 def test_a_mistyped_configuration_gets_one_line_that_names_file_and_key(cli):
-    """Each of the keys that are read takes each odd value, or is missing; what is accepted is a value of its kind."""
+    """Every key that is read is set to every odd value, or removed; only values of its kind are accepted."""
     trained(cli)
-    made, resumed = config("a"), _cli_resume.resumed
-    args = cli_parser().parse_args(["train", "--resume", "a"])
-    args.argv = ["train", "--resume", "a"]
+    made = config("a")
     places = [(made, k) for k in ("arguments", "command", "started", "resumed", "result")]
     places += [(made["arguments"], k) for k in [*made["arguments"], "another"]]
     accepted = []
@@ -319,16 +307,17 @@ def test_a_mistyped_configuration_gets_one_line_that_names_file_and_key(cli):
                 owner[key] = value
             Path("a/config.json").write_text(json.dumps(made), encoding="utf-8")
             try:
-                got = resumed(args)
+                got = run_folder.resumed(Path("a"), {}, "")
             except CliError as e:
                 assert e.status == 2 and "\n" not in str(e), (key, value)
                 named = "a/config.json" in str(e) and key in str(e) or "--data-dir x is not here" in str(e)
                 plain = (key, value) in (("arguments", "missing"), ("checkpoint_every", None))
                 assert named or plain and "was trained with --checkpoint-every" in str(e), (key, e)
             else:
-                kept = got.config if owner is made else vars(got)
+                kept = got.config if owner is made else got.settings.dump()
                 accepted.append((key, value))
-                assert value == "missing" or kept[key] == value or kept[key] == float(value), (key, value)
+                if (key, value) != ("recipe", None):  # which is `default` of running batch norm
+                    assert value == "missing" or kept[key] == value or kept[key] == float(value), (key, value)
         owner.clear()
         owner.update(before)
     typed = {"bs": int, "epochs": int, "checkpoint_every": int, "threads": int, "seed": int, "no_halt": bool, "cb": list}
@@ -348,11 +337,12 @@ def test_a_mistyped_configuration_gets_one_line_that_names_file_and_key(cli):
     ],
     ids=lambda x: str(x)[:12],
 )
-def test_a_configuration_that_is_none_gets_one_line(data, text, cli):
+def test_a_damaged_configuration_gets_one_line_with_a_way_out(data, text, cli):
     Path("a").mkdir()
     Path("a/config.json").write_bytes(data)
     status, out, err = cli("train", "--resume", "a")
     assert status == 2 and text in err and err.count("\n") == 1 and out == ""
+    assert err.endswith("; edit the file or restore it from a copy, or train in another folder\n")
 
 
 @pytest.mark.parametrize(
@@ -369,10 +359,10 @@ def test_a_configuration_that_is_none_gets_one_line(data, text, cli):
     ],
     ids=str,
 )
-def test_what_only_the_run_can_tell_is_one_line_too(change, text, cli, monkeypatch):
+def test_settings_that_fail_later_get_one_line_too(change, text, cli, monkeypatch):
     trained(cli)
     rewrite(lambda made: made["arguments"].update(change))
-    monkeypatch.setattr(_cli_train, "load_dataset", lambda name, *a: small() if name == "glyphs" else load_dataset(name))
+    monkeypatch.setattr(cli_train, "load_dataset", lambda name, *a: small() if name == "glyphs" else load_dataset(name))
     before = contents("a")
     status, _, err = cli("train", "--resume", "a")
     if text is None:
@@ -380,6 +370,65 @@ def test_what_only_the_run_can_tell_is_one_line_too(change, text, cli, monkeypat
     else:
         assert status in (1, 2) and text in err and err.count("\n") == 1
         assert contents("a") == before
+
+
+# --- settings
+
+
+OLD = {  # as they were kept when layer and norm were two settings
+    **{"data": "glyphs", "layer": "conv_rbn", "recipe": None, "model": "cnn", "bs": 8, "lr": 0.4, "epochs": 1},
+    **{"sched": "lin", "device": "cpu", "threads": 1, "seed": 0, "limit": 80, "data_dir": None, "cb": []},
+    **{"no_halt": False, "checkpoint_every": 4},
+}
+
+
+@pytest.mark.parametrize(
+    "old, options",
+    [
+        ({}, []),
+        ({"layer": "conv_gn", "norm": None}, ["--norm", "group"]),
+        ({"layer": "conv_gn", "norm": "group"}, ["--layer", "conv_gn"]),
+        ({"norm": "course", "recipe": "course", "width": None, "momentum": 0.5}, ["--norm", "course", "--momentum", 0.5]),
+        ({"recipe": "detached", "size": None, "cutout": 7}, ["--recipe", "detached", "--cutout", 7]),
+    ],
+    ids=str,
+)
+def test_a_run_of_an_earlier_version_goes_on_as_a_new_one(old, options, cli):
+    for folder in "ab":
+        assert cli("train", "glyphs", "--limit", 80, "--checkpoint-every", 4, *options, "--lr", 0.4, "--out", folder)[0] == 0
+    rewrite(lambda made: made.update(arguments={**OLD, **old}))
+    for folder in "ab":
+        assert cli("train", "--resume", folder, "--epochs", 2)[0] == 0
+    check_same("a", "b")
+    assert config("a")["arguments"] == config("b")["arguments"]
+
+
+def test_settings_are_those_of_their_dump_and_do_not_change(tmp_path):
+    made = settle({"norm": "course", "cb": ["EMA"], "data": "glyphs", "data_dir": tmp_path, "momentum": 0.5}, world=2)
+    assert (made.norm, made.layer, made.recipe) == ("running", "conv_rbn", "course")
+    assert made.lr == default_lr(16, momentum=0.5) == default_lr(16) / 2
+    assert of_config(json.loads(json.dumps(made.dump()))) == made
+    with pytest.raises(FrozenInstanceError):
+        made.bs = 3
+
+
+@pytest.mark.parametrize("option", ["--norm", "--layer"])
+@pytest.mark.parametrize("name, same", [("group", "conv_gn"), ("batch", "conv_bn"), ("running", "conv_rbn")])
+def test_norm_and_layer_are_one_option_also_when_a_run_is_resumed(option, name, same, cli):
+    trained(cli, option, name)
+    assert config("a")["layer"] == same and config("a")["arguments"]["norm"] == name
+    for other in ("--norm", "--layer"):
+        assert cli("train", "--resume", "a", other, same)[0] == 0
+        status, _, err = cli("train", "--resume", "a", other, "group" if name == "batch" else "batch")
+        assert status == 2 and f"--norm does not go with --resume: the run has {name}, got " in err
+
+
+def test_a_recipe_that_the_run_does_not_have_is_refused_by_either_option(cli):
+    trained(cli, "--norm", "course")
+    assert cli("train", "--resume", "a", "--norm", "course", "--recipe", "course")[0] == 0
+    for option in ("--norm", "--recipe"):
+        status, _, err = cli("train", "--resume", "a", option, "detached")
+        assert status == 2 and "--recipe does not go with --resume: the run has course, got detached" in err
 
 
 # --- two processes and one folder
@@ -412,7 +461,7 @@ def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
 
 
 def test_starts_in_the_same_second_get_folders_of_their_own(tmp_path):
-    names = [_cli_results.make_folder(tmp_path / "runs" / "x", numbered=True).name for _ in range(3)]
+    names = [run_folder.make_folder(tmp_path / "runs" / "x", numbered=True).name for _ in range(3)]
     assert names == ["x", "x-2", "x-3"]
 
 
@@ -422,13 +471,16 @@ def test_force_drops_the_checkpoints_of_the_run_before(cli):
     assert sorted(os.listdir("a/checkpoints")) == ["checkpoint-0001-step-9.pt", "checkpoint-0002-step-10.pt"]
 
 
-def test_options_that_were_given_are_known_also_when_they_have_their_default():
-    assert given(["train", "--resume", "a", "--bs", "8", "--cb", "X", "--no-halt"]) == {"resume", "bs", "cb", "no_halt"}
-    assert given(["train", "mnist"]) == {"data"}
+def test_the_parser_returns_the_options_given_and_no_defaults():
+    def given(*argv):
+        return vars(parser().parse_args(["train", *argv])).keys() - {"command"}
+
+    assert given("--resume", "a", "--bs", "8", "--cb", "X", "--no-halt") == {"resume", "bs", "cb", "no_halt"}
+    assert given("mnist") == {"data"} and given() == set()
 
 
 def test_after_kill_9_the_command_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_cli_results, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
     arguments = ["glyphs", "--limit=400", "--epochs=99", "--threads=1", "--checkpoint-every=20", "--out"]
     command = [sys.executable, "-W", "error", "-m", "fastrbn", "train", *arguments, str(tmp_path / "a")]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL) as process:

@@ -117,7 +117,7 @@ def test_a_script_that_torchrun_starts_runs_alone_as_it_is(tmp_path, monkeypatch
 
 DYING_COMMAND = """
 import os, signal, sys
-from fastrbn.cli import run_folder as _cli_results, train as _cli_train
+from fastrbn.cli import run_folder, train
 from fastrbn.callbacks import Recorder
 from fastrbn.cli import main
 from fastrbn.data import glyphs
@@ -127,8 +127,8 @@ def after_step(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Recorder.after_step = after_step
-_cli_results._png = lambda figure: b"a picture"
-_cli_train.load_dataset = lambda *_: glyphs(64, 64)
+run_folder._png = lambda figure: b"a picture"
+train.load_dataset = lambda *_: glyphs(64, 64)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,0 +1,256 @@
+"""The settings of a training run, their rules and defaults.
+
+`settle` makes them from the command line, `of_config` from the config.json of an earlier run. Nothing changes them
+afterwards; config.json holds their `dump`. Errors are ValueErrors. Imports torch only when settings are made, so that
+`fastrbn --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fastrbn.util import suggestion
+
+Rule = Callable[[str], Any]  # reads the value out of text; ValueError with the rule and what came
+
+NORMS = {"running": "conv_rbn", "batch": "conv_bn", "group": "conv_gn"}  # and their layers, which are other names for them
+MODELS = ("cnn", "resnet9")
+NFS = [8, 16, 32, 64, 64]  # channels of the cnn, the course's net
+SCHEDULES = ("none", "lin", "cos", "1cycle")
+COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MANY = 128  # batch size from which several CPU threads make the cnn faster
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Rule:
+    """A whole number from `least` to `most`."""
+
+    def check(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise ValueError(f"must be a whole number, {least} or more; got '{text}'")
+        if number > most:
+            raise ValueError(f"must be a whole number, {most} at most; got '{text}'")
+        return number
+
+    return check
+
+
+def _number(rule: str, fits: Callable[[float], bool]) -> Rule:
+    def check(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise ValueError(f"must be {rule}; got '{text}'")
+        return number
+
+    return check
+
+
+rate = _number("a finite number above 0", lambda x: 0 < x < math.inf)
+share = _number("a number from 0, below 1", lambda x: 0 <= x < 1)
+
+
+def one_of(*names: str, hint: str = "") -> Rule:
+    """One of `names`; the error suggests the closest and ends with `hint`."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"must be one of {', '.join(names)}; got '{text}'.{suggestion(text, names)}{hint}")
+        return text
+
+    return check
+
+
+def _setting(default: Any, rule: Rule | None = None) -> Any:
+    """A field with the default of the command line; without a rule it takes any text."""
+    return field(metadata={"default": default, "rule": rule})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that a training depends on, apart from the data. The command line's options have the same names."""
+
+    data: str | None = _setting(None)  # None: MNIST, or glyphs where it cannot be had
+    size: int | None = _setting(None, whole(1))
+    model: str = _setting("cnn", one_of(*MODELS))
+    norm: str = _setting("running")  # of NORMS
+    recipe: str | None = _setting(None)  # of running batch norm
+    bs: int = _setting(8, whole(1))
+    lr: float = _setting(None, rate)
+    sched: str = _setting("lin", one_of(*SCHEDULES))
+    epochs: int = _setting(1, whole(0))
+    width: int | None = _setting(None, whole(1, 4096))
+    momentum: float = _setting(0.0, share)
+    weight_decay: float = _setting(0.0, share)
+    label_smoothing: float = _setting(0.0, share)
+    cutout: int | None = _setting(None, whole(1))
+    amp: str | None = _setting(None, one_of("bf16", "fp16"))
+    channels_last: bool = _setting(False)
+    compile: str | None = _setting(None, one_of(*COMPILE, hint=" DATA goes before --compile"))
+    seed: int = _setting(0, whole(0, 2**63 - 1))
+    device: str = _setting("auto")
+    threads: int = _setting(None, whole(1, 1024))
+    limit: int | None = _setting(None, whole(1))
+    data_dir: Path | None = _setting(None)
+    cb: tuple[str, ...] = _setting(())
+    no_halt: bool = _setting(False)
+    checkpoint_every: int | None = _setting(None, whole(1))
+
+    @property
+    def layer(self) -> str:
+        """The norm by the name of its layer: `conv_rbn`, `conv_bn` or `conv_gn`."""
+        return NORMS[self.norm]
+
+    def dump(self) -> dict[str, Any]:
+        """The settings as JSON can hold them; `of_config` makes the same of them in any folder."""
+        root = None if self.data_dir is None else str(self.data_dir.resolve())
+        return {**asdict(self), "data_dir": root, "cb": list(self.cb)}
+
+
+_FIELDS = {f.name: f for f in fields(Settings)}
+_NEVER_NULL = ("data", "lr", "device", "threads")  # resolved before they are dumped
+# an older config.json may lack these, which then have their defaults
+_ADDED_LATER = "size width momentum weight_decay label_smoothing cutout amp channels_last compile".split()
+
+
+def rule(name: str) -> Rule | None:
+    """The rule of a setting that is not plain text."""
+    return _FIELDS[name].metadata["rule"]
+
+
+def settle(given: Mapping[str, Any], world: int = 1) -> Settings:
+    """The settings with the values `given`, and defaults that suit them, this machine and `world` processes.
+
+    ValueError for values that do not go together, or that this machine or package lacks.
+    """
+    import torch
+
+    values = {name: f.metadata["default"] for name, f in _FIELDS.items()} | dict(given)
+    values["norm"], values["recipe"] = _norm_and_recipe(values["norm"], values["recipe"])
+    values["cb"] = tuple(values["cb"])
+    cnn = values["model"] == "cnn"
+    if cnn and values["width"] is not None:
+        raise ValueError("--width is for resnet9, and --model is cnn: leave it out")
+    known = "auto, cpu, or an accelerator of this machine such as cuda, cuda:1 or mps"
+    values["device"] = _auto() if values["device"] == "auto" else find_device(values["device"], known)
+    if values["lr"] is None:
+        values["lr"] = default_lr(values["bs"] * world, values["model"], values["momentum"])
+    if values["threads"] is None:
+        values["threads"] = 1 if cnn and values["bs"] < MANY else torch.get_num_threads()
+    return Settings(**values)
+
+
+def of_config(kept: Any) -> Settings:
+    """The settings that a config.json holds under `arguments`, each checked as the command line checks it.
+
+    ValueError names the first that is wrong.
+    """
+    if not isinstance(kept, dict):
+        raise wrong("arguments", "must be an object", kept)
+    kept = dict(kept)
+    if "layer" in kept:  # of an earlier version, which had either of two options, --layer and --norm
+        layer = kept.pop("layer")
+        kept["norm"] = layer if kept.get("norm") is None else kept["norm"]
+    for name in kept:
+        if name not in _FIELDS:
+            raise ValueError(f"there is no arguments.{name}.{suggestion(name, _FIELDS)}")
+    for name in _FIELDS:
+        if name not in kept and name not in _ADDED_LATER:
+            raise ValueError(f"arguments.{name} is missing")
+    return settle({name: _checked(name, value) for name, value in kept.items()})
+
+
+def _checked(name: str, value: Any) -> Any:
+    """`value`, read from JSON, as the option `name` would give it."""
+    default, check, problem = _FIELDS[name].metadata["default"], rule(name), ""
+    if isinstance(default, bool):
+        problem = "" if isinstance(value, bool) else "must be true or false"
+    elif isinstance(default, tuple):
+        texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        problem = "" if texts else "must be a list of texts"
+    elif value is None:
+        problem = "must not be null" if default is not None or name in _NEVER_NULL else ""
+    elif check is None:
+        problem = "" if isinstance(value, str) and value and "\0" not in value else "must be text"
+        value = Path(value) if name == "data_dir" and not problem else value
+    else:
+        value = _named(f"arguments.{name}", check, value if isinstance(value, str) else json.dumps(value))
+    if problem:
+        raise wrong(f"arguments.{name}", problem, value)
+    return value
+
+
+def wrong(name: str, problem: str, value: Any) -> ValueError:
+    """An error about `value`, read from JSON, which is shortened."""
+    got = json.dumps(value)
+    return ValueError(f"{name} {problem}; got {got[:60]}{'…' if len(got) > 60 else ''}")
+
+
+def split_norm(name: str) -> tuple[str, str | None]:
+    """A value of --norm as one of `NORMS` and a recipe, which is None unless `name` is one. Layers' names serve too."""
+    from fastrbn.norm import RECIPES
+
+    norms = {layer: norm for norm, layer in NORMS.items()} | {norm: norm for norm in NORMS}
+    _named("--norm", one_of(*dict.fromkeys((*NORMS, *RECIPES, *NORMS.values()))), name)
+    return (norms[name], None) if name in norms else ("running", name)
+
+
+def _norm_and_recipe(norm: str, recipe: str | None) -> tuple[str, str | None]:
+    """What --norm and --recipe say together."""
+    from fastrbn.norm import RECIPES
+
+    kind, own = split_norm(norm)
+    if own is not None and recipe not in (None, own):
+        raise ValueError(f"--norm {norm} is a recipe already, and --recipe is {recipe}: leave one of them out")
+    if kind == "running":
+        return kind, _named("--recipe", one_of(*RECIPES), recipe or own or "default")
+    if recipe is not None:
+        raise ValueError(f"--recipe is for --norm running, and --norm is {norm}: leave one of them out")
+    return kind, None
+
+
+def _named(name: str, check: Rule, text: str) -> Any:
+    try:
+        return check(text)
+    except ValueError as e:
+        raise ValueError(f"{name} {e}") from e
+
+
+def default_lr(bs: int, model: str = "cnn", momentum: float = 0.0) -> float:
+    """2·bs/(bs + 32): 0.05 a sample while batches are small, never above 2.
+
+    It passes through the rates measured to train the course's net well with a linear schedule (0.4 at batch 8, 1.0 at
+    32) and near the others (0.1 at 2, 1.5 at 128). A step of SGD with momentum m moves on for 1/(1 − m) steps' worth.
+    resnet9 trained best at a quarter of the rate or near it, at batches of 8 to 256, in short trainings: its largest
+    features reach its last layer undamped (Page divides them by 8).
+    """
+    return 2 * bs / (bs + 32) * (1 - momentum) * (0.25 if model == "resnet9" else 1)
+
+
+def find_device(name: str, known: str) -> str:
+    """The device called `name` in full. ValueError if it is not there; `known` says what is."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # a device that can be named need not be there
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device must be {known}; got '{name}': {str(e).strip().splitlines()[0]}") from e
+    return str(device)
+
+
+def _auto() -> str:
+    """This machine's accelerator, or else cpu."""
+    import torch
+
+    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
