@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import fastrbn
+from fastrbn import callbacks
+from fastrbn.learn import Callback
 
 PACKAGE = Path(fastrbn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -32,7 +34,7 @@ MAY_IMPORT = {
     "callbacks.track": ["learn", "util"],
     "callbacks.diagnose": ["learn", "graph", "native", "util"],
     "callbacks.distributed": ["learn", "util"],
-    "callbacks": ["callbacks.step", "callbacks.track", "callbacks.diagnose", "callbacks.distributed"],
+    "callbacks": ["learn.callback", "callbacks.step", "callbacks.track", "callbacks.diagnose", "callbacks.distributed"],
     "build": ["callbacks", "learn", "models", "norm"],
     "compare.peers": ["compare.weights"],
     "compare.weights": [],
@@ -164,6 +166,30 @@ def test_each_module_has_a_docstring_no_star_import_and_a_bearable_length(file):
     assert len(source.splitlines()) <= LONGEST
     if file.name != "_version.py":  # setuptools reads that one
         assert (ast.get_docstring(tree) or "").strip(), "no docstring"
+
+
+def callbacks_of_the_package(cls=Callback):
+    for sub in cls.__subclasses__():
+        if sub.__module__.startswith(("fastrbn.callbacks", "fastrbn.learn")):
+            yield sub
+        yield from callbacks_of_the_package(sub)
+
+
+def test_the_order_of_callbacks_stands_in_one_table():
+    table = [(cls, order) for cls, order, _ in callbacks.ORDER]
+    assert sorted(cls.__name__ for cls, _ in table) == sorted({cls.__name__ for cls in callbacks_of_the_package()} - {"Lockstep"})
+    assert [order for _, order in table] == sorted(order for _, order in table)
+    assert [cls._order for cls, _ in table] == [order for _, order in table]
+    assert all(reason for _, _, reason in (*callbacks.ORDER, *callbacks.LAST))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_callback_of_the_package_sets_its_order_itself(file):
+    if file == PACKAGE / "learn" / "callback.py":
+        return  # the defaults
+    bodies = [n.body for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ClassDef)]
+    names = [ast.unparse(t) for body in bodies for n in body if isinstance(n, ast.Assign) for t in n.targets]
+    assert not {"_order", "_last"} & set(names)
 
 
 def texts_of_no_encoding(source: str) -> list[int]:

@@ -27,12 +27,12 @@ def reduction(loss_func) -> str | None:
 
 def step_size(run) -> int:
     """The number of samples in the run's batch, over all processes (see `Distributed`)."""
-    return vars(run).get("samples") or batch_size(run.xb)
+    return run.samples or batch_size(run.xb)
 
 
 def gradients_are_whole(run) -> bool:
     """Whether those there are of all processes; False while `Distributed` leaves them to add up in each by itself."""
-    return not vars(run).get("apart", False)
+    return not run.apart
 
 
 def gradients(opt) -> list:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
+from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -12,11 +13,25 @@ from fastrbn.util import suggestion
 
 from .events import EVENTS, nearest_event
 
-# What the loop itself keeps on the run. A callback reads these as its own; writing them needs `self.run.`.
-RUN_STATE = frozenset(
-    "learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger "
-    "stop_reason resumed_from".split()
-)
+# What callbacks tell one another during a fit, with the values that hold outside one.
+SIGNALS: dict[str, Any] = {
+    "samples": None,  # samples in the batch over all processes; set by Distributed, which has one share of them
+    "accumulating": False,  # more batches add to this one's gradients before the step; set in begin_batch
+    "apart": False,  # gradients have been added up in each process alone, not yet over all; set by Distributed
+    "averaged": None,  # a function that returns the averaged weights, which SaveBest saves; set by EMA
+}
+# All that the run holds, with the values of a new Runner. A callback reads these as its own attributes, and writes
+# them as `self.run.loss = …`: `self.loss = …` would only hide the run's, and raises.
+RUN_STATE: dict[str, Any] = {
+    **dict.fromkeys(("learn", "model", "opt", "loss_func", "data")),  # what is trained
+    **dict.fromkeys(("epochs", "epoch", "n_epochs", "n_iter", "iter", "iters", "dl")),  # the position in the fit
+    **dict.fromkeys(("xb", "yb", "pred", "loss")),  # the batch
+    "in_train": False,
+    "logger": print,
+    "stop_reason": None,
+    "resumed_from": None,
+    **SIGNALS,
+}
 
 _VALIDATED = weakref.WeakSet()  # modules in evaluation mode because of a validation: training is their mode
 

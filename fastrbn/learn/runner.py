@@ -12,7 +12,7 @@ from fastrbn.util import suggestion
 
 from . import optimiser
 from . import resume as resuming
-from .callback import RUN_STATE, Callback, TrainEvalCallback
+from .callback import RUN_STATE, SIGNALS, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
 from .learner import check_instances
 from .parts import Parts
@@ -37,7 +37,7 @@ class Runner:
     """
 
     def __init__(self, cbs=None, cb_funcs=None):
-        self.__dict__.update(dict.fromkeys(RUN_STATE), in_train=False, logger=print, cbs=[], _fitting=False)
+        self.__dict__.update(RUN_STATE, cbs=[], _fitting=False)
         self._parts = Parts()
         made = [_make(cb) for cb in (*_as_list(cbs), *_as_list(cb_funcs))]
         if not any(isinstance(cb, TrainEvalCallback) for cb in made):
@@ -260,7 +260,7 @@ class Runner:
             except BaseException as e:
                 failures.append(e)
         self._fitting = self.in_train = False
-        self.__dict__.update(self._borrowed)
+        self.__dict__.update(self._borrowed, **SIGNALS)
         self._parts.reset()
         for name in ("pred", "loss"):  # the last batch's graph is not kept
             if isinstance(value := getattr(self, name), torch.Tensor):

@@ -63,7 +63,7 @@ def test_reading_what_the_callback_lacks_reads_the_run():
     assert reader.read[2] is False  # the last batch is one of validation
 
 
-@pytest.mark.parametrize("name", ["loss", "xb", "yb", "pred", "model", "n_iter", "stop_reason", "logger"])
+@pytest.mark.parametrize("name", ["loss", "xb", "yb", "pred", "model", "n_iter", "stop_reason", "logger", "accumulating", "averaged"])
 def test_assigning_what_is_the_runs_says_how_to_write_it(name):
     with pytest.raises(AttributeError, match=rf"Keeper may not set self\.{name}.*self\.run\.{name} = "):
         setattr(Keeper(), name, 1)

@@ -61,9 +61,6 @@ class Distributed(Lockstep):
     RuntimeError for an incomplete environment, and where the ranks' runs are not the same.
     """
 
-    _order = -3  # who is who must be known before CudaCallback and all that writes and prints
-    _last = Lockstep._last | {"begin_epoch", "begin_validate", "after_fit"}  # others look at the plain model there
-
     def __init__(self, backend=None, timeout=600, find_unused_parameters=False, sync_norm=True, shard=True):
         if backend is not None and not isinstance(backend, str):
             raise TypeError(f"backend is a name such as 'gloo' or 'nccl', or None; got {backend!r}")
@@ -219,7 +216,7 @@ class Distributed(Lockstep):
     def begin_batch(self):
         super().begin_batch()
         if self._replica is not None:
-            self._replica.begin_batch(accumulates=vars(self.run).get("accumulating", False))
+            self._replica.begin_batch(accumulates=self.run.accumulating)
 
     def _weigh(self, loss):
         if self._replica is not None:
@@ -269,8 +266,6 @@ class Distributed(Lockstep):
             self._replica.close()
         if self._handler is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        for name in ("samples", "apart"):
-            vars(self.run).pop(name, None)
         channel = self._agreement and self._agreement.channel
         joined = self._joined
         self._clear()

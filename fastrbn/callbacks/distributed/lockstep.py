@@ -18,9 +18,6 @@ _TOLD = 3  # of a batch: 1 and 2 are the times that ranks have met in it
 class Lockstep(Callback):
     """The part of `Distributed` that has an `Agreement`, None where there is one process, and keeps to it."""
 
-    # an agreement is on what all others have let through
-    _last = frozenset("begin_batch after_loss after_cancel_batch after_cancel_epoch after_cancel_train".split())
-
     def _begin(self):
         """Before a fit."""
         self._agreement, self._handler, self._share = None, None, 1.0

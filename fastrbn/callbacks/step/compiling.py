@@ -23,8 +23,6 @@ class CompileCallback(Callback):
     costs breaks in the graph. `HaltOnNaN` finds faults as ever, but does not look into the model: it names `model`.
     """
 
-    _order = 100  # after others have put their own around the model, or hooks into it
-
     def __init__(self, **compile_args):
         known = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
         wrong = [name for name in compile_args if name not in known]

@@ -29,7 +29,6 @@ class CudaCallback(Callback):
     Source: fast.ai course, part 2 (2019), notebook 06.
     """
 
-    _order = -2  # before whatever looks at parameters in begin_fit
     _needs_opt = ("param_groups", "state")
     _device = None
 
@@ -75,8 +74,6 @@ class BatchTransformXCallback(Callback):
 
     Source: fast.ai course, part 2 (2019), notebook 06.
     """
-
-    _order = 2
 
     def __init__(self, tfm):
         if not callable(tfm):

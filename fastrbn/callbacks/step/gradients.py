@@ -28,7 +28,6 @@ class GradientClip(Callback):
     `GradientAccumulation` it is the whole group's that are clipped.
     """
 
-    _order = 10  # after MixedPrecision has unscaled, before HaltOnNaN
     _needs_opt = ("param_groups",)
 
     def __init__(self, max_norm=None, norm_type=2.0, value=None):
@@ -86,7 +85,6 @@ class GradientAccumulation(Callback):
     has by then. The step equals that of the large batch exactly where no layer looks across samples.
     """
 
-    _order = -5  # before MixedPrecision unscales and others look at gradients that are not complete
     _needs_opt = ("param_groups",)
 
     def __init__(self, n):
@@ -144,9 +142,6 @@ class GradientAccumulation(Callback):
                 self.run("after_cancel_batch")
             finally:
                 self._closing = False
-
-    def after_fit(self):
-        vars(self.run).pop("accumulating", None)
 
     def state_dict(self):
         return {"count": self._count, "first": self._first, "samples": self._samples}

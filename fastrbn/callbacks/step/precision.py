@@ -36,7 +36,6 @@ class MixedPrecision(Callback):
     Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018.
     """
 
-    _order = -1  # the model is on its device; gradients are unscaled before others look at them
     _needs_opt = ("param_groups",)
 
     def __init__(self, dtype="bf16", init_scale=2.0**16, growth_interval=2000):

@@ -144,7 +144,6 @@ class ParamScheduler(Callback):
     Source: fast.ai course, part 2 (2019), notebook 05.
     """
 
-    _order = 1
     _needs_opt = ("param_groups",)
 
     def __init__(self, pname, sched_funcs):
@@ -219,8 +218,6 @@ class LR_Find(Callback):
     part 2 (2019), notebook 05b.
     """
 
-    _order = 1
-    _last = frozenset({"after_fit"})  # what others leave in the model at the end is taken back as well
     _needs_opt = ("param_groups", "lr", "state")
 
     def __init__(self, max_iter=100, min_lr=1e-6, max_lr=10):

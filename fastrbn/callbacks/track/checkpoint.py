@@ -62,7 +62,6 @@ class Checkpoint(Callback):
     is verified when it is read.
     """
 
-    _order = 1000  # when all others are done with the step
     _needs_opt = ("param_groups", "state", "state_dict")
 
     def __init__(self, path, every=None, keep=2, monitor=None, mode=None, on_interrupt=True, overwrite=False):
@@ -269,8 +268,6 @@ class SaveBest(Callback):
     be written (OSError) ends the fit; the one before stays. To go on with training, use `Checkpoint`.
     """
 
-    _order = 20  # after the averages of the epoch are in the history
-
     def __init__(self, path="best.pt", monitor="valid_loss", mode=None):
         self.path, self.monitor = Path(path).absolute(), Monitor(monitor, mode, "SaveBest")
         self.best = self.best_epoch = self._model = None
@@ -287,7 +284,7 @@ class SaveBest(Callback):
         value = self.monitor.value(self.run)
         if self.monitor.better(value, self.best):
             if _rank() == 0:
-                averaged = vars(self.run).get("averaged")  # EMA's
+                averaged = self.run.averaged  # by EMA
                 weights = plain_state_dict(self.run.learn.model) if averaged is None else averaged()
                 file = io.BytesIO()
                 torch.save({name: _on_host(v) for name, v in weights.items()}, file)

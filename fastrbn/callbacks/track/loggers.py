@@ -22,8 +22,6 @@ class CSVLogger(Callback):
     The file is whole on disk after each epoch, whatever happens after. An empty cell: not measured.
     """
 
-    _order = 10  # after the averages of the epoch are in the history
-
     def __init__(self, path="history.csv", append=False):
         self.path, self.append = Path(path).absolute(), append
 
@@ -93,7 +91,6 @@ class TensorBoardLogger(Callback):
     ImportError, before training, where the package tensorboard is missing: `pip install "fastrbn[tensorboard]"`.
     """
 
-    _order = 10  # after the averages of the epoch are in the history
     _needs_opt = ("param_groups", "lr")
 
     def __init__(self, path=None, every=10):

@@ -29,8 +29,6 @@ class ProgressCallback(Callback):
     Source: fast.ai course, part 2 (2019), notebook 09c.
     """
 
-    _order = -1  # the table must be there before others write to it
-
     def __init__(self, plot=False):
         self.plot = plot
         self._display = None

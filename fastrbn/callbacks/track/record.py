@@ -169,7 +169,7 @@ class AvgStats:
         """Take the run's current batch: `pred`, `yb` and `loss`."""
         xb, row, first = run.xb, [run.loss.detach()], not self._sizes
         if first:
-            self._summed = reduction(getattr(vars(run).get("learn"), "loss_func", None)) == "sum"
+            self._summed = reduction(getattr(run.learn, "loss_func", None)) == "sum"
         if self.metrics:
             pred, yb = run.pred, run.yb
             pred = pred.detach() if isinstance(pred, torch.Tensor) else pred

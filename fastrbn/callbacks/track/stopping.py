@@ -24,8 +24,6 @@ class EarlyStopping(Callback):
     measured does not count. The model has the last weights: for those of the best epoch, add `SaveBest`.
     """
 
-    _order = 2000  # after all others have had the epoch, Checkpoint too
-
     def __init__(self, monitor="valid_loss", patience=3, min_delta=0.0, mode=None):
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"EarlyStopping: patience is a whole number of epochs, 1 or more; got {patience!r}")

@@ -281,7 +281,7 @@ def an_epoch_that_is_cut_within_a_group_steps_with_what_all_ranks_have():
     run = fit(ours, GradientAccumulation(4), Does("begin_batch", raises(CancelEpochException()), rank=1))
     assert_close(ours.model.state_dict(), alone.model.state_dict())
     assert_same_on_ranks(ours.model)
-    assert not hasattr(run, "accumulating") and not hasattr(run, "apart")
+    assert run.samples is None and run.accumulating is False and run.apart is False
 
 
 @check
