@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from . import checkpoint_file as checkpoints
+from . import ranks
 from .callback import Callback
 from .checkpoint_file import CheckpointError
-from .snapshot import RandomState, load_plain_state_dict, plain_name, plain_state_dict
+from .snapshot import RandomState, load_module_state, load_opt_state, module_state, plain_name, plain_state_dict
 
 PHASES = ("train", "valid", "end")
 
@@ -24,7 +25,7 @@ def collect(run, phase: str) -> dict:
     """The state of `run`. Tensors in it are the model's own, not copies. `phase`: see `Runner.state_dict`."""
     if phase not in PHASES:
         raise ValueError(f"phase is one of {', '.join(PHASES)}; got {phase!r}")
-    opt, loaders = run.learn.opt, _loaders(run)
+    opt = run.learn.opt
     position = {
         "phase": phase,
         "epoch": run.epoch,
@@ -40,14 +41,14 @@ def collect(run, phase: str) -> dict:
         position["before_pass"] = run._before_pass
     return {
         "position": position,
-        **_module_state(run.learn.model),
-        "loss": _module_state(loss) if (loss := loss_module(run.learn)) is not None else {},
+        **module_state(run.learn.model),
+        "loss": module_state(loss) if (loss := loss_module(run.learn)) is not None else {},
         "opt_class": type(opt).__name__,
         "opt": opt.state_dict(),
         "callbacks": {
             name: {"class": type(cb).__name__, "state": cb.state_dict()} for name, cb in _callbacks(run).items()
         },
-        "random": RandomState(loaders).state_dict(),
+        "random": _random(run).state_dict(),
     }
 
 
@@ -73,10 +74,10 @@ def find(path, run):
 def restore(run, state) -> int:
     """Put `state` into `run` and all that it holds; returns the first epoch to run."""
     place = state["position"]
-    _restore_module(run.learn.model, state)
+    load_module_state(run.learn.model, state)
     if state.get("loss"):
-        _restore_module(run.learn.loss_func, state["loss"])
-    _restore_opt(run.learn.opt, state["opt"])
+        load_module_state(run.learn.loss_func, state["loss"])
+    load_opt_state(run.learn.opt, state["opt"])
     for name, cb in _callbacks(run).items():
         saved = state["callbacks"].get(name)
         if saved is not None and saved["class"] == type(cb).__name__:
@@ -93,7 +94,7 @@ def batches(run, dl):
     state, run._resumed = run._resumed, None
     place = state and state["position"]
     if state is None or place["phase"] == "end":
-        run._before_pass = None if _skips(dl) else RandomState(_loaders(run)).state_dict()
+        run._before_pass = None if _skips(dl) else _random(run).state_dict()
         return enumerate(dl)
     restore(run, state)  # once more: begin_epoch came after the first time
     if place["phase"] == "valid":
@@ -140,19 +141,17 @@ def _forward(run, dl, done, state):
     return batches
 
 
-def _loaders(run) -> list:
-    """Training and validation loader; one that is both counts once."""
-    return list({id(dl): dl for dl in (run.data.train_dl, run.data.valid_dl) if dl is not None}.values())
-
-
 def _skips(dl) -> bool:
     """Whether the loader can begin in the middle of an epoch by itself, as `BatchLoader` can."""
     return hasattr(dl, "iter_from") and hasattr(dl, "load_state_dict")
 
 
-def _random(run, saved) -> RandomState:
-    state, dist = RandomState(_loaders(run)), torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+def _random(run, saved: dict | None = None) -> RandomState:
+    """The random states of the run as they are, or as they were `saved`."""
+    state = RandomState((run.data.train_dl, run.data.valid_dl))
+    if saved is None:
+        return state
+    if ranks.rank() != 0:
         own = state.state_dict()  # rank 0 saved: with its random numbers all ranks would drop the same units
         saved = {**own, "loaders": saved["loaders"], "generators": saved["generators"]}  # the data's order is shared
     state.load_state_dict(saved)
@@ -186,23 +185,6 @@ def loss_module(learn) -> nn.Module | None:
     if isinstance(loss, nn.Module) and next(itertools.chain(loss.parameters(), loss.buffers()), None) is not None:
         return loss
     return None
-
-
-def _module_state(module) -> dict:
-    """What training changes in a module, under the names that it has without torch.compile."""
-    weights = plain_state_dict(module)
-    named = [(plain_name(name), p) for name, p in module.named_parameters()]
-    return {
-        "model": weights,
-        "buffers": {name: b for n, b in module.named_buffers() if (name := plain_name(n)) not in weights},
-        "switches": {f"{plain_name(n)}.{k}": v for n, m in module.named_modules() for k, v in _switches(m)},
-        "frozen": [name for name, p in named if not p.requires_grad],
-        "grads": {name: p.grad for name, p in named if p.grad is not None},  # accumulated so far
-    }
-
-
-def _switches(module):
-    return ((k, v) for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_"))
 
 
 def _check_loss(loss, saved) -> None:
@@ -256,44 +238,6 @@ def _check_opt(opt, saved, saved_class) -> None:
             f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was made "
             f"then"
         )
-
-
-@torch.no_grad()
-def _restore_module(root, state) -> None:
-    load_plain_state_dict(root, state["model"])
-    modules = {plain_name(name): m for name, m in root.named_modules()}
-    for name, saved in state["buffers"].items():
-        module, _, own = plain_name(name).rpartition(".")
-        buffers = modules[module]._buffers
-        now = buffers.get(own)
-        buffers[own] = saved.clone() if now is None else saved.to(now.device, copy=True)
-    switches = {plain_name(name): value for name, value in state["switches"].items()}
-    for name, module in root.named_modules():
-        for attr, _ in list(_switches(module)):
-            if (key := f"{plain_name(name)}.{attr}") in switches:
-                setattr(module, attr, switches[key])
-    frozen = set(map(plain_name, state["frozen"]))
-    grads = {plain_name(name): grad for name, grad in state["grads"].items()}
-    for name, p in root.named_parameters():
-        p.requires_grad_(plain_name(name) not in frozen)
-        saved = grads.get(plain_name(name))
-        p.grad = None if saved is None else saved.to(p.device, copy=True)
-
-
-def _restore_opt(opt, saved) -> None:
-    tensors = [{k: v for k, v in g.items() if isinstance(v, torch.Tensor)} for g in opt.param_groups]
-    both = zip(opt.param_groups, saved["param_groups"])
-    saved = {**saved, "param_groups": [{**now, **then} for now, then in both]}  # what only this one has stays
-    opt.load_state_dict(saved)
-    for group, kept in zip(opt.param_groups, tensors):
-        for name, value in kept.items():  # a compiled or captured optimiser keeps its rate in this very tensor
-            group[name] = value.copy_(torch.as_tensor(group[name]))
-    indices = (i for g in saved["param_groups"] for i in g["params"])
-    for i, p in zip(indices, (p for g in opt.param_groups for p in g["params"])):
-        for name, value in saved["state"].get(i, {}).items():
-            now = opt.state[p].get(name)
-            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
-                opt.state[p][name] = value.to(now.device, copy=True)  # torch gave it the parameter's dtype
 
 
 def _length(dl) -> int | None:

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from fastrbn.random_state import generators
+
 _SHORT = (
     "a last batch without a sample for each of the {world} processes is left out of training: there is nothing that "
     "all of them could step on"
@@ -44,14 +46,6 @@ def shard(loader, rank, world, train):
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
-
-
-def generators(loader) -> list[torch.Generator]:
-    """Those that draw the order of `loader`; the ranks must have them in the same state."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = (v for h in holders for v in getattr(h, "__dict__", {}).values() if isinstance(v, torch.Generator))
-    return list({id(g): g for g in found}.values())
 
 
 class Part:
@@ -157,9 +151,10 @@ def seed_all(*numbers) -> None:
 
 def share_order(loader, channel):
     """What the order of the data depends on, from rank 0."""
-    states = [g.get_state() for g in generators(loader)]
+    drawn_by = list(generators(loader))
+    states = [g.get_state() for g in drawn_by]
     channel.spread(states)
-    for g, state in zip(generators(loader), states):
+    for g, state in zip(drawn_by, states):
         g.set_state(state)
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         state = loader.state_dict()
