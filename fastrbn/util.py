@@ -20,9 +20,15 @@ except ImportError:  # Windows has no such locks
 
 def suggestion(name: object, known: Iterable[str], form: str = " Did you mean '{}'?") -> str:
     """A sentence naming the closest of `known`, case ignored; empty if none is close. Ends an error message."""
+    near = nearest(name, known)
+    return "" if near is None else form.format(near)
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The closest of `known`, case ignored; None if no similarity (0 to 1) reaches `cutoff`."""
     by_lower = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return form.format(by_lower[near[0]]) if near else ""
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[near[0]] if near else None
 
 
 def one_of(what: str, value: Any, allowed: Iterable[str]) -> Any:

@@ -5,7 +5,7 @@ The names are those of fast.ai's course (part 2, 2019, notebook 09b), so that it
 
 from __future__ import annotations
 
-import difflib
+from fastrbn.util import nearest
 
 BATCH_EVENTS = ("begin_batch", "after_pred", "after_loss", "after_backward", "after_step", "after_batch")
 EVENTS = (
@@ -43,5 +43,4 @@ def nearest_event(name: str) -> str | None:
     """
     prefixed = name.startswith(("begin_", "after_", "before_"))
     wanted = name.replace("before_", "begin_", 1)
-    close = difflib.get_close_matches(wanted, EVENTS, n=1, cutoff=0.0 if prefixed else 0.85)
-    return close[0] if close else None
+    return nearest(wanted, EVENTS, cutoff=0.0 if prefixed else 0.85)

@@ -25,13 +25,18 @@ class Learner:
         `xb`: a batch as the model takes it; None: the first of the training data, as it comes from the loader. The
         model and all random states are afterwards what they were. See `fastrbn.model_summary`.
         """
-        from fastrbn.summary import of_learner
-
-        return of_learner(self, xb)
+        return summary(self, xb)
 
     def __repr__(self):
         loss = getattr(self.loss_func, "__name__", type(self.loss_func).__name__)
         return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss})"
+
+
+def summary(learn, xb=None, cbs=()):
+    """`fastrbn.summary.of_learner`, which stands above this room and is imported only when called."""
+    from fastrbn.summary import of_learner
+
+    return of_learner(learn, xb, cbs)
 
 
 def check_instances(model, opt, loss_func) -> None:

@@ -14,7 +14,7 @@ from . import optimiser
 from . import resume as resuming
 from .callback import RUN_STATE, SIGNALS, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
-from .learner import check_instances
+from .learner import check_instances, summary
 from .parts import Parts
 
 _CANCEL = {"batch": CancelBatchException, "epoch": CancelEpochException, "train": CancelTrainException}
@@ -169,12 +169,10 @@ class Runner:
     def summary(self, xb=None, learn=None):
         """`Learner.summary` of `learn` (default: the one trained last), whose batch goes through those callbacks first
         that change batches and need no fit for it, such as BatchTransformXCallback."""
-        from fastrbn.summary import of_learner
-
         learn = self.learn if learn is None else learn
         if learn is None:
             raise TypeError("this run has not trained yet: say what to look at, run.summary(learn=learn)")
-        return of_learner(learn, xb, self.cbs)
+        return summary(learn, xb, self.cbs)
 
     def __call__(self, event: str) -> None:
         """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""
