@@ -56,9 +56,11 @@ def module_name(file: Path) -> str:
 
 
 def imports(source: str, module: str, is_package: bool = False):
-    """(absolute name, inside a function?) of everything that `source`, module `fastrbn.<module>`, imports."""
+    """(absolute name, inside a function?) of everything that `source`, module `fastrbn.<module>`, imports when it runs."""
 
     def walk(node, inside):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
         for child in ast.iter_child_nodes(node):
             yield from walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
         if isinstance(node, ast.Import):
@@ -150,6 +152,7 @@ def test_the_rule_catches(module, source):
         ("callbacks.track.record", "from fastrbn.learn.callback import Callback\nfrom fastrbn.learn.events import CancelTrainException"),
         ("callbacks.track.record", "def plot():\n    from fastrbn import plots\n    from fastrbn.plots import lines"),
         ("callbacks.track.record", "from .metrics import accuracy"),
+        ("callbacks.track.record", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
         ("models", "from .norm import RunningBatchNorm"),
         ("plots", "import matplotlib.pyplot as plt"),
         ("cli", "from .learn.runner import Runner"),
