@@ -3,6 +3,34 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
+
+import torch
+
+
+def pair(batch: Any) -> Any:
+    """`batch` itself if it is a pair; otherwise a TypeError that says what came."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch
+    advice = "wrap the loader, or give a DataLoader a collate_fn that returns a pair"
+    if isinstance(batch, torch.Tensor):
+        got = f"a tensor of shape {tuple(batch.shape)}"
+    elif isinstance(batch, dict):
+        names = list(batch)
+        got = f"a dictionary with {', '.join(map(repr, names))}"
+        if len(names) > 1:
+            advice += f", such as (batch[{names[0]!r}], batch[{names[1]!r}])"
+    else:
+        got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
+    raise TypeError(f"a loader must yield pairs (xb, yb), tuples or lists of two; got {got}: {advice}")
+
+
+def length(dl: Any) -> int | None:
+    """The number of batches; None for loaders without a length, such as those of iterable data sets."""
+    try:
+        return len(dl)
+    except TypeError:
+        return None
 
 
 def batch_size(xb) -> int:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import checkpoint_file as checkpoints
 from . import ranks
+from .batch import length
 from .callback import Callback
 from .checkpoint_file import CheckpointError
 from .snapshot import RandomState, load_module_state, load_opt_state, module_state, plain_name, plain_state_dict
@@ -33,12 +36,12 @@ def collect(run, phase: str) -> dict:
         "n_iter": run.n_iter,
         "n_epochs": run.n_epochs,
         "epochs": run.epochs,
-        "iters": _length(run.data.train_dl),
+        "iters": length(run.data.train_dl),
     }
     if phase == "train":
         loader = run.data.train_dl
         position["loader"] = loader.state_dict(mid_epoch=True) if _skips(loader) else None
-        position["before_pass"] = run._before_pass
+        position["before_pass"] = run._resume.before_pass
     return {
         "position": position,
         **module_state(run.learn.model),
@@ -71,74 +74,88 @@ def find(path, run):
     return file, state
 
 
-def restore(run, state) -> int:
-    """Put `state` into `run` and all that it holds; returns the first epoch to run."""
-    place = state["position"]
-    load_module_state(run.learn.model, state)
-    if state.get("loss"):
-        load_module_state(run.learn.loss_func, state["loss"])
-    load_opt_state(run.learn.opt, state["opt"])
-    for name, cb in _callbacks(run).items():
-        saved = state["callbacks"].get(name)
-        if saved is not None and saved["class"] == type(cb).__name__:
-            cb.load_state_dict(saved["state"])
-    run.epoch, run.n_iter, run.n_epochs = place["epoch"], place["n_iter"], place["n_epochs"]
-    _random(run, state["random"]).restore()
-    return place["epoch"] + (place["phase"] == "end")
+class Resume:
+    """Where a fit begins: at its start, or at the place of a checkpoint's `state`."""
 
+    def __init__(self, run: Any, state: dict[str, Any] | None):
+        self.run, self.state = run, state
+        self.before_pass: dict[str, Any] | None = None  # random states before the current training pass
 
-def batches(run, dl):
-    """`enumerate(dl)`; in the epoch that a checkpoint stands in, from there on."""
-    if not run.in_train:
-        return enumerate(dl)
-    state, run._resumed = run._resumed, None
-    place = state and state["position"]
-    if state is None or place["phase"] == "end":
-        run._before_pass = None if _skips(dl) else _random(run).state_dict()
-        return enumerate(dl)
-    restore(run, state)  # once more: begin_epoch came after the first time
-    if place["phase"] == "valid":
-        return iter(())
-    done, iters = place["done"], _length(dl)
-    if iters != place["iters"]:
-        raise CheckpointError(
-            f"to go on within an epoch its batches must be the same; the checkpoint was made with {place['iters']} "
-            f"batches an epoch, the training loader has {iters}: use the same data and batch size, or a checkpoint "
-            f"from the end of an epoch"
-        )
-    run._before_pass = place["before_pass"]
-    if _skips(dl):
-        dl.load_state_dict(place["loader"])
-        return enumerate(dl.iter_from(done), done)
-    return enumerate(_forward(run, dl, done, state), done)
+    def epochs(self) -> Iterable[int]:
+        """The epochs to run. Restores everything, now that `begin_fit` has come."""
+        first = 0
+        if self.state is not None:
+            self._restore(self.state)
+            place = self.state["position"]
+            first = place["epoch"] + (place["phase"] == "end")
+        return range(first, self.run.epochs)
 
+    def batches(self, dl: Any) -> Iterable[tuple[int, Any]]:
+        """`enumerate(dl)`; in the training pass that the checkpoint was made in, the rest of it."""
+        run = self.run
+        if not run.in_train:
+            return enumerate(dl)
+        state, self.state = self.state, None
+        if state is None or state["position"]["phase"] == "end":
+            self.before_pass = None if _skips(dl) else _random(run).state_dict()
+            return enumerate(dl)
+        self._restore(state)  # again: begin_epoch came after the first time
+        place = state["position"]
+        if place["phase"] == "valid":
+            return ()
+        done, iters = place["done"], length(dl)
+        if iters != place["iters"]:
+            raise CheckpointError(
+                f"to go on within an epoch its batches must be the same; the checkpoint was made with {place['iters']} "
+                f"batches an epoch, the training loader has {iters}: use the same data and batch size, or a checkpoint "
+                f"from the end of an epoch"
+            )
+        self.before_pass = place["before_pass"]
+        if _skips(dl):
+            dl.load_state_dict(place["loader"])
+            return enumerate(dl.iter_from(done), done)
+        return enumerate(self._skipped(dl, done, state), done)
 
-def _forward(run, dl, done, state):
-    """An iterator over `dl` as it was after `done` batches: begun under the random states from then, and run through
-    up to there, which has the same order drawn and the same numbers used up by samplers and workers."""
-    if getattr(dl, "persistent_workers", False) and run.epoch > 0:
-        warnings.warn(
-            "workers that outlive an epoch (persistent_workers=True) have random states that no checkpoint holds: if "
-            "the data set draws random numbers, the resumed fit draws others",
-            stacklevel=2,
-        )
-    if state["position"]["before_pass"] is not None:
-        _random(run, state["position"]["before_pass"]).restore()
-    batches = iter(dl)
-    if batches is dl:
-        warnings.warn(
-            f"the training loader is an iterator ({type(dl).__name__}), which cannot begin its epoch again: its first "
-            f"{done} batches are skipped, which is right only if it starts where the checkpoint's epoch did",
-            stacklevel=2,
-        )
-    skipped = sum(1 for _ in itertools.islice(batches, done))
-    if skipped < done:
-        raise CheckpointError(
-            f"the checkpoint stands after {done} batches of its epoch, and the training loader gave {skipped}: use the "
-            f"same data and batch size"
-        )
-    _random(run, state["random"]).restore(loaders=False)  # their state is where they are now
-    return batches
+    def _restore(self, state: dict[str, Any]) -> None:
+        run, place = self.run, state["position"]
+        load_module_state(run.learn.model, state)
+        if state.get("loss"):
+            load_module_state(run.learn.loss_func, state["loss"])
+        load_opt_state(run.learn.opt, state["opt"])
+        for name, cb in _callbacks(run).items():
+            saved = state["callbacks"].get(name)
+            if saved is not None and saved["class"] == type(cb).__name__:
+                cb.load_state_dict(saved["state"])
+        run.epoch, run.n_iter, run.n_epochs = place["epoch"], place["n_iter"], place["n_epochs"]
+        _random(run, state["random"]).restore()
+
+    def _skipped(self, dl: Any, done: int, state: dict[str, Any]) -> Iterator[Any]:
+        """An iterator over `dl` after `done` batches, begun under the random states of the pass: so the order is the
+        same, and samplers and workers have used up the same random numbers."""
+        run = self.run
+        if getattr(dl, "persistent_workers", False) and run.epoch > 0:
+            warnings.warn(
+                "workers that outlive an epoch (persistent_workers=True) have random states that no checkpoint holds: "
+                "if the data set draws random numbers, the resumed fit draws others",
+                stacklevel=2,
+            )
+        if self.before_pass is not None:
+            _random(run, self.before_pass).restore()
+        batches = iter(dl)
+        if batches is dl:
+            warnings.warn(
+                f"the training loader is an iterator ({type(dl).__name__}), which cannot begin its epoch again: its "
+                f"first {done} batches are skipped, which is right only if it starts where the checkpoint's epoch did",
+                stacklevel=2,
+            )
+        skipped = sum(1 for _ in itertools.islice(batches, done))
+        if skipped < done:
+            raise CheckpointError(
+                f"the checkpoint stands after {done} batches of its epoch, and the training loader gave {skipped}: use "
+                f"the same data and batch size"
+            )
+        _random(run, state["random"]).restore(loaders=False)  # the loaders are where they should be
+        return batches
 
 
 def _skips(dl) -> bool:
@@ -238,10 +255,3 @@ def _check_opt(opt, saved, saved_class) -> None:
             f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was made "
             f"then"
         )
-
-
-def _length(dl) -> int | None:
-    try:
-        return len(dl)
-    except TypeError:
-        return None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +16,17 @@ from fastrbn.util import suggestion
 
 from . import optimiser
 from . import resume as resuming
+from .batch import length, pair
 from .callback import RUN_STATE, SIGNALS, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
-from .learner import check_instances, summary
+from .learner import Learner, check_instances, summary
 from .parts import Parts
 
-_CANCEL = {"batch": CancelBatchException, "epoch": CancelEpochException, "train": CancelTrainException}
+_SCOPES: dict[str, tuple[type[Exception], str | None]] = {  # what cancels each, and the next smaller one
+    "batch": (CancelBatchException, None),
+    "epoch": (CancelEpochException, "batch"),
+    "train": (CancelTrainException, "epoch"),
+}
 _LENT = ("model", "opt", "loss_func", "data", "logger")  # callbacks may replace these for the length of a fit
 
 
@@ -80,20 +89,33 @@ class Runner:
             raise RuntimeError(f"parts of the step are claimed for a fit, in begin_fit; {owner!r} claims outside one")
         self._parts.claim(type(owner).__name__, functions)
 
-    def fit(self, epochs: int, learn=None, resume=None) -> None:
-        """Train `learn` (default: the one trained last) for `epochs` passes over `learn.data.train_dl`.
+    def fit(self, epochs: int, learn: Learner | None = None, resume: str | Path | None = None) -> None:
+        """Train for `epochs` passes over `learn.data.train_dl`.
 
-        `resume`: a checkpoint, or the folder that `Checkpoint` wrote (the newest whole one is taken). The fit then goes
-        on from there to `epochs`, counted from the very beginning; `learn` and callbacks are made as they were made
-        for the fit that wrote it. See `Checkpoint`; CheckpointError when it cannot be used.
+        `after_fit` fires once for every callback, whatever happens; an error is raised again after it. Ctrl-C ends the
+        fit without an error, and `stop_reason` says so.
 
-        `after_fit` fires once, whatever happens, for every callback. An error is raised again after it. Ctrl-C ends
-        the fit without an error, and `stop_reason` says so.
+        Parameters
+        ----------
+        epochs : int
+            0 or more; in a resumed fit counted from the very beginning.
+        learn : Learner, optional
+            By default the one trained last.
+        resume : path, optional
+            A checkpoint, or a folder that `Checkpoint` wrote (the newest whole file is used). The fit goes on from
+            there; make `learn` and callbacks as they were made for the fit that wrote it.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint cannot be read, or belongs to another model or optimiser.
+        RuntimeError
+            If a fit of this run is under way.
         """
         self._prepare(epochs, learn, resume)
         failed = False
         try:
-            self._train()
+            self._scope("train", self._all_epochs)
         except KeyboardInterrupt:
             self.stop_reason = f"interrupted (Ctrl-C) {self._where()}"
         except BaseException as e:
@@ -102,61 +124,60 @@ class Runner:
         finally:
             self._finish(failed)
 
-    def _train(self) -> None:
-        try:
-            self._outside_epoch("begin_fit")
-            first = resuming.restore(self, self._resumed) if self._resumed else 0
-            for self.epoch in range(first, self.epochs):
-                self._all_batches("begin_epoch", self.data.train_dl)
-                if self.data.valid_dl is not None:
-                    with torch.no_grad():
-                        self._all_batches("begin_validate", self.data.valid_dl)
-                self._outside_epoch("after_epoch")
-        except CancelTrainException:
-            self._cancelled("train")
+    def _all_epochs(self) -> None:
+        self._scope("epoch", self, "begin_fit")
+        for self.epoch in self._resume.epochs():
+            self._scope("epoch", self._all_batches, "begin_epoch", self.data.train_dl)
+            if self.data.valid_dl is not None:
+                with torch.no_grad():
+                    self._scope("epoch", self._all_batches, "begin_validate", self.data.valid_dl)
+            self._scope("epoch", self, "after_epoch")
 
-    def _all_batches(self, begin: str, dl) -> None:
-        self.dl, self.iters, self.iter, own = dl, _length(dl), None, vars(self)
-        try:
-            self._outside_batch(begin)
-            for self.iter, batch in resuming.batches(self, dl):
-                self._one_batch(batch)
-                if "stop" in own and own["stop"] is True:
-                    self._tell_of_stop("run.stop = True")
-        except CancelEpochException:
-            self._cancelled("epoch")
-
-    def _one_batch(self, batch) -> None:
-        fire, parts = self.__call__, self._parts  # self(event) takes twice as long
-        try:
+    def _all_batches(self, begin: str, dl: Any) -> None:
+        self.dl, self.iters, self.iter = dl, length(dl), None
+        self._scope("batch", self, begin)
+        for self.iter, batch in self._resume.batches(dl):
             try:
-                self.xb, self.yb = _pair(batch)
-                fire("begin_batch")
-                self.pred = parts.forward(self.model, self.xb)
-                fire("after_pred")
-                self.loss = parts.forward(self.loss_func, self.pred, self.yb)
-                fire("after_loss")
-                if self.in_train:
-                    parts.backward(parts.weigh(self.loss))
-                    self.update()
-            except CancelBatchException:
-                self._cancelled("batch")
-        except CancelEpochException:
-            self._outside_batch("after_batch")
-            raise
-        except CancelTrainException:
-            self._outside_epoch("after_batch")  # whatever it cancels, it is the fit that ends
-            raise
-        self._outside_batch("after_batch")
+                self._scope("batch", self._one_batch, batch)
+            except (CancelEpochException, CancelTrainException) as e:
+                self._scope("epoch" if isinstance(e, CancelTrainException) else "batch", self, "after_batch")
+                raise
+            self._scope("batch", self, "after_batch")
+            if self.__dict__.get("stop") is True:
+                self._warn_of_stop("run.stop = True")
+
+    def _one_batch(self, batch: Any) -> None:
+        fire, parts = self.__call__, self._parts  # self(event) takes twice as long
+        self.xb, self.yb = pair(batch)
+        fire("begin_batch")
+        self.pred = parts.forward(self.model, self.xb)
+        fire("after_pred")
+        self.loss = parts.forward(self.loss_func, self.pred, self.yb)
+        fire("after_loss")
+        if self.in_train:
+            parts.backward(parts.weigh(self.loss))
+            self.update()
 
     def update(self) -> None:
-        """The second half of a training step, from gradients to new parameters. A callback that has held gradients
-        back takes it itself when there is no batch left to take it in."""
+        """The second half of a training step: from gradients to new parameters.
+
+        A callback that has held gradients back calls it when there is no batch left to do so.
+        """
         fire = self.__call__
         fire("after_backward")
         self._parts.step(self.opt)
         fire("after_step")
         self.opt.zero_grad()
+
+    def _scope(self, what: str, call: Callable[..., None], *args: Any) -> None:
+        """Call it. A cancel of `what` ("batch", "epoch", "train"), or of less, ends the call and nothing else; the
+        matching after_cancel event follows, in which a further cancel of the same has nothing left to end."""
+        cancel, less = _SCOPES[what]
+        try:
+            call(*args) if less is None else self._scope(less, call, *args)
+        except cancel:
+            with contextlib.suppress(cancel):
+                self(f"after_cancel_{what}") if less is None else self._scope(less, self, f"after_cancel_{what}")
 
     def state_dict(self, phase: str) -> dict:
         """All that the rest of the fit depends on, in plain data (`torch.load(…, weights_only=True)` reads it back).
@@ -180,44 +201,22 @@ class Runner:
             for handler in self._handlers[event]:
                 if handler() is True:
                     owner = getattr(handler, "__self__", handler)
-                    self._tell_of_stop(f"return True in {type(owner).__name__}.{event}")
+                    self._warn_of_stop(f"return True in {type(owner).__name__}.{event}")
         except CancelTrainException as e:
             if self.stop_reason is None:
                 owner = getattr(handler, "__self__", handler)  # a function set on an instance has no owner
                 self.stop_reason = str(e) or f"cancelled by {type(owner).__name__} in {event}"
             raise
 
-    def _tell_of_stop(self, how) -> None:
+    def _warn_of_stop(self, how) -> None:
         """Warn, once a fit, of the ways in which other loops are ended."""
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"{how} ends nothing: to end the fit a callback raises CancelTrainException, to end the epoch "
                 f"CancelEpochException, to leave the batch CancelBatchException",
                 stacklevel=2,
             )
-
-    # A cancel of something that is not under way has its after_cancel event, and the fit goes on.
-
-    def _outside_batch(self, event: str) -> None:
-        try:
-            self.__call__(event)
-        except CancelBatchException:
-            self._cancelled("batch")
-
-    def _outside_epoch(self, event: str) -> None:
-        try:
-            self._outside_batch(event)
-        except CancelEpochException:
-            self._cancelled("epoch")
-
-    def _cancelled(self, what: str) -> None:
-        """Fire `after_cancel_<what>`. What is raised in it to cancel the same or a part of it has nothing to end."""
-        fire = {"batch": self, "epoch": self._outside_batch, "train": self._outside_epoch}[what]
-        try:
-            fire(f"after_cancel_{what}")
-        except _CANCEL[what]:
-            pass  # it is cancelled already
 
     def _prepare(self, epochs, learn, resume) -> None:
         if self._fitting:
@@ -234,17 +233,16 @@ class Runner:
         check_instances(learn.model, learn.opt, learn.loss_func)
         loop = {"the loop": ("step", "zero_grad")}
         optimiser.check(learn.opt, {**loop, **{type(cb).__name__: cb._needs_opt for cb in self.cbs}})
-        self.epochs, self.learn, self.stop_reason, self._told = epochs, learn, None, False
+        self.__dict__.update(RUN_STATE, logger=self.logger, epochs=epochs, learn=learn, _warned=False)
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
-        self.epoch, self.iter, self.iters, self.dl, self.n_iter, self.n_epochs = 0, None, None, None, 0, 0.0
-        self.xb = self.yb = self.pred = self._before_pass = None
-        self.loss, self.in_train = torch.tensor(0.0), False
+        self.epoch, self.n_iter, self.n_epochs, self.loss = 0, 0, 0.0, torch.tensor(0.0)
         self._borrowed = {name: getattr(self, name) for name in _LENT}
         self._parts.reset()
         for cb in self.cbs:
             cb.set_runner(self)  # a callback may have been in another run since
         self._handlers = self._resolve()
-        self.resumed_from, self._resumed = (None, None) if resume is None else resuming.find(resume, self)
+        self.resumed_from, state = (None, None) if resume is None else resuming.find(resume, self)
+        self._resume = resuming.Resume(self, state)
         self.opt.zero_grad()  # an earlier fit may have been cut between backward and step
         self._fitting = True
 
@@ -254,7 +252,7 @@ class Runner:
         failures = []
         for handler in self._handlers["after_fit"]:
             try:
-                self._last_call(handler)
+                self._scope("train", handler)  # a cancel has its event, and nothing to end
             except BaseException as e:
                 failures.append(e)
         self._fitting = self.in_train = False
@@ -270,14 +268,6 @@ class Runner:
         if first is not None:
             self.stop_reason = f"{type(first).__name__} {self._where(first)}: {first}"
             raise first
-
-    def _last_call(self, call) -> None:
-        """Call it after the end, when there is nothing left to cancel: a cancel has its event, and that is all."""
-        try:
-            call()
-        except tuple(_CANCEL.values()) as e:
-            what = next(what for what, kind in _CANCEL.items() if isinstance(e, kind))
-            self._last_call(lambda: self._cancelled(what))  # which lets only larger cancels out
 
     def _resolve(self) -> dict[str, tuple]:
         """The handlers of each event, in order, and after them those of callbacks that want to be last in it: only
@@ -333,26 +323,3 @@ def _make(cb) -> Callback:
     if not isinstance(made, Callback):
         raise TypeError(f"callbacks derive from fastrbn.Callback; got {made!r} of type {type(made).__name__}")
     return made
-
-
-def _length(dl) -> int | None:
-    try:
-        return len(dl)
-    except TypeError:  # an iterable data set has none; then positions within the epoch are unknown
-        return None
-
-
-def _pair(batch):
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch
-    advice = "wrap the loader, or give a DataLoader a collate_fn that returns a pair"
-    if isinstance(batch, torch.Tensor):
-        got = f"a tensor of shape {tuple(batch.shape)}"
-    elif isinstance(batch, dict):
-        names = list(batch)
-        got = f"a dictionary with {', '.join(map(repr, names))}"
-        if len(names) > 1:
-            advice += f", such as (batch[{names[0]!r}], batch[{names[1]!r}])"
-    else:
-        got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
-    raise TypeError(f"a loader must yield pairs (xb, yb), tuples or lists of two; got {got}: {advice}")
