@@ -1,4 +1,4 @@
-"""What can be said of any batch."""
+"""Facts about batches and loaders: pairs, sizes, lengths, and how a loss reduces them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def length(dl: Any) -> int | None:
         return None
 
 
-def batch_size(xb) -> int:
-    """The number of samples; of several inputs (a tuple, list or dictionary) that of the first."""
+def batch_size(xb: Any) -> int:
+    """The number of samples; for several inputs (a tuple, list or dictionary) that of the first."""
     while isinstance(xb, (list, tuple, dict)):
         xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
     return len(xb)
 
 
-def reduction(loss_func) -> str | None:
-    """How a loss function reduces, "mean", "sum" or "none", by its attribute or its parameter `reduction` as PyTorch's
-    have; None when it does not say."""
+def reduction(loss_func: Any) -> str | None:
+    """How a loss function reduces ("mean", "sum" or "none"), from its attribute or parameter `reduction`; None if it has
+    neither."""
     said = getattr(loss_func, "reduction", None)
     if not isinstance(said, str) and callable(loss_func):
         try:
@@ -53,16 +53,16 @@ def reduction(loss_func) -> str | None:
     return said if isinstance(said, str) else None
 
 
-def step_size(run) -> int:
-    """The number of samples in the run's batch, over all processes (see `Distributed`)."""
+def step_size(run: Any) -> int:
+    """The number of samples in the run's batch, over all processes."""
     return run.samples or batch_size(run.xb)
 
 
-def gradients_are_whole(run) -> bool:
-    """Whether those there are of all processes; False while `Distributed` leaves them to add up in each by itself."""
+def gradients_are_whole(run: Any) -> bool:
+    """True if the gradients are those of all processes; False while they add up in each process alone."""
     return not run.apart
 
 
-def gradients(opt) -> list:
-    """The gradients that `opt` is about to step with."""
+def gradients(opt: Any) -> list[torch.Tensor]:
+    """The gradients that the next step of `opt` will use."""
     return [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]

@@ -1,4 +1,4 @@
-"""The loop."""
+"""The loop: `fit`, `_all_epochs`, `_all_batches`, `_one_batch`, `update`, in the order in which they call one another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,39 +22,62 @@ from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTr
 from .learner import Learner, check_instances, summary
 from .parts import Parts
 
+if TYPE_CHECKING:
+    from fastrbn.summary import Summary
+
 _SCOPES: dict[str, tuple[type[Exception], str | None]] = {  # what cancels each, and the next smaller one
     "batch": (CancelBatchException, None),
     "epoch": (CancelEpochException, "batch"),
     "train": (CancelTrainException, "epoch"),
 }
-_LENT = ("model", "opt", "loss_func", "data", "logger")  # callbacks may replace these for the length of a fit
 
 
 class Runner:
-    """Runs training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
+    """Run training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
 
-    - `cbs`: callbacks; `cb_funcs`: callables that make one each (classes, `partial`s), as the course has it. Either
-      takes both.
-    - Every callback is reachable as `run.<name>` (`run.recorder`, a second one as `run.recorder_2`).
-    - During a fit the run holds `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred
-      loss in_train logger stop_reason`. What callbacks replace of `model opt loss_func data logger` is put back after.
-    - `stop_reason`: None after a fit that ran to its end, else a sentence.
-    - `resumed_from`: the checkpoint that the fit goes on from, None if it begins anew.
+    Every callback is reachable by its name: `run.recorder`, a second one as `run.recorder_2`. During a fit the run holds
+    `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger
+    stop_reason`. Callbacks may replace `model opt loss_func data logger`; they are put back after the fit.
 
-    Source: fast.ai course, part 2 (2019), notebooks 04 and 09b. Unlike in 04, `return True` from a handler and
-    `run.stop = True` end nothing (a warning says so): what a callback wants to stop, it stops by a `Cancel…Exception`.
+    `stop_reason` is None after a fit that ran to its end, otherwise a sentence. `resumed_from` is the checkpoint that the
+    fit continued from, or None.
+
+    To stop something, a callback raises one of the `Cancel…Exception`s. Unlike in the course's notebook 04, `return True`
+    and `run.stop = True` do not end the fit; a warning says so.
+
+    Parameters
+    ----------
+    cbs : callback, or list of callbacks, optional
+    cb_funcs : callable, or list of callables, optional
+        Each makes a callback (a class, a `partial`), as in the course. Either parameter takes both kinds.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn)
+    >>> run = Runner([Recorder, AvgStatsCallback(accuracy)])
+    >>> run.logger = lambda line: None  # otherwise: print
+    >>> run.fit(1, learn)
+    >>> len(run.recorder.losses)
+    16
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebooks 04 and 09b.
     """
 
-    def __init__(self, cbs=None, cb_funcs=None):
-        self.__dict__.update(RUN_STATE, cbs=[], _fitting=False)
+    def __init__(self, cbs: Any = None, cb_funcs: Any = None):
+        self.cbs: list[Callback] = []
+        self.__dict__.update(RUN_STATE)
+        self._fitting = self._warned = False
         self._parts = Parts()
+        self._resume = resuming.Resume(self, None)
         made = [_make(cb) for cb in (*_as_list(cbs), *_as_list(cb_funcs))]
         if not any(isinstance(cb, TrainEvalCallback) for cb in made):
             made.insert(0, TrainEvalCallback())
         self.add_cbs(made)
 
-    def add_cbs(self, cbs) -> None:
-        """Attach callbacks (or callables that make them). Added during a fit, they take part from the next one on."""
+    def add_cbs(self, cbs: Any) -> None:
+        """Attach callbacks, or callables that make them. Those added during a fit take part from the next one on."""
         for cb in map(_make, _as_list(cbs)):
             cb.set_runner(self)
             setattr(self, self._free_name(cb), cb)
@@ -63,30 +86,41 @@ class Runner:
         if not self._fitting:
             self._handlers = self._resolve()
 
-    def remove_cbs(self, cbs) -> None:
-        """Take callbacks off again; during a fit, they take part until its end. ValueError for one that is not here."""
+    def remove_cbs(self, cbs: Any) -> None:
+        """Remove callbacks; those removed during a fit take part until its end. ValueError if one is not attached."""
         for cb in _as_list(cbs):
             if not any(cb is known for known in self.cbs):
-                raise ValueError(f"only a callback of this run can be removed; {cb!r} is none of {self.cbs}")
+                raise ValueError(f"only a callback of this run can be removed; {cb!r} is not among {self.cbs}")
             self.cbs = [known for known in self.cbs if known is not cb]
             for name in [name for name, value in vars(self).items() if value is cb]:
                 delattr(self, name)
         if not self._fitting:
             self._handlers = self._resolve()
 
-    def claim(self, owner, **functions) -> None:
-        """Take over parts of the step, for the fit that is under way; called in `begin_fit` by the callback `owner`.
+    def claim(self, owner: Callback, **functions: Callable[..., Any]) -> None:
+        """Take over parts of the step for the current fit. A callback calls it in `begin_fit`.
 
-        - `forward(function, *args)`: calls the model with the batch, and the loss function with `pred` and `yb`.
-        - `weigh(loss)`: returns the loss to differentiate; `run.loss` stays as it is. Those of several classes are
-          called one after the other.
-        - `backward(loss)`: leaves gradients in the parameters.
-        - `step(opt)`: moves the parameters.
+        Events stay as they are. RuntimeError if another callback has claimed the part already.
 
-        Events come as ever. RuntimeError when another callback has one of them.
+        Parameters
+        ----------
+        owner : Callback
+            The callback that calls; errors name it.
+        forward : callable, optional
+            `forward(function, *args)` calls the model with the batch, and the loss function with `pred` and `yb`.
+        weigh : callable, optional
+            `weigh(loss)` returns the loss to differentiate; `run.loss` stays as it is. Callbacks of several classes may
+            claim it; they are called one after the other.
+        backward : callable, optional
+            `backward(loss)` leaves gradients in the parameters.
+        step : callable, optional
+            `step(opt)` moves the parameters.
         """
         if not self._fitting:
-            raise RuntimeError(f"parts of the step are claimed for a fit, in begin_fit; {owner!r} claims outside one")
+            raise RuntimeError(
+                f"parts of the step can be claimed only during a fit; {owner!r} claims them outside one: call claim in "
+                f"begin_fit"
+            )
         self._parts.claim(type(owner).__name__, functions)
 
     def fit(self, epochs: int, learn: Learner | None = None, resume: str | Path | None = None) -> None:
@@ -179,46 +213,64 @@ class Runner:
             with contextlib.suppress(cancel):
                 self(f"after_cancel_{what}") if less is None else self._scope(less, self, f"after_cancel_{what}")
 
-    def state_dict(self, phase: str) -> dict:
-        """All that the rest of the fit depends on, in plain data (`torch.load(…, weights_only=True)` reads it back).
+    def state_dict(self, phase: str) -> dict[str, Any]:
+        """All that the rest of the fit depends on, as plain data (`torch.load(…, weights_only=True)` reads it).
 
-        `phase`: where the fit is: "train" in `after_batch`, "valid" in `begin_validate` (training batches are done,
-        however many), "end" in `after_epoch`. Between these a step is half done, and its state not one to go on from.
+        Parameters
+        ----------
+        phase : str
+            Where the fit is: "train" in `after_batch`, "valid" in `begin_validate` (all training batches are done), "end"
+            in `after_epoch`. Between these a step is half done, and its state cannot be resumed.
+
+        Returns
+        -------
+        dict
+            Its tensors are the model's own, not copies.
         """
         return resuming.collect(self, phase)
 
-    def summary(self, xb=None, learn=None):
-        """`Learner.summary` of `learn` (default: the one trained last), whose batch goes through those callbacks first
-        that change batches and need no fit for it, such as BatchTransformXCallback."""
+    def summary(self, xb: Any = None, learn: Learner | None = None) -> Summary:
+        """`Learner.summary`, with the first batch prepared by the callbacks that need no fit for it.
+
+        Parameters
+        ----------
+        xb : optional
+            A batch as the model takes it; by default the first of the training data, transformed by callbacks such as
+            BatchTransformXCallback.
+        learn : Learner, optional
+            By default the one trained last.
+
+        Returns
+        -------
+        Summary
+        """
         learn = self.learn if learn is None else learn
         if learn is None:
-            raise TypeError("this run has not trained yet: say what to look at, run.summary(learn=learn)")
+            raise TypeError("this run has not trained yet: name the learner, run.summary(learn=learn)")
         return summary(learn, xb, self.cbs)
 
     def __call__(self, event: str) -> None:
-        """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""
+        """Call the event's handlers in order. One dict lookup if nobody handles it."""
         try:
             for handler in self._handlers[event]:
                 if handler() is True:
-                    owner = getattr(handler, "__self__", handler)
-                    self._warn_of_stop(f"return True in {type(owner).__name__}.{event}")
+                    self._warn_of_stop(f"return True in {_owner(handler)}.{event}")
         except CancelTrainException as e:
             if self.stop_reason is None:
-                owner = getattr(handler, "__self__", handler)  # a function set on an instance has no owner
-                self.stop_reason = str(e) or f"cancelled by {type(owner).__name__} in {event}"
+                self.stop_reason = str(e) or f"cancelled by {_owner(handler)} in {event}"
             raise
 
-    def _warn_of_stop(self, how) -> None:
-        """Warn, once a fit, of the ways in which other loops are ended."""
+    def _warn_of_stop(self, how: str) -> None:
+        """Warn, once a fit, of what ends other loops but not this one."""
         if not self._warned:
             self._warned = True
             warnings.warn(
                 f"{how} ends nothing: to end the fit a callback raises CancelTrainException, to end the epoch "
-                f"CancelEpochException, to leave the batch CancelBatchException",
+                f"CancelEpochException, to skip the rest of the batch CancelBatchException",
                 stacklevel=2,
             )
 
-    def _prepare(self, epochs, learn, resume) -> None:
+    def _prepare(self, epochs: int, learn: Any, resume: str | Path | None) -> None:
         if self._fitting:
             raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
@@ -231,68 +283,68 @@ class Runner:
                 f"{', '.join(missing)}: write run.fit(epochs, learn)"
             )
         check_instances(learn.model, learn.opt, learn.loss_func)
-        loop = {"the loop": ("step", "zero_grad")}
-        optimiser.check(learn.opt, {**loop, **{type(cb).__name__: cb._needs_opt for cb in self.cbs}})
-        self.__dict__.update(RUN_STATE, logger=self.logger, epochs=epochs, learn=learn, _warned=False)
+        optimiser.check(learn.opt, {"the loop": ("step", "zero_grad"), **{_owner(cb): cb._needs_opt for cb in self.cbs}})
+        self.__dict__.update(RUN_STATE, logger=self.logger, epochs=epochs, learn=learn)
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
         self.epoch, self.n_iter, self.n_epochs, self.loss = 0, 0, 0.0, torch.tensor(0.0)
-        self._borrowed = {name: getattr(self, name) for name in _LENT}
+        self._lent = {name: getattr(self, name) for name in ("model", "opt", "loss_func", "data", "logger")}
+        self._warned = False
         self._parts.reset()
         for cb in self.cbs:
-            cb.set_runner(self)  # a callback may have been in another run since
+            cb.set_runner(self)  # it may have been in another run since
         self._handlers = self._resolve()
-        self.resumed_from, state = (None, None) if resume is None else resuming.find(resume, self)
+        state = None
+        if resume is not None:
+            self.resumed_from, state = resuming.find(resume, self)
         self._resume = resuming.Resume(self, state)
-        self.opt.zero_grad()  # an earlier fit may have been cut between backward and step
+        self.opt.zero_grad()  # an earlier fit may have ended between backward and step
         self._fitting = True
 
     def _finish(self, failed: bool) -> None:
-        """Fire `after_fit` for every callback, whatever the others do, and put back what was lent; raise the first
-        error met here, unless the fit has `failed` and its own error is on the way."""
-        failures = []
+        """Fire `after_fit` for every callback, and put back what they replaced. Raise the first error met here, unless
+        the fit has `failed`: then its own error is under way."""
+        failures: list[BaseException] = []
         for handler in self._handlers["after_fit"]:
             try:
-                self._scope("train", handler)  # a cancel has its event, and nothing to end
+                self._scope("train", handler)
             except BaseException as e:
                 failures.append(e)
         self._fitting = self.in_train = False
-        self.__dict__.update(self._borrowed, **SIGNALS)
+        self.__dict__.update(self._lent, **SIGNALS)
         self._parts.reset()
         for name in ("pred", "loss"):  # the last batch's graph is not kept
             if isinstance(value := getattr(self, name), torch.Tensor):
                 setattr(self, name, value.detach())
         first = None if failed or not failures else failures.pop(0)
-        for e in failures:  # only one error can be raised; the others are shown
+        for error in failures:  # only one error can be raised; the others are shown
             print("fastrbn: one more error, in after_fit:", file=sys.stderr)
-            traceback.print_exception(type(e), e, e.__traceback__)
+            traceback.print_exception(type(error), error, error.__traceback__)
         if first is not None:
             self.stop_reason = f"{type(first).__name__} {self._where(first)}: {first}"
             raise first
 
-    def _resolve(self) -> dict[str, tuple]:
-        """The handlers of each event, in order, and after them those of callbacks that want to be last in it: only
-        methods that are not the base class's no-op."""
+    def _resolve(self) -> dict[str, tuple[Callable[[], Any], ...]]:
+        """The handlers of each event, in order: methods that override the base class's no-op. Callbacks that name the
+        event in `_last` come last."""
 
-        def overrides(cb, event):
+        def overrides(cb: Callback, event: str) -> bool:
             return event in vars(cb) or getattr(type(cb), event) is not getattr(Callback, event)
 
         ordered = {e: sorted(self.cbs, key=lambda cb: e in cb._last) for e in EVENTS}  # noqa: B023
         return {e: tuple(getattr(cb, e) for cb in ordered[e] if overrides(cb, e)) for e in EVENTS}
 
-    def _free_name(self, cb) -> str:
+    def _free_name(self, cb: Callback) -> str:
         name = cb.name
         if name in RUN_STATE or hasattr(type(self), name):
-            raise ValueError(
-                f"a callback named {type(cb).__name__} would be run.{name}, which is the run's own: rename the class"
-            )
+            raise ValueError(f"the name `{name}` is reserved on Runner; rename the class {type(cb).__name__}")
         taken, n = name, 1
         while taken in vars(self):
             n += 1
             taken = f"{name}_{n}"
         return taken
 
-    def _where(self, error=None) -> str:
-        """In words: the callback an error came from, phase, epoch, batch."""
+    def _where(self, error: BaseException | None = None) -> str:
+        """In words: the callback that an error came from, phase, epoch, batch."""
         place = "in training" if self.in_train else "in validation"
         if self.iter is None:
             place = "before the first batch" if self.dl is None else f"{place} before its first batch"
@@ -301,24 +353,29 @@ class Runner:
         for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
             owner = frame.f_locals.get("self")
             if frame.f_code.co_name in EVENTS and isinstance(owner, Callback):
-                return f"in {type(owner).__name__}.{frame.f_code.co_name}, {place}"
+                return f"in {_owner(owner)}.{frame.f_code.co_name}, {place}"
         return place
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         hint = "" if name.startswith("_") else suggestion(name, vars(self))
         raise AttributeError(f"the run has no attribute '{name}', and no callback of that name.{hint}")
 
-    def __repr__(self):
-        return f"Runner([{', '.join(type(cb).__name__ for cb in self.cbs)}])"
+    def __repr__(self) -> str:
+        return f"Runner([{', '.join(map(_owner, self.cbs))}])"
 
 
-def _as_list(value) -> list:
+def _owner(handler: Any) -> str:
+    """The class name of a callback, or of a handler's callback."""
+    return type(getattr(handler, "__self__", handler)).__name__
+
+
+def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _make(cb) -> Callback:
+def _make(cb: Any) -> Callback:
     made = cb() if callable(cb) and not isinstance(cb, Callback) else cb
     if not isinstance(made, Callback):
         raise TypeError(f"callbacks derive from fastrbn.Callback; got {made!r} of type {type(made).__name__}")

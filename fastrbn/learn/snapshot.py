@@ -95,7 +95,7 @@ class _Kept:
     """One module, without its children: parameters, buffers, and what else its attributes hold."""
 
     def __init__(self, module: nn.Module, parameters: bool):
-        self.tables = [module._parameters, module._buffers, vars(module)]
+        self.tables: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
         self.names = [set(table) for table in self.tables]
         self.tensors = [
             (table, name, value, value.detach().clone() if parameters or table is not module._parameters else None)

@@ -84,7 +84,7 @@ def test_the_weighed_loss_is_differentiated_and_the_runs_own_stays():
 
 def test_a_second_owner_is_an_error_that_names_both_and_takes_nothing():
     run = Runner([Takes(step=lambda opt: opt.step()), Other(backward=lambda loss: None, step=lambda opt: None)])
-    words = "each part of a step belongs to one callback; Other claims 'step', which Takes has already: leave one"
+    words = "each part of a step belongs to one callback; Other claims 'step', which Takes has already: remove one"
     with pytest.raises(RuntimeError, match=words):
         run.fit(1, make_learn())
     assert run.stop_reason.startswith("RuntimeError in Other.begin_fit")
@@ -121,7 +121,7 @@ def test_what_is_no_part_or_no_function_is_an_error(functions, error, words):
 
 
 def test_parts_are_claimed_within_a_fit():
-    with pytest.raises(RuntimeError, match="claimed for a fit, in begin_fit"):
+    with pytest.raises(RuntimeError, match="claimed only during a fit"):
         Runner().claim(Takes(), step=print)
 
 
