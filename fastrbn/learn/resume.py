@@ -1,7 +1,7 @@
-"""What a fit depends on, as plain data, and how a later fit goes on from it: `Runner.state_dict` and `fit(resume=…)`.
+"""`Runner.state_dict` and `fit(resume=…)`: collect what a fit depends on, and continue from it.
 
-A fit continues bit for bit because everything it reads is put back: parameters, buffers and switches of the model, the
-optimiser, the callbacks' own state, the random states, and the place in the data.
+A resumed fit is bit for bit the uninterrupted one, because everything it reads is restored: parameters, buffers and
+switches of the model, the optimiser, the callbacks' state, the random states, and the place in the data.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from .snapshot import RandomState, load_module_state, load_opt_state, module_sta
 PHASES = ("train", "valid", "end")
 
 
-def collect(run, phase: str) -> dict:
-    """The state of `run`. Tensors in it are the model's own, not copies. `phase`: see `Runner.state_dict`."""
+def collect(run: Any, phase: str) -> dict[str, Any]:
+    """See `Runner.state_dict`."""
     if phase not in PHASES:
-        raise ValueError(f"phase is one of {', '.join(PHASES)}; got {phase!r}")
+        raise ValueError(f"phase must be one of {', '.join(PHASES)}; got {phase!r}")
     opt = run.learn.opt
     position = {
         "phase": phase,
@@ -55,10 +56,10 @@ def collect(run, phase: str) -> dict:
     }
 
 
-def find(path, run):
-    """`(file, state)` of the checkpoint at `path` for `run.learn`; CheckpointError when there is none that fits."""
+def find(path: str | Path, run: Any) -> tuple[Path, dict[str, Any]]:
+    """File and state of the checkpoint at `path`; CheckpointError if it does not fit `run.learn`."""
 
-    def check(state):
+    def check(state: dict[str, Any]) -> None:
         _check_module(run.learn.model, state["model"], "model")
         _check_loss(loss_module(run.learn), state.get("loss"))
         _check_opt(run.learn.opt, state["opt"], state.get("opt_class"))
@@ -67,10 +68,10 @@ def find(path, run):
     place = state["position"]
     if run.epochs < place["epoch"] + 1:
         raise CheckpointError(
-            f"the checkpoint {file} stands in epoch {place['epoch']} (the first is 0), beyond the end of a fit of "
+            f"the checkpoint {file} was made in epoch {place['epoch']} (the first is 0), beyond the end of a fit of "
             f"{run.epochs}: epochs counts from the very beginning; that fit had {place['epochs']}"
         )
-    _tell_of_callbacks(run, state["callbacks"])
+    _warn_of_callbacks(run, state["callbacks"])
     return file, state
 
 
@@ -158,12 +159,12 @@ class Resume:
         return batches
 
 
-def _skips(dl) -> bool:
-    """Whether the loader can begin in the middle of an epoch by itself, as `BatchLoader` can."""
+def _skips(dl: Any) -> bool:
+    """True if the loader can begin in the middle of an epoch, like `BatchLoader`."""
     return hasattr(dl, "iter_from") and hasattr(dl, "load_state_dict")
 
 
-def _random(run, saved: dict | None = None) -> RandomState:
+def _random(run: Any, saved: dict[str, Any] | None = None) -> RandomState:
     """The random states of the run as they are, or as they were `saved`."""
     state = RandomState((run.data.train_dl, run.data.valid_dl))
     if saved is None:
@@ -175,48 +176,48 @@ def _random(run, saved: dict | None = None) -> RandomState:
     return state
 
 
-def _callbacks(run) -> dict[str, Callback]:
+def _callbacks(run: Any) -> dict[str, Callback]:
     return {name: cb for name, cb in vars(run).items() if any(cb is known for known in run.cbs)}
 
 
-def _tell_of_callbacks(run, saved) -> None:
-    """Warn of state that finds no callback, and of callbacks with state that the checkpoint does not know."""
+def _warn_of_callbacks(run: Any, saved: dict[str, Any]) -> None:
+    """Warn of saved state without a callback, and of callbacks with state that the checkpoint does not have."""
     here = {name: type(cb).__name__ for name, cb in _callbacks(run).items()}
     lost = [n for n, entry in saved.items() if entry["state"] and here.get(n) != entry["class"]]
     known = {n for n, entry in saved.items() if here.get(n) == entry["class"]}
     fresh = [n for n, cb in _callbacks(run).items() if n not in known and has_state(cb)]
     if lost:
-        warnings.warn(f"the checkpoint has state of callbacks that this run has not: {', '.join(lost)}", stacklevel=5)
+        warnings.warn(f"the checkpoint has state of callbacks that this run does not have: {', '.join(lost)}", stacklevel=5)
     if fresh:
-        warnings.warn(f"callbacks that the checkpoint does not know begin anew: {', '.join(fresh)}", stacklevel=5)
+        warnings.warn(f"the checkpoint has no state for these callbacks, which start fresh: {', '.join(fresh)}", stacklevel=5)
 
 
-def has_state(cb) -> bool:
-    """Whether the callback's class defines `state_dict`, or the callback has something that the default one keeps."""
+def has_state(cb: Callback) -> bool:
+    """True if the callback's class defines `state_dict`, or the default one finds something to keep."""
     return type(cb).state_dict is not Callback.state_dict or bool(cb.state_dict())
 
 
-def loss_module(learn) -> nn.Module | None:
-    """The loss function of `learn` if it has parameters or buffers, such as class weights or a learned temperature."""
+def loss_module(learn: Any) -> nn.Module | None:
+    """The loss function if it has parameters or buffers, such as class weights or a learned temperature."""
     loss = learn.loss_func
     if isinstance(loss, nn.Module) and next(itertools.chain(loss.parameters(), loss.buffers()), None) is not None:
         return loss
     return None
 
 
-def _check_loss(loss, saved) -> None:
+def _check_loss(loss: nn.Module | None, saved: dict[str, Any] | None) -> None:
     if saved is None:  # a file from before loss functions were saved
         if loss is not None and next(loss.parameters(), None) is not None:
             warnings.warn(
-                f"the checkpoint has no parameters of the loss function {type(loss).__name__}: they begin anew",
+                f"the checkpoint has no parameters of the loss function {type(loss).__name__}: they start fresh",
                 stacklevel=6,
             )
         return
     _check_module(nn.Module() if loss is None else loss, saved.get("model", {}), "loss function")
 
 
-def _check_module(module, saved, what) -> None:
-    """CheckpointError that names what differs first between the module and the state_dict `saved`."""
+def _check_module(module: nn.Module, saved: dict[str, Any], what: str) -> None:
+    """CheckpointError that names the first differences between the module and the state_dict `saved`."""
     here, saved = plain_state_dict(module), {plain_name(name): value for name, value in saved.items()}
     wrong = []
     for name in {**saved, **here}:
@@ -230,26 +231,27 @@ def _check_module(module, saved, what) -> None:
         )
 
 
-def _shape(value) -> str:
+def _shape(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-def _check_opt(opt, saved, saved_class) -> None:
-    here, there = ([len(g["params"]) for g in groups] for groups in (opt.param_groups, saved["param_groups"]))
-    if here != there:
+def _check_opt(opt: torch.optim.Optimizer, saved: dict[str, Any], saved_class: str | None) -> None:
+    sizes = [[len(g["params"]) for g in groups] for groups in (opt.param_groups, saved["param_groups"])]
+    if sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"the checkpoint is of another optimiser: it has param groups of {there} parameters, {type(opt).__name__} "
-            f"has {here}; make the optimiser as it was made then"
+            f"the checkpoint is of another optimiser: it has param groups of {sizes[1]} parameters, "
+            f"{type(opt).__name__} has {sizes[0]}; make the optimiser as it was made then"
         )
-    # a group may have more than its optimiser puts there (labels, a scheduler's initial_lr), and a newer torch more than
-    # an older one; a file that does not name its optimiser is of another one if each has settings that the other lacks
+    # Groups may have more settings than the optimiser's own (labels, a scheduler's initial_lr), and torch's versions
+    # differ in them. A file that does not name its optimiser has another one if each side lacks settings of the other.
     why = saved_class if saved_class != type(opt).__name__ else None
     if saved_class is None:
         there, here = ({k for g in groups for k in g} for groups in (saved["param_groups"], opt.param_groups))
         missing = set(getattr(opt, "defaults", {})) - there
-        why = f"only one of them has {', '.join(sorted(missing | there - here))}" if missing and there - here else None
+        if missing and there - here:
+            why = f"these settings exist on one side only: {', '.join(sorted(missing | there - here))}"
     if why is not None:
         raise CheckpointError(
             f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was made "
