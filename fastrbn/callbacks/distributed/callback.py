@@ -88,7 +88,7 @@ class Distributed(Callback):
         self._replica: Replica | None = None
         self._seed: int | None = None
         self._trained: tuple[nn.Parameter, ...] = ()  # the parameters that the replica sums gradients of
-        self._norms: list[nn.Module] = []  # those that merge for this fit
+        self._norms: list[Any] = []  # layers that merge for this fit
         self._sharded: list[tuple[Any, Any]] = []  # loaders, and what stands in their place
         self._joined = False
 
@@ -227,13 +227,14 @@ class Distributed(Callback):
             self._lockstep.after_loss()
 
     def _weigh(self, loss: torch.Tensor) -> torch.Tensor:
+        assert self._lockstep is not None  # it claims the loss only then
         if self._replica is not None:
             self._replica.begin_backward()
             self.run.apart = self._replica.apart
         return loss * self._lockstep.share
 
     def after_backward(self) -> None:
-        if self._replica is not None and self._replica.apart:
+        if self._lockstep is not None and self._replica is not None and self._replica.apart:
             self._lockstep.meet_for_step()
             self._replica.exchange(self._lockstep.channel.gather)
             self.run.apart = False

@@ -225,7 +225,7 @@ def test_a_batch_samplers_parts_are_equally_many_and_make_the_whole(n, drop_last
 
 
 def test_batches_are_dealt_out_in_turn():
-    with pytest.warns(UserWarning, match=r"last batches are left out of training \(1\): they cannot be dealt out to 2"):
+    with pytest.warns(UserWarning, match=r"last batches are left out of training \(1\): there is not one for each of the 2 processes"):
         assert list(Dealt(range(7), 0, 2, True)) == [0, 2, 4]
     assert list(Dealt(range(7), 1, 2, True)) == [1, 3, 5] and len(Dealt(range(7), 1, 2, True)) == 3
     valid = [Dealt(range(7), r, 2, False) for r in range(2)]
