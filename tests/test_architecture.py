@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "summary": ["learn.snapshot", "util"],
     "callbacks.step": ["learn", "util"],
     "callbacks.track": ["learn", "util"],
-    "callbacks.diagnose": ["learn", "graph", "native", "util"],
+    "callbacks.diagnose": ["learn", "graph", "util"],
     "callbacks.distributed": ["learn", "random_state", "util"],
     "callbacks": ["callbacks.step", "callbacks.track", "callbacks.diagnose", "callbacks.distributed", "learn.callback"],
     "build": ["callbacks", "learn", "models", "norm", "util"],
