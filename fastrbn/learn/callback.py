@@ -177,7 +177,7 @@ class Callback:
 
     @property
     def name(self) -> str:
-        """What the run calls this callback: the class name in snake case without a final 'Callback'."""
+        """The attribute of the run that holds this callback: the class name in snake case without a final 'Callback'."""
         name = re.sub(r"Callback$", "", type(self).__name__)
         return camel2snake(name or "callback")
 

@@ -33,7 +33,7 @@ _JOINED = ("weigh",)  # weights multiply, so callbacks of several classes may ea
 
 
 class Parts:
-    """What the loop calls. `claims` has the owner's name for each part that a callback has taken over."""
+    """The functions that the loop calls. `claims` has the owner's name for each part that a callback has taken over."""
 
     __slots__ = ("backward", "claims", "forward", "step", "weigh")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class _Made:
-    """What this process has made so far. One store serves one process group after another."""
+    """Counts and the store of this process. The store serves one process group after another."""
 
     store: Any = None
     groups = 0

@@ -76,7 +76,7 @@ def find(path: str | Path, run: Any) -> tuple[Path, dict[str, Any]]:
 
 
 class Resume:
-    """Where a fit begins: at its start, or at the place of a checkpoint's `state`."""
+    """The place where a fit begins: its start, or that of a checkpoint's `state`."""
 
     def __init__(self, run: Any, state: dict[str, Any] | None):
         self.run, self.state = run, state

@@ -154,7 +154,7 @@ def load_plain_state_dict(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """What training changes in a module, by name. Tensors are the module's own, not copies."""
+    """All that training changes in a module, by name. Tensors are the module's own, not copies."""
     weights = plain_state_dict(module)
     named = [(plain_name(name), p) for name, p in module.named_parameters()]
     return {

@@ -37,7 +37,7 @@ def test_a_snapshot_restores_values_into_the_same_tensors_and_groups():
     assert opt.param_groups == [group] and group["lr"] == 0.1 and not opt.state
 
 
-def test_what_is_neither_number_nor_tensor_stays_as_it_is_now():
+def test_attributes_that_are_neither_plain_nor_tensors_are_not_restored():
     model = net()
     with Snapshot([model]):
         model.group = None  # by whoever put it there

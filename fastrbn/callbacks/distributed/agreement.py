@@ -151,7 +151,7 @@ class Agreement:
 
     @staticmethod
     def _of_silent(alive: dict[int, bool | None]) -> str:
-        """What is known of ranks that left no reason. One whose process runs may only be waiting for another."""
+        """Describe ranks that left no reason. One whose process runs may only be waiting for another."""
         ended = [f"rank {r}" for r, is_alive in alive.items() if is_alive is False]
         unknown = [f"rank {r}" for r, is_alive in alive.items() if is_alive is None]
         look = "see what it printed, and whether it was killed"

@@ -57,7 +57,7 @@ class Part:
     def __init__(self, batches: Any, rank: int, world: int, train: bool):
         self.batches, self.rank, self.world, self.train = batches, rank, world, train
         self.sampler = getattr(batches, "sampler", None)  # RandomState looks for a generator here
-        self.seed, self.told = 0, rank != 0
+        self.seed, self.warned = 0, rank != 0
 
     def __iter__(self) -> Iterator[list[Any]]:
         # an order drawn from the global generator must be the same on all ranks, and leave the generator unchanged
@@ -80,8 +80,8 @@ class Part:
         if len(group) < self.world and getattr(self.batches, "drop_last", False):
             return []
         if len(rows) < self.world:
-            if rows and not self.told:
-                self.told = True
+            if rows and not self.warned:
+                self.warned = True
                 warnings.warn(_SHORT.format(world=self.world), stacklevel=2)
             return []
         least, more = divmod(len(rows), self.world)
@@ -106,15 +106,15 @@ class Dealt:
 
     def __init__(self, loader: Any, rank: int, world: int, train: bool):
         self.loader, self.rank, self.world, self.train = loader, rank, world, train
-        self.told = rank != 0
+        self.warned = rank != 0
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         while group := list(itertools.islice(batches, self.world)):
             if len(group) == self.world or not self.train and self.rank < len(group):
                 yield group[self.rank]
-            elif self.train and not self.told:
-                self.told = True
+            elif self.train and not self.warned:
+                self.warned = True
                 warnings.warn(
                     f"an epoch's last batches are left out of training ({len(group)}): there is not one for each of the "
                     f"{self.world} processes",
