@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .learn.snapshot import RandomState
+from .learn.snapshot import RandomState, Snapshot
 from .util import apply_to
 
 __all__ = ["Summary", "model_summary"]
@@ -140,7 +140,7 @@ def model_summary(model: nn.Module, xb: Any) -> Summary:
     if lazy:
         model = _initialised_copy(model, xb)
     shapes: dict[nn.Module, list[str]] = {}
-    with _as_it_was(model), _watched(model, shapes):
+    with _parameters_unchanged(model), Snapshot([model], parameters=False), _watched(model, shapes):
         _forward(model, xb)
     params, buffers = list(model.parameters()), list(model.buffers())
     return Summary(
@@ -164,11 +164,9 @@ def _initialised_copy(model: nn.Module, xb: Any) -> nn.Module:
     fresh = {
         id(t): type(t)(requires_grad=t.requires_grad, device=t.device, dtype=t.dtype) for t in _lazy(model).values()
     }
-    state, model = RandomState(), copy.deepcopy(model, fresh)
-    try:
+    model = copy.deepcopy(model, fresh)
+    with RandomState():
         _forward(model, xb)
-    finally:
-        state.restore()
     if left := list(_lazy(model)):
         raise ValueError(
             f"a summary needs the size of every parameter; the batch does not reach the lazy modules of "
@@ -207,7 +205,7 @@ def of_learner(learn: Any, xb: Any = None, cbs: Sequence[Any] = ()) -> Summary:
     -------
     Summary
     """
-    with _random_kept(learn.data):
+    with RandomState((learn.data.train_dl, learn.data.valid_dl)):
         xb = _prepared(_first_batch(learn.data), cbs) if xb is None else xb
         found = model_summary(learn.model, xb)
     loss = getattr(learn.loss_func, "__name__", type(learn.loss_func).__name__)
@@ -266,41 +264,9 @@ def _overrides(cb: Any, event: str) -> bool:
 
 
 @contextlib.contextmanager
-def _random_kept(data: Any) -> Iterator[None]:
-    loaders = {id(dl): dl for dl in (data.train_dl, data.valid_dl) if dl is not None}
-    state = RandomState(list(loaders.values()))
-    try:
-        yield
-    finally:
-        state.restore()
-
-
-@contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore everything that a forward pass may change when the block ends."""
-    state = RandomState()
+def _parameters_unchanged(model: nn.Module) -> Iterator[None]:
     versions = {name: _version(p) for name, p in model.named_parameters()}
-    kept = []
-    for module in model.modules():
-        # values of buffers and of tensors in plain attributes
-        found = [*module._buffers.values(), *vars(module).values()]
-        values = [(t, _version(t), t.detach().clone()) for t in found if isinstance(t, torch.Tensor)]
-        kept.append((module, dict(vars(module)), dict(module._parameters), dict(module._buffers), values))
-    try:
-        yield
-    finally:
-        for module, own, parameters, buffers, values in kept:
-            vars(module).clear()
-            vars(module).update(own)
-            table: Any
-            for table, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                table.clear()
-                table.update(before)
-            with torch.no_grad():
-                for t, version, value in values:
-                    if version is None or _version(t) != version:
-                        t.copy_(value)
-        state.restore()
+    yield
     changed = [name for name, p in model.named_parameters() if _version(p) != versions[name]]
     if changed:
         raise RuntimeError(

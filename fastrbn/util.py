@@ -10,19 +10,25 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module where it exists
 
 
 def suggestion(name: object, known: Iterable[str], form: str = " Did you mean '{}'?") -> str:
     """A sentence naming the closest of `known`, case ignored; empty if none is close. Ends an error message."""
+    near = nearest(name, known)
+    return "" if near is None else form.format(near)
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The closest of `known`, case ignored; None if no similarity (0 to 1) reaches `cutoff`."""
     by_lower = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return form.format(by_lower[near[0]]) if near else ""
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[near[0]] if near else None
 
 
 def one_of(what: str, value: Any, allowed: Iterable[str]) -> Any:
@@ -70,18 +76,19 @@ def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any]
     return value
 
 
-def write_whole(path, content) -> Path:
-    """Write `content` (str or bytes) to `path` under a temporary name beside it, then rename: whoever reads `path`
-    sees the old file or the new one, never half of one. Folders that are missing are made."""
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """Write `content` to `path` whole or not at all; missing folders are made.
+
+    It is written under a temporary name beside `path` and then renamed, so that readers see the old file or the new one.
+    """
     with whole_file(path) as f:
         f.write(content.encode() if isinstance(content, str) else content)
     return Path(path)
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """A binary file to write into, which is `path` once the block has ended well: `write_whole` for what is too large to
-    hold in memory a second time."""
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends without an error; for content too large for `write_whole`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -89,26 +96,29 @@ def whole_file(path):
         with open(temporary, "wb") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())  # else a power cut may leave the new name on an empty file
+            os.fsync(f.fileno())  # otherwise a power cut may leave an empty file under the new name
         os.replace(temporary, path)
     except BaseException as e:
         temporary.unlink(missing_ok=True)
         if isinstance(e, OSError) and e.errno is not None and e.filename is None:
-            e.filename = str(path)  # a full disk does not say which file it was
+            e.filename = str(path)  # a full disk does not name the file
         raise
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Keep `folder` for this process until the block ends, or the process does, even by kill -9. BlockingIOError if
-    another process has it. Where the file system has no locks (some network ones), nothing is kept."""
+def locked(folder: str | Path) -> Iterator[None]:
+    """Lock `folder` until the block or the process ends, even by kill -9. BlockingIOError if another process has it.
+
+    File systems without locks (some network ones) lock nothing.
+    """
     fd = None
     try:
         if fcntl is not None:
             fd = os.open(folder, os.O_RDONLY)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
         raise BlockingIOError(
             f"another process is at work in {folder}: wait for its end, or take another folder with --out"
         ) from e

@@ -6,36 +6,46 @@ import os
 import pkgutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import fastrbn
+from fastrbn import callbacks
+from fastrbn.learn import Callback
 
 PACKAGE = Path(fastrbn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 SUBPACKAGES = ("callbacks", "compare", "data", "graph", "learn", "norm")  # with a list of public names
-LONGEST = 450  # lines of a file
 
-# What each room may import of the package, itself apart. Rooms that are not here (compare, cli) put the others together.
+# What each room may import of the package, itself apart; a room's name covers all that is in it. `cli` puts the others
+# together and may import them all. The rooms stand in the order of the house: those below do not import those above.
 MAY_IMPORT = {
+    "_version": [],
     "util": [],
-    "native": [],
-    "norm": ["native", "learn.snapshot", "util"],
-    "models": ["norm", "util"],
+    "random_state": [],
+    "native": ["util"],
+    "norm": ["native", "random_state", "util"],
     "data": ["util"],
-    "plots": [],
+    "learn": ["_version", "random_state", "util"],
     "graph": ["util"],
-    "learn": ["_version", "summary", "util"],
+    "plots": ["util"],
+    "models": ["norm", "util"],
     "summary": ["learn.snapshot", "util"],
     "callbacks.step": ["learn", "util"],
     "callbacks.track": ["learn", "util"],
-    "callbacks.diagnose": ["learn", "graph", "native", "util"],
-    "callbacks.distributed": ["learn", "util"],
-    "callbacks": ["callbacks.step", "callbacks.track", "callbacks.diagnose", "callbacks.distributed"],
-    "build": ["callbacks", "learn", "models", "norm"],
+    "callbacks.diagnose": ["learn", "graph", "util"],
+    "callbacks.distributed": ["learn", "random_state", "util"],
+    "callbacks": ["callbacks.step", "callbacks.track", "callbacks.diagnose", "callbacks.distributed", "learn.callback"],
+    "build": ["callbacks", "learn", "models", "norm", "util"],
     "compare.peers": [],
+    "compare": ["_version", "callbacks", "compare.peers", "data", "learn", "models", "norm", "plots", "util"],
+    "cli.settings": ["norm", "util"],
+    "cli.options": ["_version", "cli.settings", "util"],
 }
+# Imports from inside functions that point upward, each with its reason
+UPWARD = {("learn.learner", "summary"): "Learner.summary returns a table that is made above"}
 PLOT_FROM_INSIDE_FUNCTIONS = {"callbacks", "graph"}  # so that training does not load matplotlib
 DRAW = {"plots", "basics"}  # may import matplotlib.pyplot
 
@@ -47,9 +57,11 @@ def module_name(file: Path) -> str:
 
 
 def imports(source: str, module: str, is_package: bool = False):
-    """(absolute name, inside a function?) of everything that `source`, module `fastrbn.<module>`, imports."""
+    """(absolute name, inside a function?) of everything that `source`, module `fastrbn.<module>`, imports when it runs."""
 
     def walk(node, inside):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
         for child in ast.iter_child_nodes(node):
             yield from walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
         if isinstance(node, ast.Import):
@@ -91,7 +103,8 @@ def forbidden_imports(source: str, module: str, is_package: bool = False) -> lis
         own = room_of(inner) == room
         plots = inside and part in PLOT_FROM_INSIDE_FUNCTIONS and _is_or_under(inner, "plots")
         runner = part == "callbacks" and (_is_or_under(inner, "learn.runner") or inner in ("learn.Runner", "learn"))
-        if runner or not (own or plots or any(_is_or_under(inner, ok) for ok in MAY_IMPORT[room])):
+        upward = inside and (module, ".".join(inner.split(".")[:-1])) in UPWARD
+        if runner or not (own or plots or upward or any(_is_or_under(inner, ok) for ok in MAY_IMPORT[room])):
             wrong.append(name)
     return wrong
 
@@ -140,6 +153,7 @@ def test_the_rule_catches(module, source):
         ("callbacks.track.record", "from fastrbn.learn.callback import Callback\nfrom fastrbn.learn.events import CancelTrainException"),
         ("callbacks.track.record", "def plot():\n    from fastrbn import plots\n    from fastrbn.plots import lines"),
         ("callbacks.track.record", "from .metrics import accuracy"),
+        ("callbacks.track.record", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
         ("models", "from .norm import RunningBatchNorm"),
         ("plots", "import matplotlib.pyplot as plt"),
         ("cli", "from .learn.runner import Runner"),
@@ -154,15 +168,99 @@ def test_the_packages_own_list_may_import_its_modules():
     assert forbidden_imports("from fastrbn.learn import Runner", "callbacks", is_package=True) != []
 
 
+MODULES = {module_name(f): f for f in FILES}
+
+
+def module_of(name: str) -> str:
+    """The module that `fastrbn.<name>` is, or that it is in."""
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def edges(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """The modules that each one imports, also from inside functions; upward exceptions apart."""
+    found = {}
+    for module, file in modules.items():
+        names = imports(file.read_text(), module, file.name == "__init__.py")
+        inner = {module_of(name.removeprefix("fastrbn").removeprefix(".")) for name, _ in names if _is_or_under(name, "fastrbn")}
+        found[module] = {other for other in inner - {module} if (module, other) not in UPWARD}
+    return found
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """A way round from a node back to itself, empty if there is none."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as e:
+        return e.args[1]
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    assert circle(edges(MODULES)) == []
+
+
+def test_no_rooms_import_one_another_in_a_circle():
+    rooms = {}
+    for module, others in edges(MODULES).items():
+        rooms.setdefault(room_of(module), set()).update(room_of(other) for other in others)
+    assert circle({room: others - {room} for room, others in rooms.items()}) == []
+
+
+def test_the_rule_of_circles_catches(tmp_path):
+    sources = {"learn.runner": "def f():\n    from fastrbn.learn import resume", "learn.resume": "from . import runner"}
+    files = {name: tmp_path / f"{name}.py" for name in sources}
+    for name, file in files.items():
+        file.write_text(sources[name])
+    assert set(circle(edges(files))) == set(sources)
+    assert circle({"a": {"b"}, "b": {"c"}}) == []
+
+
+def test_exceptions_are_in_use():
+    for module, other in UPWARD:
+        names = [name for name, inside in imports(MODULES[module].read_text(), module) if inside]
+        assert any(_is_or_under(name, f"fastrbn.{other}") for name in names)
+
+
+def test_close_matches_are_looked_for_in_one_place():
+    """`util.suggestion` and `util.nearest` have one cutoff and one wording."""
+    users = [m for m, f in MODULES.items() if any(_is_or_under(name, "difflib") for name, _ in imports(f.read_text(), m))]
+    assert users == ["util"]
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_each_module_has_a_docstring_no_star_import_and_a_bearable_length(file):
+def test_each_module_has_a_docstring_and_no_star_import(file):
     source = file.read_text()
     tree = ast.parse(source)
     stars = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
     assert stars == [], f"star imports in lines {stars}"
-    assert len(source.splitlines()) <= LONGEST
     if file.name != "_version.py":  # setuptools reads that one
         assert (ast.get_docstring(tree) or "").strip(), "no docstring"
+
+
+def callbacks_of_the_package(cls=Callback):
+    for sub in cls.__subclasses__():
+        if sub.__module__.startswith(("fastrbn.callbacks", "fastrbn.learn")):
+            yield sub
+        yield from callbacks_of_the_package(sub)
+
+
+def test_the_order_of_callbacks_stands_in_one_table():
+    table = [(cls, order) for cls, order, _ in callbacks.ORDER]
+    assert sorted(cls.__name__ for cls, _ in table) == sorted({cls.__name__ for cls in callbacks_of_the_package()})
+    assert [order for _, order in table] == sorted(order for _, order in table)
+    assert [cls._order for cls, _ in table] == [order for _, order in table]
+    assert all(reason for _, _, reason in (*callbacks.ORDER, *callbacks.LAST))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_callback_of_the_package_sets_its_order_itself(file):
+    if file == PACKAGE / "learn" / "callback.py":
+        return  # the defaults
+    bodies = [n.body for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ClassDef)]
+    names = [ast.unparse(t) for body in bodies for n in body if isinstance(n, ast.Assign) for t in n.targets]
+    assert not {"_order", "_last"} & set(names)
 
 
 def texts_of_no_encoding(source: str) -> list[int]:

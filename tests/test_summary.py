@@ -260,7 +260,7 @@ def test_a_run_applies_only_callbacks_that_change_batches():
 
 
 def test_a_missing_learner_or_batch_is_named():
-    with pytest.raises(TypeError, match=r"has not trained yet: say what to look at, run.summary\(learn=learn\)"):
+    with pytest.raises(TypeError, match=r"has not trained yet: name the learner, run.summary\(learn=learn\)"):
         Runner().summary()
     learn = learner()
     learn.data = types.SimpleNamespace(train_dl=iter([]), valid_dl=None)

@@ -1,4 +1,11 @@
-"""Callbacks, by purpose. None of them knows another; what they share, they read from the run."""
+"""Callbacks, by purpose, and the order in which they run.
+
+Callbacks do not import one another; what they share they read from the run (`fastrbn.learn.callback.RUN_STATE`).
+"""
+
+from __future__ import annotations
+
+from fastrbn.learn.callback import Callback, TrainEvalCallback
 
 from .diagnose.activations import ActivationStats
 from .diagnose.graph import GraphHolder, GraphMonitor, GraphReport
@@ -32,6 +39,50 @@ from .track.progress import ProgressCallback
 from .track.recorder import Recorder
 from .track.save_best import SaveBest
 from .track.stopping import EarlyStopping
+
+# Callbacks run in ascending order in every event; equal ones in the order in which they were given to the Runner.
+# Your own callback sets `_order` in its class; without it, it runs at 0.
+ORDER: tuple[tuple[type[Callback], int, str], ...] = (
+    (GradientAccumulation, -5, "cancels incomplete steps before anyone unscales or reads their gradients"),
+    (Distributed, -3, "assigns ranks before anyone moves the model, prints or writes"),
+    (CudaCallback, -2, "moves the model before anyone reads its parameters"),
+    (MixedPrecision, -1, "needs the model on its device; unscales gradients before others read them"),
+    (ProgressCallback, -1, "starts the table before others write to it"),
+    (TrainEvalCallback, 0, "sets the mode and counts batches; the Runner puts it first among those at 0"),
+    (ActivationStats, 0, "only reads"),
+    (AvgStatsCallback, 0, "its averages are complete before loggers read them"),
+    (ParamMagnitudes, 0, "only reads"),
+    (Recorder, 0, "only reads"),
+    (LR_Find, 1, "sets the rate once the position is counted"),
+    (ParamScheduler, 1, "sets the rate once the position is counted"),
+    (BatchTransformXCallback, 2, "transforms the batch on its device"),
+    (CSVLogger, 10, "needs the epoch's averages"),
+    (GradientClip, 10, "needs unscaled gradients, complete"),
+    (TensorBoardLogger, 10, "needs the epoch's averages"),
+    (SaveBest, 20, "needs the epoch's averages"),
+    (EMA, 50, "lends the averaged weights until SaveBest is done; later callbacks see the trained ones"),
+    (MixUp, 60, "mixes batches that are transformed, before HaltOnNaN keeps them"),
+    (HaltOnNaN, 90, "checks loss and gradients once everyone has changed them"),
+    (GraphMonitor, 95, "sees the loss that is differentiated, and what other callbacks store"),
+    (CompileCallback, 100, "compiles the model once others have wrapped it or hooked into it"),
+    (Checkpoint, 1000, "saves when everyone is done with the step"),
+    (EarlyStopping, 2000, "stops once everyone, Checkpoint included, has had the epoch"),
+    (Profiler, 3000, "a step ends when everyone is done with the batch"),
+)
+# Events in which a callback runs after all others, whatever its order.
+LAST: tuple[tuple[type[Callback], str, str], ...] = (
+    (LR_Find, "after_fit", "restores what others leave in the model, too"),
+    (Distributed, "begin_epoch begin_validate after_fit", "others see the plain model there"),
+    (
+        Distributed,
+        "begin_batch after_loss after_cancel_batch after_cancel_epoch after_cancel_train",
+        "ranks agree on what all other callbacks have let through",
+    ),
+)
+for _cls, _order, _ in ORDER:
+    _cls._order = _order
+for _cls, _events, _ in LAST:
+    _cls._last = _cls._last | set(_events.split())
 
 __all__ = [
     "ActivationStats",

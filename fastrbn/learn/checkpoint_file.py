@@ -1,7 +1,7 @@
-"""Checkpoint files: plain data, written whole, told from broken ones when they are read, and never run as code.
+"""Checkpoint files: plain data, written whole, verified when read, and never executed.
 
-A file is what `torch.save` writes, with a checksum of all of it in the zip archive's comment:
-`torch.load(path, weights_only=True)["model"]` is the model's state_dict, with or without this package.
+A file is what `torch.save` writes, with a checksum in the zip archive's comment:
+`torch.load(path, weights_only=True)["model"]` is the model's state_dict, also without this package.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
 from fastrbn._version import __version__
 from fastrbn.util import write_whole
 
-FORMAT = 1  # counts up when files can no longer be read by what was there before
+FORMAT = 1  # raised when older versions can no longer read the files
 _NAME = re.compile(r"checkpoint-(\d+)-step-(\d+)\.pt")
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _PARTS = ("model", "opt", "callbacks", "random", "position")
 _CHECKSUM = "blake2b"
-_MARK = b"fastrbn-blake2b:"  # begins the archive's comment; the hash of all bytes up to here, in hexadecimal, ends the file
+_MARK = b"fastrbn-blake2b:"  # starts the archive's comment; the hash of all bytes up to here, in hexadecimal, follows
 _HASH_BYTES = 32
 _FOOTER = len(_MARK) + 2 * _HASH_BYTES
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or not be used for this run."""
+    """Raised if a checkpoint cannot be read, or does not fit the run."""
 
 
 def file_name(number: int, step: int) -> str:
@@ -40,20 +42,20 @@ def file_name(number: int, step: int) -> str:
     return f"checkpoint-{number:04d}-step-{step}.pt"
 
 
-def files(folder) -> list[tuple[int, Path]]:
-    """Number and path of the checkpoints in `folder`, the newest last; their numbers say so, not the file times."""
+def files(folder: str | Path) -> list[tuple[int, Path]]:
+    """Number and path of the checkpoints in `folder`, ordered by number, the newest last."""
     folder = Path(folder)
     found = ((_NAME.fullmatch(p.name), p) for p in (folder.iterdir() if folder.is_dir() else ()))
     return sorted((int(m[1]), p) for m, p in found if m)
 
 
-def steps_in(path) -> int:
-    """The number of training steps that the name of a checkpoint's file says."""
-    return int(_NAME.fullmatch(Path(path).name)[2])
+def steps_in(path: str | Path) -> int:
+    """The number of training steps, from the name of a checkpoint's file."""
+    return int(Path(path).stem.rpartition("-")[2])
 
 
-def write(path, state: dict) -> None:
-    """Write `state` to `path`, whole or not at all. TypeError, with the place, for what is not plain data."""
+def write(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path`, whole or not at all. TypeError that names the place of anything that is not plain data."""
     versions = {"format": FORMAT, "checksum": _CHECKSUM, "fastrbn": __version__, "torch": torch.__version__}
     file = io.BytesIO()
     torch.save(plain({**versions, **state}), file)
@@ -64,14 +66,16 @@ def write(path, state: dict) -> None:
     write_whole(path, file.getvalue())
 
 
-def plain(value, where: str = ""):
-    """`value` with numbers of NumPy and of other classes as Python's own, or a TypeError that says what in it is more
-    than data. Containers are copied, tensors are not."""
+def plain(value: Any, where: str = "") -> Any:
+    """`value` with Python's own numbers for NumPy's and for subclasses; a TypeError names what is not plain data.
+
+    Containers are copied, tensors are not.
+    """
     kind = type(value)
     if kind in _LEAVES or isinstance(value, torch.Tensor):
         return value
     if kind in (dict, collections.OrderedDict, collections.defaultdict):
-        made = collections.OrderedDict() if kind is collections.OrderedDict else {}
+        made: Any = collections.OrderedDict() if kind is collections.OrderedDict else {}
         for k, v in value.items():
             made[plain(k, f"a key of {where}")] = plain(v, f"{where}.{k}" if where else str(k))
         if hasattr(value, "_metadata"):  # versions of the modules in a state_dict
@@ -90,14 +94,14 @@ def plain(value, where: str = ""):
     )
 
 
-def read(path) -> dict:
+def read(path: str | Path) -> dict[str, Any]:
     """The state in the file `path`, tensors on the CPU. CheckpointError, with the reason, if it is missing or damaged.
 
-    UserWarning for a file from before checksums were kept: its tensors are compared with the archive's own CRC-32 only.
+    Files written before checksums were added are checked by the archive's own CRC-32 only, with a warning.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-        raise CheckpointError(f"the checkpoint {path} cannot be read: it is no file")
+        raise CheckpointError(f"the checkpoint {path} cannot be read: it is not a file")
     try:
         with open(path, "rb") as file:
             sealed = _is_sealed(file, path)
@@ -108,14 +112,14 @@ def read(path) -> dict:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {e.strerror or e}") from e
     except pickle.UnpicklingError as e:
         raise CheckpointError(
-            f"the checkpoint {path} holds more than plain data, and is not opened: it was not written by Checkpoint"
+            f"the checkpoint {path} holds more than plain data, so it is not opened: it was not written by Checkpoint"
         ) from e
     except Exception as e:  # noqa: BLE001 - damaged bytes lead the readers of zip and pickle to any exception
         why = str(e).strip().partition("\n")[0] or type(e).__name__
         raise CheckpointError(f"the checkpoint {path} is not whole ({why}): take an earlier one") from e
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(
-            f"{path} is no checkpoint of a run: Checkpoint writes those; weights alone are for model.load_state_dict"
+            f"{path} is not a checkpoint of a run, as Checkpoint writes them; load weights alone with model.load_state_dict"
         )
     if state["format"] != FORMAT:
         raise CheckpointError(
@@ -129,21 +133,21 @@ def read(path) -> dict:
         if "checksum" in state:
             raise CheckpointError(f"the checkpoint {path} is not whole (its checksum is missing): take an earlier one")
         warnings.warn(
-            f"the checkpoint {path} has no checksum: it is from before they were kept, and not all damage would show",
+            f"the checkpoint {path} has no checksum, because an older version wrote it: some damage would go unnoticed",
             stacklevel=2,
         )
     return state
 
 
-def _is_sealed(file, path) -> bool:
-    """Whether `file` ends with a checksum; CheckpointError where its content does not match it or, without one, the
-    archive's CRC-32 of each entry. `file` stands at its beginning afterwards."""
+def _is_sealed(file: BinaryIO, path: Path) -> bool:
+    """True if `file` ends with a checksum. CheckpointError if its content does not match the checksum or, without one, the
+    archive's CRC-32 of each entry. Rewinds `file`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _FOOTER))
     footer = file.read()
     file.seek(0)
     if not footer.startswith(_MARK):
-        with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
+        with zipfile.ZipFile(file) as archive:  # torch.load does not check them
             if (damaged := archive.testzip()) is not None:
                 raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}): take an earlier one")
         file.seek(0)
@@ -158,8 +162,8 @@ def _is_sealed(file, path) -> bool:
     return True
 
 
-def _check_parts(path, state) -> None:
-    """CheckpointError for parts of another shape than `write` is given: the file is somebody else's work."""
+def _check_parts(path: Path, state: dict[str, Any]) -> None:
+    """CheckpointError for parts that `write` would not have written."""
     for part in _PARTS:
         if not isinstance(state[part], dict):
             raise CheckpointError(f"the checkpoint {path}: '{part}' must be a dict; got {type(state[part]).__name__}")
@@ -174,20 +178,20 @@ def _check_parts(path, state) -> None:
         )
 
 
-def find(path, check=lambda state: None) -> tuple[Path, dict]:
-    """File and state to resume from: `path` itself, or the newest in the folder `path` that is whole and passes.
+def find(path: str | Path, check: Callable[[dict[str, Any]], None] = lambda state: None) -> tuple[Path, dict[str, Any]]:
+    """File and state to resume from: `path` itself, or the newest whole file in the folder `path` that passes.
 
-    `check(state)` raises CheckpointError for a state that cannot be used. In a folder the one before is then tried,
-    with a warning that names both; when none will do, the newest one's error is raised.
+    `check(state)` raises CheckpointError for a state that cannot be used. In a folder the file before is tried then, with a
+    warning that names both; if none will do, the newest one's error is raised.
     """
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
-            raise CheckpointError(f"resume needs a checkpoint, or a folder of them; there is no {path}")
+            raise CheckpointError(f"resume needs a checkpoint, or a folder of them; {path} does not exist")
         state = read(path)
         check(state)
         return path, state
-    errors = []
+    errors: list[CheckpointError] = []
     for _, file in reversed(files(path)):
         try:
             state = read(file)
@@ -195,8 +199,8 @@ def find(path, check=lambda state: None) -> tuple[Path, dict]:
         except CheckpointError as e:
             errors.append(e)
             continue
-        for e in errors:
-            warnings.warn(f"{e}; resuming from {file} instead", stacklevel=5)
+        for error in errors:
+            warnings.warn(f"{error}; resuming from {file} instead", stacklevel=5)
         return file, state
     if errors:
         raise errors[0]

@@ -1,11 +1,11 @@
-"""The moments of training, in the order in which they come, and the exceptions that cut one short.
+"""The events of training, in order, and the exceptions that cut part of it short.
 
 The names are those of fast.ai's course (part 2, 2019, notebook 09b), so that its callbacks run here.
 """
 
 from __future__ import annotations
 
-import difflib
+from fastrbn.util import nearest
 
 BATCH_EVENTS = ("begin_batch", "after_pred", "after_loss", "after_backward", "after_step", "after_batch")
 EVENTS = (
@@ -22,26 +22,32 @@ EVENTS = (
 
 
 class CancelBatchException(Exception):
-    """Raised in any event: leave this batch. `after_cancel_batch` and `after_batch` follow, then the next batch."""
+    """Raise it in any event to skip the rest of the batch.
+
+    `after_cancel_batch` and `after_batch` follow, then the next batch.
+    """
 
 
 class CancelEpochException(Exception):
-    """Raised in any event: leave this pass over a loader. `after_cancel_epoch` follows, then what comes after the pass
-    (validation after training, `after_epoch` after validation)."""
+    """Raise it in any event to end the current pass over a loader.
+
+    `after_cancel_epoch` follows, then what comes after the pass: validation after training, `after_epoch` after validation.
+    """
 
 
 class CancelTrainException(Exception):
-    """Raised in any event: end the fit. `after_cancel_train` and `after_fit` follow; the exception's text, if it has
-    one, becomes `run.stop_reason`."""
+    """Raise it in any event to end the fit.
+
+    `after_cancel_train` and `after_fit` follow. The exception's text, if it has one, becomes `run.stop_reason`.
+    """
 
 
 def nearest_event(name: str) -> str | None:
-    """The event that `name` probably means, None when it resembles none.
+    """The event that `name` probably means, or None.
 
-    A name that begins as events do (`begin_`, `after_`, also fastai v2's `before_`) always means one; any other must
-    be close (a missing or swapped letter).
+    A name that begins like an event (`begin_`, `after_`, also fastai v2's `before_`) always means one; any other must be
+    close to one (a missing or swapped letter).
     """
     prefixed = name.startswith(("begin_", "after_", "before_"))
     wanted = name.replace("before_", "begin_", 1)
-    close = difflib.get_close_matches(wanted, EVENTS, n=1, cutoff=0.0 if prefixed else 0.85)
-    return close[0] if close else None
+    return nearest(wanted, EVENTS, cutoff=0.0 if prefixed else 0.85)

@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from fastrbn.summary import Summary
+
 
 class Learner:
     """Model, optimiser, loss and data, together.
 
-    - `model`: an `nn.Module`.
-    - `opt`: a `torch.optim.Optimizer` over its parameters.
-    - `loss_func(pred, yb)`: returns a scalar tensor.
-    - `data`: has `train_dl` and `valid_dl` (None: no validation), loaders that yield `(xb, yb)`: `BatchLoader`s, torch
-      `DataLoader`s, or any iterable of pairs that can be iterated once an epoch.
+    Parameters
+    ----------
+    model : nn.Module
+    opt : torch.optim.Optimizer
+        Over the model's parameters.
+    loss_func : callable
+        `loss_func(pred, yb)` returns a scalar tensor.
+    data : object
+        Has `train_dl` and `valid_dl` (None: no validation), loaders that yield pairs `(xb, yb)`: `BatchLoader`s, torch
+        `DataLoader`s, or any iterable of pairs that can be iterated once an epoch.
 
-    Source: fast.ai course, part 2 (2019), notebook 04.
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    >>> learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, data)
+    >>> Runner().fit(1, learn)
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebook 04.
     """
 
-    def __init__(self, model, opt, loss_func, data):
+    def __init__(
+        self, model: nn.Module, opt: torch.optim.Optimizer, loss_func: Callable[..., torch.Tensor], data: Any
+    ):
         check_instances(model, opt, loss_func)
         self.model, self.opt, self.loss_func, self.data = model, opt, loss_func, data
 
-    def summary(self, xb=None):
-        """A table of the model's modules, output shapes, parameters and norms, and totals: a `Summary`, to print.
+    def summary(self, xb: Any = None) -> Summary:
+        """A table of the model's modules, output shapes, parameters and norms, with totals, to print.
 
-        `xb`: a batch as the model takes it; None: the first of the training data, as it comes from the loader. The
-        model and all random states are afterwards what they were. See `fastrbn.model_summary`.
+        The model and all random states are left unchanged; see `fastrbn.model_summary`.
+
+        Parameters
+        ----------
+        xb : optional
+            A batch as the model takes it; by default the first of the training data, as it comes from the loader.
+
+        Returns
+        -------
+        Summary
         """
-        from fastrbn.summary import of_learner
+        return summary(self, xb)
 
-        return of_learner(self, xb)
-
-    def __repr__(self):
+    def __repr__(self) -> str:
         loss = getattr(self.loss_func, "__name__", type(self.loss_func).__name__)
         return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss})"
 
 
-def check_instances(model, opt, loss_func) -> None:
-    """TypeError for a class in place of what it makes: calling it would give a module and not a loss."""
+def summary(learn: Any, xb: Any = None, cbs: Iterable[Any] = ()) -> Summary:
+    """`fastrbn.summary.of_learner`. It is above this room, so it is imported only when called."""
+    from fastrbn.summary import of_learner
+
+    return of_learner(learn, xb, cbs)
+
+
+def check_instances(model: Any, opt: Any, loss_func: Any) -> None:
+    """TypeError for a class in place of an instance: calling a loss class would return a module, not a loss."""
     examples = {"model": "{}(…)", "opt": "{}(model.parameters(), lr=0.1)", "loss_func": "{}()"}
     for (name, example), value in zip(examples.items(), (model, opt, loss_func)):
         if isinstance(value, type):

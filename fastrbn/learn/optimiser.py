@@ -1,14 +1,17 @@
-"""What the loop and callbacks need of an optimiser, checked in one place."""
+"""Checks that an optimiser has what the loop and callbacks need."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
 
-def _groups(opt) -> bool:
+
+def _groups(opt: Any) -> bool:
     groups = getattr(opt, "param_groups", None)
     return isinstance(groups, (list, tuple)) and all(isinstance(g, dict) and "params" in g for g in groups)
 
 
-NEEDS = {
+NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "step": ("step()", lambda opt: callable(getattr(opt, "step", None))),
     "zero_grad": ("zero_grad()", lambda opt: callable(getattr(opt, "zero_grad", None))),
     "param_groups": ("param_groups, a list of dictionaries with 'params'", _groups),
@@ -21,8 +24,8 @@ NEEDS = {
 }
 
 
-def check(opt, users: dict) -> None:
-    """TypeError for an optimiser that lacks what is needed. `users`: names of `NEEDS` by who needs them."""
+def check(opt: Any, users: dict[str, Iterable[str]]) -> None:
+    """TypeError if the optimiser lacks something. `users`: who needs what, by names of `NEEDS`."""
     lacks = {name for name in {n for names in users.values() for n in names} if not NEEDS[name][1](opt)}
     if not lacks:
         return
@@ -30,5 +33,5 @@ def check(opt, users: dict) -> None:
     what = "; ".join(text for name, (text, _) in NEEDS.items() if name in lacks)
     raise TypeError(
         f"{', '.join(who)}: the optimiser must have what PyTorch's have, and {type(opt).__name__} lacks {what}: derive it "
-        f"from torch.optim.Optimizer, or leave out what needs it"
+        f"from torch.optim.Optimizer, or remove the callbacks that need it"
     )

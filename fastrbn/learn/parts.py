@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fastrbn.util import suggestion
 
 
-def forward(function, *args):
-    """Calls the model with the batch, and the loss function with prediction and target."""
+def forward(function: Callable[..., Any], *args: Any) -> Any:
+    """Call the model with the batch, or the loss function with prediction and target."""
     return function(*args)
 
 
-def weigh(loss):
-    """The loss to differentiate; `run.loss` stays what the loss function gave."""
+def weigh(loss: Any) -> Any:
+    """Return the loss to differentiate; `run.loss` stays what the loss function returned."""
     return loss
 
 
-def backward(loss):
-    """Leaves gradients in the parameters."""
+def backward(loss: Any) -> None:
+    """Leave gradients in the parameters."""
     loss.backward()
 
 
-def step(opt):
-    """Moves the parameters."""
+def step(opt: Any) -> None:
+    """Move the parameters."""
     opt.step()
 
 
-PLAIN = {"forward": forward, "weigh": weigh, "backward": backward, "step": step}
-_JOINED = ("weigh",)  # weights multiply: callbacks of several classes may each have one
+PLAIN: dict[str, Callable[..., Any]] = {"forward": forward, "weigh": weigh, "backward": backward, "step": step}
+_JOINED = ("weigh",)  # weights multiply, so callbacks of several classes may each have one
 
 
 class Parts:
-    """What the loop calls, and who has taken it over. `claims` has the owner's name for each part that is not plain."""
+    """The functions that the loop calls. `claims` has the owner's name for each part that a callback has taken over."""
 
     __slots__ = ("backward", "claims", "forward", "step", "weigh")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.claims = {}
-        for name, function in PLAIN.items():
-            setattr(self, name, function)
+        self.claims: dict[str, str] = {}
+        self.forward: Callable[..., Any] = forward
+        self.weigh: Callable[..., Any] = weigh
+        self.backward: Callable[..., Any] = backward
+        self.step: Callable[..., Any] = step
 
-    def claim(self, owner: str, functions: dict) -> None:
-        """All of `functions` or none. See `Runner.claim`."""
+    def claim(self, owner: str, functions: dict[str, Callable[..., Any]]) -> None:
+        """Take over all of `functions` or none; see `Runner.claim`."""
         for name, function in functions.items():
             if name not in PLAIN:
                 raise ValueError(
@@ -55,7 +60,7 @@ class Parts:
             if taken and (name not in _JOINED or owner in taken.split(", ")):
                 raise RuntimeError(
                     f"each part of a step belongs to one callback; {owner} claims '{name}', which {taken} has "
-                    f"already: leave one of the two out"
+                    f"already: remove one of the two"
                 )
         for name, function in functions.items():
             taken = self.claims.get(name)
@@ -63,5 +68,5 @@ class Parts:
             self.claims[name] = owner if taken is None else f"{taken}, {owner}"
 
 
-def _both(first, second):
+def _both(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
     return lambda loss: second(first(loss))

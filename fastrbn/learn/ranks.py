@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, and what they tell one another besides gradients."""
+"""The processes of a run: the rank of this one, and small messages between them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-_MADE = {"store": None, "groups": 0, "fits": 0}  # of this process: a store serves one group after another
+
+class _Made:
+    """Counts and the store of this process. The store serves one process group after another."""
+
+    store: Any = None
+    groups = 0
+    fits = 0
 
 
 def rank() -> int:
-    """This process's number among those of the run, 0 where there is one alone."""
+    """This process's number, 0 if it is the only one."""
     dist = torch.distributed
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -28,7 +37,7 @@ def world() -> int:
 
 
 def launched() -> int:
-    """The number of processes that torchrun's environment tells of, 1 without it. RuntimeError when it is half there."""
+    """The number of processes in torchrun's environment, 1 without it. RuntimeError if variables are missing."""
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdigit() or int(size) < 1:
         raise RuntimeError(f"WORLD_SIZE in the environment is the number of processes; got {size!r}: unset it")
@@ -46,9 +55,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def join(backend, timeout: timedelta) -> bool:
-    """Make the default process group from torchrun's environment, and choose this process's CUDA device. False where
-    there is a group already, or no need of one. `backend`: None for gloo on CPUs and NCCL on CUDA."""
+def join(backend: str | None, timeout: timedelta) -> bool:
+    """Make the default process group from torchrun's environment, and choose this process's CUDA device.
+
+    Returns False if a group exists already, or none is needed. `backend`: None for gloo on CPUs and NCCL on CUDA.
+    """
     dist = torch.distributed
     if launched() == 1 or dist.is_available() and dist.is_initialized():
         return False
@@ -59,14 +70,14 @@ def join(backend, timeout: timedelta) -> bool:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    if _MADE["store"] is None:
-        _MADE["store"] = next(dist.rendezvous("env://", timeout=timeout))[0]
-    _MADE["groups"] += 1
-    # what an earlier group left in the store, also one of processes that torchrun has replaced, is not this one's
-    prefix = f"fastrbn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_MADE['groups']}"
+    if _Made.store is None:
+        _Made.store = next(dist.rendezvous("env://", timeout=timeout))[0]
+    _Made.groups += 1
+    # a prefix of its own: the store may hold entries of an earlier group, or of processes that torchrun has replaced
+    prefix = f"fastrbn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_Made.groups}"
     dist.init_process_group(
         _usual_backend() if backend is None else backend,
-        store=dist.PrefixStore(prefix, _MADE["store"]),
+        store=dist.PrefixStore(prefix, _Made.store),
         rank=int(os.environ["RANK"]),
         world_size=launched(),
         timeout=timeout,
@@ -75,13 +86,13 @@ def join(backend, timeout: timedelta) -> bool:
 
 
 def leave() -> None:
-    """Take down what `join` made."""
+    """Destroy the group that `join` made."""
     torch.distributed.destroy_process_group()
 
 
 def fits() -> int:
-    """The number of fits in many processes that this one has taken part in."""
-    return _MADE["fits"]
+    """The number of fits with several processes that this process has taken part in."""
+    return _Made.fits
 
 
 def _usual_backend() -> str:
@@ -93,38 +104,39 @@ def _usual_backend() -> str:
 
 
 class Channel:
-    """Small messages between the ranks of the default group, on CPUs and apart from the gradients.
+    """Small messages between the ranks of the default group, over gloo and separate from the gradients.
 
-    Every rank must make one, and take part in each `gather`, `texts` and `spread`, in the same order.
+    Every rank must make one, and call `gather`, `texts`, `spread` and `share` in the same order.
     """
 
     def __init__(self, timeout: timedelta):
         dist = torch.distributed
         if not dist.is_gloo_available():
             raise RuntimeError("the processes of Distributed talk over gloo, which this PyTorch lacks: install another")
-        _MADE["fits"] += 1
+        _Made.fits += 1
         self.rank, self.world, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self._store = _default_store()
         if self._store is not None:
-            self._store = dist.PrefixStore(f"fastrbn/fit/{_MADE['fits']}", self._store)
+            self._store = dist.PrefixStore(f"fastrbn/fit/{_Made.fits}", self._store)
         self._here, pid = _machine(), os.getpid()
         self._processes = [json.loads(text) for text in self.texts(json.dumps([self._here, pid]))]
 
     def close(self) -> None:
-        """Take it down, where the default group stays."""
+        """Destroy this channel's group; the default group stays."""
         torch.distributed.destroy_process_group(self.group)
 
-    def gather(self, numbers, wait: timedelta | None = None) -> list[list[float]]:
-        """The numbers of each rank, which all have equally many."""
-        # the sum of rows that are 0 but for one's own takes half the time of an all_gather
+    def gather(self, numbers: Sequence[float], wait: timedelta | None = None) -> list[list[float]]:
+        """The numbers of each rank; all must give the same number of them."""
+        # summing a table in which each rank fills its row takes half the time of an all_gather
         rows = [[0.0] * len(numbers) for _ in range(self.world)]
-        rows[self.rank] = numbers
+        rows[self.rank] = list(numbers)
         table = torch.tensor(rows, dtype=torch.float64)
         if wait is None:
             torch.distributed.all_reduce(table, group=self.group)
         else:
-            torch.distributed.all_reduce(table, group=self.group, async_op=True).wait(wait)
+            work: Any = torch.distributed.all_reduce(table, group=self.group, async_op=True)
+            work.wait(wait)
         return table.tolist()
 
     def texts(self, text: str) -> list[str]:
@@ -134,7 +146,7 @@ class Channel:
         return found
 
     @torch.no_grad()
-    def spread(self, tensors, source=0) -> None:
+    def spread(self, tensors: Iterable[Tensor], source: int = 0) -> None:
         """Overwrite `tensors` with those of rank `source`, bit for bit."""
         tensors = [t for t in tensors if t.numel()]
         if not tensors:
@@ -142,39 +154,43 @@ class Channel:
         flat = torch.cat([t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors])
         torch.distributed.broadcast(flat, source, group=self.group)
         for t, data in zip(tensors, flat.split([t.nbytes for t in tensors])):
-            # a copy of its own: views of the common buffer begin where their dtype cannot
+            # cloned, because a view of the common buffer may not be aligned for its dtype
             t.copy_(data.clone().view(t.dtype).reshape(t.shape))
 
-    def share(self, value, source):
+    def share(self, value: Any, source: int) -> Any:
         """The `value` of rank `source`, tensors in it on the CPU."""
         file = io.BytesIO()
         torch.save(value if self.rank == source else None, file)
-        found = [file.getvalue()]
+        found: list[Any] = [file.getvalue()]
         torch.distributed.broadcast_object_list(found, source, group=self.group)
-        return torch.load(io.BytesIO(found[0]), map_location="cpu", weights_only=False)  # of a process of our own
+        return torch.load(io.BytesIO(found[0]), map_location="cpu", weights_only=False)  # it comes from this run
 
-    # What a rank that leaves says can be read without it
+    # What a rank posts when it leaves can be read when it is gone
 
     def post(self, reason: str, caused: bool) -> None:
-        """Say why this rank leaves; `caused`: because of another."""
+        """Post why this rank leaves; `caused`: because of another."""
         if self._store is not None:
             try:
                 number = self._store.add("left", 1)
                 self._store.set(f"left/{number}", f"{self.rank} {'~' if caused else '='}{reason}")
-                if not caused:  # then it need not read what others say
+                if not caused:  # it does not need to read what others posted
                     self._store.set(f"read/{self.rank}", "")
             except RuntimeError:
-                self._store = None  # it was in a process that is gone
+                self._store = None  # the process that held it is gone
 
     def is_alive(self, rank: int) -> bool | None:
-        """Whether the process of `rank` is there, None where that cannot be told: on another machine."""
+        """True if the process of `rank` exists; None if unknown, because it is on another machine."""
         machine, pid = self._processes[rank]
         return _is_running(pid) if machine == self._here and os.name == "posix" else None
 
     def posts(self, wait: float) -> dict[int, tuple[str, bool]]:
-        """Reason, and whether it was caused by another rank, of the ranks that have left, the first one first; waits
-        for one that was not, for all, or for a process that has ended without a word, `wait` seconds at most."""
-        found, until = {}, time.monotonic() + wait
+        """Reasons of the ranks that have left, in that order, and whether another rank caused them.
+
+        Waits up to `wait` seconds for a reason that no other rank caused, for all reasons, or for a process that has
+        ended without one.
+        """
+        found: dict[int, tuple[str, bool]] = {}
+        until = time.monotonic() + wait
         while self._store is not None:
             try:
                 texts = [self._store.get(f"left/{i}") for i in range(1, self._store.add("left", 0) + 1)]
@@ -191,8 +207,8 @@ class Channel:
         return found
 
     def leave_posts(self, wait: float) -> None:
-        """This rank has read them. Rank 0, in whose process the store may be, waits until all that live have, `wait`
-        seconds at most."""
+        """Say that this rank has read the posts. Rank 0, whose process may hold the store, waits up to `wait` seconds
+        until all living ranks have."""
         if self._store is None:
             return
         try:
@@ -204,11 +220,11 @@ class Channel:
             ):
                 time.sleep(0.05)
         except RuntimeError:
-            self._store = None  # it was in a process that is gone
+            self._store = None  # the process that held it is gone
 
 
 def _machine() -> str:
-    """Where process numbers mean the same."""
+    """Identifies a set of processes that share process numbers."""
     try:
         space = os.readlink("/proc/self/ns/pid")  # containers of one host have their own
     except OSError:
@@ -223,12 +239,12 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    try:  # one that has ended stays until its parent asks for its exit status
+    try:  # an ended process stays in the table until its parent asks for its exit status
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return True
 
 
-def _default_store():
+def _default_store() -> Any:
     get = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
     return None if get is None else get()

@@ -1,30 +1,35 @@
-"""What a fit depends on, as plain data, and how a later fit goes on from it: `Runner.state_dict` and `fit(resume=…)`.
+"""`Runner.state_dict` and `fit(resume=…)`: collect what a fit depends on, and continue from it.
 
-A fit continues bit for bit because everything it reads is put back: parameters, buffers and switches of the model, the
-optimiser, the callbacks' own state, the random states, and the place in the data.
+A resumed fit is bit for bit the uninterrupted one, because everything it reads is restored: parameters, buffers and
+switches of the model, the optimiser, the callbacks' state, the random states, and the place in the data.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import checkpoint_file as checkpoints
+from . import ranks
+from .batch import length
 from .callback import Callback
 from .checkpoint_file import CheckpointError
-from .snapshot import RandomState, load_plain_state_dict, plain_name, plain_state_dict
+from .snapshot import RandomState, load_module_state, load_opt_state, module_state, plain_name, plain_state_dict
 
 PHASES = ("train", "valid", "end")
 
 
-def collect(run, phase: str) -> dict:
-    """The state of `run`. Tensors in it are the model's own, not copies. `phase`: see `Runner.state_dict`."""
+def collect(run: Any, phase: str) -> dict[str, Any]:
+    """See `Runner.state_dict`."""
     if phase not in PHASES:
-        raise ValueError(f"phase is one of {', '.join(PHASES)}; got {phase!r}")
-    opt, loaders = run.learn.opt, _loaders(run)
+        raise ValueError(f"phase must be one of {', '.join(PHASES)}; got {phase!r}")
+    opt = run.learn.opt
     position = {
         "phase": phase,
         "epoch": run.epoch,
@@ -32,29 +37,29 @@ def collect(run, phase: str) -> dict:
         "n_iter": run.n_iter,
         "n_epochs": run.n_epochs,
         "epochs": run.epochs,
-        "iters": _length(run.data.train_dl),
+        "iters": length(run.data.train_dl),
     }
     if phase == "train":
         loader = run.data.train_dl
         position["loader"] = loader.state_dict(mid_epoch=True) if _skips(loader) else None
-        position["before_pass"] = run._before_pass
+        position["before_pass"] = run._resume.before_pass
     return {
         "position": position,
-        **_module_state(run.learn.model),
-        "loss": _module_state(loss) if (loss := loss_module(run.learn)) is not None else {},
+        **module_state(run.learn.model),
+        "loss": module_state(loss) if (loss := loss_module(run.learn)) is not None else {},
         "opt_class": type(opt).__name__,
         "opt": opt.state_dict(),
         "callbacks": {
             name: {"class": type(cb).__name__, "state": cb.state_dict()} for name, cb in _callbacks(run).items()
         },
-        "random": RandomState(loaders).state_dict(),
+        "random": _random(run).state_dict(),
     }
 
 
-def find(path, run):
-    """`(file, state)` of the checkpoint at `path` for `run.learn`; CheckpointError when there is none that fits."""
+def find(path: str | Path, run: Any) -> tuple[Path, dict[str, Any]]:
+    """File and state of the checkpoint at `path`; CheckpointError if it does not fit `run.learn`."""
 
-    def check(state):
+    def check(state: dict[str, Any]) -> None:
         _check_module(run.learn.model, state["model"], "model")
         _check_loss(loss_module(run.learn), state.get("loss"))
         _check_opt(run.learn.opt, state["opt"], state.get("opt_class"))
@@ -63,161 +68,156 @@ def find(path, run):
     place = state["position"]
     if run.epochs < place["epoch"] + 1:
         raise CheckpointError(
-            f"the checkpoint {file} stands in epoch {place['epoch']} (the first is 0), beyond the end of a fit of "
+            f"the checkpoint {file} was made in epoch {place['epoch']} (the first is 0), beyond the end of a fit of "
             f"{run.epochs}: epochs counts from the very beginning; that fit had {place['epochs']}"
         )
-    _tell_of_callbacks(run, state["callbacks"])
+    _warn_of_callbacks(run, state["callbacks"])
     return file, state
 
 
-def restore(run, state) -> int:
-    """Put `state` into `run` and all that it holds; returns the first epoch to run."""
-    place = state["position"]
-    _restore_module(run.learn.model, state)
-    if state.get("loss"):
-        _restore_module(run.learn.loss_func, state["loss"])
-    _restore_opt(run.learn.opt, state["opt"])
-    for name, cb in _callbacks(run).items():
-        saved = state["callbacks"].get(name)
-        if saved is not None and saved["class"] == type(cb).__name__:
-            cb.load_state_dict(saved["state"])
-    run.epoch, run.n_iter, run.n_epochs = place["epoch"], place["n_iter"], place["n_epochs"]
-    _random(run, state["random"]).restore()
-    return place["epoch"] + (place["phase"] == "end")
+class Resume:
+    """The place where a fit begins: its start, or that of a checkpoint's `state`."""
+
+    def __init__(self, run: Any, state: dict[str, Any] | None):
+        self.run, self.state = run, state
+        self.before_pass: dict[str, Any] | None = None  # random states before the current training pass
+
+    def epochs(self) -> Iterable[int]:
+        """The epochs to run. Restores everything, now that `begin_fit` has come."""
+        first = 0
+        if self.state is not None:
+            self._restore(self.state)
+            place = self.state["position"]
+            first = place["epoch"] + (place["phase"] == "end")
+        return range(first, self.run.epochs)
+
+    def batches(self, dl: Any) -> Iterable[tuple[int, Any]]:
+        """`enumerate(dl)`; in the training pass that the checkpoint was made in, the rest of it."""
+        run = self.run
+        if not run.in_train:
+            return enumerate(dl)
+        state, self.state = self.state, None
+        if state is None or state["position"]["phase"] == "end":
+            self.before_pass = None if _skips(dl) else _random(run).state_dict()
+            return enumerate(dl)
+        self._restore(state)  # again: begin_epoch came after the first time
+        place = state["position"]
+        if place["phase"] == "valid":
+            return ()
+        done, iters = place["done"], length(dl)
+        if iters != place["iters"]:
+            raise CheckpointError(
+                f"to go on within an epoch its batches must be the same; the checkpoint was made with {place['iters']} "
+                f"batches an epoch, the training loader has {iters}: use the same data and batch size, or a checkpoint "
+                f"from the end of an epoch"
+            )
+        self.before_pass = place["before_pass"]
+        if _skips(dl):
+            dl.load_state_dict(place["loader"])
+            return enumerate(dl.iter_from(done), done)
+        return enumerate(self._skipped(dl, done, state), done)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        run, place = self.run, state["position"]
+        load_module_state(run.learn.model, state)
+        if state.get("loss"):
+            load_module_state(run.learn.loss_func, state["loss"])
+        load_opt_state(run.learn.opt, state["opt"])
+        for name, cb in _callbacks(run).items():
+            saved = state["callbacks"].get(name)
+            if saved is not None and saved["class"] == type(cb).__name__:
+                cb.load_state_dict(saved["state"])
+        run.epoch, run.n_iter, run.n_epochs = place["epoch"], place["n_iter"], place["n_epochs"]
+        _random(run, state["random"]).restore()
+
+    def _skipped(self, dl: Any, done: int, state: dict[str, Any]) -> Iterator[Any]:
+        """An iterator over `dl` after `done` batches, begun under the random states of the pass: so the order is the
+        same, and samplers and workers have used up the same random numbers."""
+        run = self.run
+        if getattr(dl, "persistent_workers", False) and run.epoch > 0:
+            warnings.warn(
+                "workers that outlive an epoch (persistent_workers=True) have random states that no checkpoint holds: "
+                "if the data set draws random numbers, the resumed fit draws others",
+                stacklevel=2,
+            )
+        if self.before_pass is not None:
+            _random(run, self.before_pass).restore()
+        batches = iter(dl)
+        if batches is dl:
+            warnings.warn(
+                f"the training loader is an iterator ({type(dl).__name__}), which cannot begin its epoch again: its "
+                f"first {done} batches are skipped, which is right only if it starts where the checkpoint's epoch did",
+                stacklevel=2,
+            )
+        skipped = sum(1 for _ in itertools.islice(batches, done))
+        if skipped < done:
+            raise CheckpointError(
+                f"the checkpoint stands after {done} batches of its epoch, and the training loader gave {skipped}: use "
+                f"the same data and batch size"
+            )
+        _random(run, state["random"]).restore(loaders=False)  # the loaders are where they should be
+        return batches
 
 
-def batches(run, dl):
-    """`enumerate(dl)`; in the epoch that a checkpoint stands in, from there on."""
-    if not run.in_train:
-        return enumerate(dl)
-    state, run._resumed = run._resumed, None
-    place = state and state["position"]
-    if state is None or place["phase"] == "end":
-        run._before_pass = None if _skips(dl) else RandomState(_loaders(run)).state_dict()
-        return enumerate(dl)
-    restore(run, state)  # once more: begin_epoch came after the first time
-    if place["phase"] == "valid":
-        return iter(())
-    done, iters = place["done"], _length(dl)
-    if iters != place["iters"]:
-        raise CheckpointError(
-            f"to go on within an epoch its batches must be the same; the checkpoint was made with {place['iters']} "
-            f"batches an epoch, the training loader has {iters}: use the same data and batch size, or a checkpoint "
-            f"from the end of an epoch"
-        )
-    run._before_pass = place["before_pass"]
-    if _skips(dl):
-        dl.load_state_dict(place["loader"])
-        return enumerate(dl.iter_from(done), done)
-    return enumerate(_forward(run, dl, done, state), done)
-
-
-def _forward(run, dl, done, state):
-    """An iterator over `dl` as it was after `done` batches: begun under the random states from then, and run through
-    up to there, which has the same order drawn and the same numbers used up by samplers and workers."""
-    if getattr(dl, "persistent_workers", False) and run.epoch > 0:
-        warnings.warn(
-            "workers that outlive an epoch (persistent_workers=True) have random states that no checkpoint holds: if "
-            "the data set draws random numbers, the resumed fit draws others",
-            stacklevel=2,
-        )
-    if state["position"]["before_pass"] is not None:
-        _random(run, state["position"]["before_pass"]).restore()
-    batches = iter(dl)
-    if batches is dl:
-        warnings.warn(
-            f"the training loader is an iterator ({type(dl).__name__}), which cannot begin its epoch again: its first "
-            f"{done} batches are skipped, which is right only if it starts where the checkpoint's epoch did",
-            stacklevel=2,
-        )
-    skipped = sum(1 for _ in itertools.islice(batches, done))
-    if skipped < done:
-        raise CheckpointError(
-            f"the checkpoint stands after {done} batches of its epoch, and the training loader gave {skipped}: use the "
-            f"same data and batch size"
-        )
-    _random(run, state["random"]).restore(loaders=False)  # their state is where they are now
-    return batches
-
-
-def _loaders(run) -> list:
-    """Training and validation loader; one that is both counts once."""
-    return list({id(dl): dl for dl in (run.data.train_dl, run.data.valid_dl) if dl is not None}.values())
-
-
-def _skips(dl) -> bool:
-    """Whether the loader can begin in the middle of an epoch by itself, as `BatchLoader` can."""
+def _skips(dl: Any) -> bool:
+    """True if the loader can begin in the middle of an epoch, like `BatchLoader`."""
     return hasattr(dl, "iter_from") and hasattr(dl, "load_state_dict")
 
 
-def _random(run, saved) -> RandomState:
-    state, dist = RandomState(_loaders(run)), torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+def _random(run: Any, saved: dict[str, Any] | None = None) -> RandomState:
+    """The random states of the run as they are, or as they were `saved`."""
+    state = RandomState((run.data.train_dl, run.data.valid_dl))
+    if saved is None:
+        return state
+    if ranks.rank() != 0:
         own = state.state_dict()  # rank 0 saved: with its random numbers all ranks would drop the same units
         saved = {**own, "loaders": saved["loaders"], "generators": saved["generators"]}  # the data's order is shared
     state.load_state_dict(saved)
     return state
 
 
-def _callbacks(run) -> dict[str, Callback]:
+def _callbacks(run: Any) -> dict[str, Callback]:
     return {name: cb for name, cb in vars(run).items() if any(cb is known for known in run.cbs)}
 
 
-def _tell_of_callbacks(run, saved) -> None:
-    """Warn of state that finds no callback, and of callbacks with state that the checkpoint does not know."""
+def _warn_of_callbacks(run: Any, saved: dict[str, Any]) -> None:
+    """Warn of saved state without a callback, and of callbacks with state that the checkpoint does not have."""
     here = {name: type(cb).__name__ for name, cb in _callbacks(run).items()}
     lost = [n for n, entry in saved.items() if entry["state"] and here.get(n) != entry["class"]]
     known = {n for n, entry in saved.items() if here.get(n) == entry["class"]}
     fresh = [n for n, cb in _callbacks(run).items() if n not in known and has_state(cb)]
     if lost:
-        warnings.warn(f"the checkpoint has state of callbacks that this run has not: {', '.join(lost)}", stacklevel=5)
+        warnings.warn(f"the checkpoint has state of callbacks that this run does not have: {', '.join(lost)}", stacklevel=5)
     if fresh:
-        warnings.warn(f"callbacks that the checkpoint does not know begin anew: {', '.join(fresh)}", stacklevel=5)
+        warnings.warn(f"the checkpoint has no state for these callbacks, which start fresh: {', '.join(fresh)}", stacklevel=5)
 
 
-def has_state(cb) -> bool:
-    """Whether the callback's class defines `state_dict`, or the callback has something that the default one keeps."""
+def has_state(cb: Callback) -> bool:
+    """True if the callback's class defines `state_dict`, or the default one finds something to keep."""
     return type(cb).state_dict is not Callback.state_dict or bool(cb.state_dict())
 
 
-def loss_module(learn) -> nn.Module | None:
-    """The loss function of `learn` if it has parameters or buffers, such as class weights or a learned temperature."""
+def loss_module(learn: Any) -> nn.Module | None:
+    """The loss function if it has parameters or buffers, such as class weights or a learned temperature."""
     loss = learn.loss_func
     if isinstance(loss, nn.Module) and next(itertools.chain(loss.parameters(), loss.buffers()), None) is not None:
         return loss
     return None
 
 
-def _module_state(module) -> dict:
-    """What training changes in a module, under the names that it has without torch.compile."""
-    weights = plain_state_dict(module)
-    named = [(plain_name(name), p) for name, p in module.named_parameters()]
-    return {
-        "model": weights,
-        "buffers": {name: b for n, b in module.named_buffers() if (name := plain_name(n)) not in weights},
-        "switches": {f"{plain_name(n)}.{k}": v for n, m in module.named_modules() for k, v in _switches(m)},
-        "frozen": [name for name, p in named if not p.requires_grad],
-        "grads": {name: p.grad for name, p in named if p.grad is not None},  # accumulated so far
-    }
-
-
-def _switches(module):
-    return ((k, v) for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_"))
-
-
-def _check_loss(loss, saved) -> None:
+def _check_loss(loss: nn.Module | None, saved: dict[str, Any] | None) -> None:
     if saved is None:  # a file from before loss functions were saved
         if loss is not None and next(loss.parameters(), None) is not None:
             warnings.warn(
-                f"the checkpoint has no parameters of the loss function {type(loss).__name__}: they begin anew",
+                f"the checkpoint has no parameters of the loss function {type(loss).__name__}: they start fresh",
                 stacklevel=6,
             )
         return
     _check_module(nn.Module() if loss is None else loss, saved.get("model", {}), "loss function")
 
 
-def _check_module(module, saved, what) -> None:
-    """CheckpointError that names what differs first between the module and the state_dict `saved`."""
+def _check_module(module: nn.Module, saved: dict[str, Any], what: str) -> None:
+    """CheckpointError that names the first differences between the module and the state_dict `saved`."""
     here, saved = plain_state_dict(module), {plain_name(name): value for name, value in saved.items()}
     wrong = []
     for name in {**saved, **here}:
@@ -231,73 +231,29 @@ def _check_module(module, saved, what) -> None:
         )
 
 
-def _shape(value) -> str:
+def _shape(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-def _check_opt(opt, saved, saved_class) -> None:
-    here, there = ([len(g["params"]) for g in groups] for groups in (opt.param_groups, saved["param_groups"]))
-    if here != there:
+def _check_opt(opt: torch.optim.Optimizer, saved: dict[str, Any], saved_class: str | None) -> None:
+    sizes = [[len(g["params"]) for g in groups] for groups in (opt.param_groups, saved["param_groups"])]
+    if sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"the checkpoint is of another optimiser: it has param groups of {there} parameters, {type(opt).__name__} "
-            f"has {here}; make the optimiser as it was made then"
+            f"the checkpoint is of another optimiser: it has param groups of {sizes[1]} parameters, "
+            f"{type(opt).__name__} has {sizes[0]}; make the optimiser as it was made then"
         )
-    # a group may have more than its optimiser puts there (labels, a scheduler's initial_lr), and a newer torch more than
-    # an older one; a file that does not name its optimiser is of another one if each has settings that the other lacks
+    # Groups may have more settings than the optimiser's own (labels, a scheduler's initial_lr), and torch's versions
+    # differ in them. A file that does not name its optimiser has another one if each side lacks settings of the other.
     why = saved_class if saved_class != type(opt).__name__ else None
     if saved_class is None:
         there, here = ({k for g in groups for k in g} for groups in (saved["param_groups"], opt.param_groups))
         missing = set(getattr(opt, "defaults", {})) - there
-        why = f"only one of them has {', '.join(sorted(missing | there - here))}" if missing and there - here else None
+        if missing and there - here:
+            why = f"these settings exist on one side only: {', '.join(sorted(missing | there - here))}"
     if why is not None:
         raise CheckpointError(
             f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was made "
             f"then"
         )
-
-
-@torch.no_grad()
-def _restore_module(root, state) -> None:
-    load_plain_state_dict(root, state["model"])
-    modules = {plain_name(name): m for name, m in root.named_modules()}
-    for name, saved in state["buffers"].items():
-        module, _, own = plain_name(name).rpartition(".")
-        buffers = modules[module]._buffers
-        now = buffers.get(own)
-        buffers[own] = saved.clone() if now is None else saved.to(now.device, copy=True)
-    switches = {plain_name(name): value for name, value in state["switches"].items()}
-    for name, module in root.named_modules():
-        for attr, _ in list(_switches(module)):
-            if (key := f"{plain_name(name)}.{attr}") in switches:
-                setattr(module, attr, switches[key])
-    frozen = set(map(plain_name, state["frozen"]))
-    grads = {plain_name(name): grad for name, grad in state["grads"].items()}
-    for name, p in root.named_parameters():
-        p.requires_grad_(plain_name(name) not in frozen)
-        saved = grads.get(plain_name(name))
-        p.grad = None if saved is None else saved.to(p.device, copy=True)
-
-
-def _restore_opt(opt, saved) -> None:
-    tensors = [{k: v for k, v in g.items() if isinstance(v, torch.Tensor)} for g in opt.param_groups]
-    both = zip(opt.param_groups, saved["param_groups"])
-    saved = {**saved, "param_groups": [{**now, **then} for now, then in both]}  # what only this one has stays
-    opt.load_state_dict(saved)
-    for group, kept in zip(opt.param_groups, tensors):
-        for name, value in kept.items():  # a compiled or captured optimiser keeps its rate in this very tensor
-            group[name] = value.copy_(torch.as_tensor(group[name]))
-    indices = (i for g in saved["param_groups"] for i in g["params"])
-    for i, p in zip(indices, (p for g in opt.param_groups for p in g["params"])):
-        for name, value in saved["state"].get(i, {}).items():
-            now = opt.state[p].get(name)
-            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
-                opt.state[p][name] = value.to(now.device, copy=True)  # torch gave it the parameter's dtype
-
-
-def _length(dl) -> int | None:
-    try:
-        return len(dl)
-    except TypeError:
-        return None

@@ -1,10 +1,14 @@
-"""The loop."""
+"""The loop: `fit`, `_all_epochs`, `_all_batches`, `_one_batch`, `update`, in the order in which they call one another."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,40 +16,68 @@ from fastrbn.util import suggestion
 
 from . import optimiser
 from . import resume as resuming
-from .callback import RUN_STATE, Callback, TrainEvalCallback
+from .batch import length, pair
+from .callback import RUN_STATE, SIGNALS, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
-from .learner import check_instances
+from .learner import Learner, check_instances, summary
 from .parts import Parts
 
-_CANCEL = {"batch": CancelBatchException, "epoch": CancelEpochException, "train": CancelTrainException}
-_LENT = ("model", "opt", "loss_func", "data", "logger")  # callbacks may replace these for the length of a fit
+if TYPE_CHECKING:
+    from fastrbn.summary import Summary
+
+_SCOPES: dict[str, tuple[type[Exception], str | None]] = {  # what cancels each, and the next smaller one
+    "batch": (CancelBatchException, None),
+    "epoch": (CancelEpochException, "batch"),
+    "train": (CancelTrainException, "epoch"),
+}
 
 
 class Runner:
-    """Runs training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
+    """Run training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
 
-    - `cbs`: callbacks; `cb_funcs`: callables that make one each (classes, `partial`s), as the course has it. Either
-      takes both.
-    - Every callback is reachable as `run.<name>` (`run.recorder`, a second one as `run.recorder_2`).
-    - During a fit the run holds `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred
-      loss in_train logger stop_reason`. What callbacks replace of `model opt loss_func data logger` is put back after.
-    - `stop_reason`: None after a fit that ran to its end, else a sentence.
-    - `resumed_from`: the checkpoint that the fit goes on from, None if it begins anew.
+    Every callback is reachable by its name: `run.recorder`, a second one as `run.recorder_2`. During a fit the run holds
+    `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger
+    stop_reason`. Callbacks may replace `model opt loss_func data logger`; they are put back after the fit.
 
-    Source: fast.ai course, part 2 (2019), notebooks 04 and 09b. Unlike in 04, `return True` from a handler and
-    `run.stop = True` end nothing (a warning says so): what a callback wants to stop, it stops by a `Cancel…Exception`.
+    `stop_reason` is None after a fit that ran to its end, otherwise a sentence. `resumed_from` is the checkpoint that the
+    fit continued from, or None.
+
+    To stop something, a callback raises one of the `Cancel…Exception`s. Unlike in the course's notebook 04, `return True`
+    and `run.stop = True` do not end the fit; a warning says so.
+
+    Parameters
+    ----------
+    cbs : callback, or list of callbacks, optional
+    cb_funcs : callable, or list of callables, optional
+        Each makes a callback (a class, a `partial`), as in the course. Either parameter takes both kinds.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn)
+    >>> run = Runner([Recorder, AvgStatsCallback(accuracy)])
+    >>> run.logger = lambda line: None  # otherwise: print
+    >>> run.fit(1, learn)
+    >>> len(run.recorder.losses)
+    16
+
+    References
+    ----------
+    fast.ai course, part 2 (2019), notebooks 04 and 09b.
     """
 
-    def __init__(self, cbs=None, cb_funcs=None):
-        self.__dict__.update(dict.fromkeys(RUN_STATE), in_train=False, logger=print, cbs=[], _fitting=False)
+    def __init__(self, cbs: Any = None, cb_funcs: Any = None):
+        self.cbs: list[Callback] = []
+        self.__dict__.update(RUN_STATE)
+        self._fitting = self._warned = False
         self._parts = Parts()
+        self._resume = resuming.Resume(self, None)
         made = [_make(cb) for cb in (*_as_list(cbs), *_as_list(cb_funcs))]
         if not any(isinstance(cb, TrainEvalCallback) for cb in made):
             made.insert(0, TrainEvalCallback())
         self.add_cbs(made)
 
-    def add_cbs(self, cbs) -> None:
-        """Attach callbacks (or callables that make them). Added during a fit, they take part from the next one on."""
+    def add_cbs(self, cbs: Any) -> None:
+        """Attach callbacks, or callables that make them. Those added during a fit take part from the next one on."""
         for cb in map(_make, _as_list(cbs)):
             cb.set_runner(self)
             setattr(self, self._free_name(cb), cb)
@@ -54,46 +86,70 @@ class Runner:
         if not self._fitting:
             self._handlers = self._resolve()
 
-    def remove_cbs(self, cbs) -> None:
-        """Take callbacks off again; during a fit, they take part until its end. ValueError for one that is not here."""
+    def remove_cbs(self, cbs: Any) -> None:
+        """Remove callbacks; those removed during a fit take part until its end. ValueError if one is not attached."""
         for cb in _as_list(cbs):
             if not any(cb is known for known in self.cbs):
-                raise ValueError(f"only a callback of this run can be removed; {cb!r} is none of {self.cbs}")
+                raise ValueError(f"only a callback of this run can be removed; {cb!r} is not among {self.cbs}")
             self.cbs = [known for known in self.cbs if known is not cb]
             for name in [name for name, value in vars(self).items() if value is cb]:
                 delattr(self, name)
         if not self._fitting:
             self._handlers = self._resolve()
 
-    def claim(self, owner, **functions) -> None:
-        """Take over parts of the step, for the fit that is under way; called in `begin_fit` by the callback `owner`.
+    def claim(self, owner: Callback, **functions: Callable[..., Any]) -> None:
+        """Take over parts of the step for the current fit. A callback calls it in `begin_fit`.
 
-        - `forward(function, *args)`: calls the model with the batch, and the loss function with `pred` and `yb`.
-        - `weigh(loss)`: returns the loss to differentiate; `run.loss` stays as it is. Those of several classes are
-          called one after the other.
-        - `backward(loss)`: leaves gradients in the parameters.
-        - `step(opt)`: moves the parameters.
+        Events stay as they are. RuntimeError if another callback has claimed the part already.
 
-        Events come as ever. RuntimeError when another callback has one of them.
+        Parameters
+        ----------
+        owner : Callback
+            The callback that calls; errors name it.
+        forward : callable, optional
+            `forward(function, *args)` calls the model with the batch, and the loss function with `pred` and `yb`.
+        weigh : callable, optional
+            `weigh(loss)` returns the loss to differentiate; `run.loss` stays as it is. Callbacks of several classes may
+            claim it; they are called one after the other.
+        backward : callable, optional
+            `backward(loss)` leaves gradients in the parameters.
+        step : callable, optional
+            `step(opt)` moves the parameters.
         """
         if not self._fitting:
-            raise RuntimeError(f"parts of the step are claimed for a fit, in begin_fit; {owner!r} claims outside one")
+            raise RuntimeError(
+                f"parts of the step can be claimed only during a fit; {owner!r} claims them outside one: call claim in "
+                f"begin_fit"
+            )
         self._parts.claim(type(owner).__name__, functions)
 
-    def fit(self, epochs: int, learn=None, resume=None) -> None:
-        """Train `learn` (default: the one trained last) for `epochs` passes over `learn.data.train_dl`.
+    def fit(self, epochs: int, learn: Learner | None = None, resume: str | Path | None = None) -> None:
+        """Train for `epochs` passes over `learn.data.train_dl`.
 
-        `resume`: a checkpoint, or the folder that `Checkpoint` wrote (the newest whole one is taken). The fit then goes
-        on from there to `epochs`, counted from the very beginning; `learn` and callbacks are made as they were made
-        for the fit that wrote it. See `Checkpoint`; CheckpointError when it cannot be used.
+        `after_fit` fires once for every callback, whatever happens; an error is raised again after it. Ctrl-C ends the
+        fit without an error, and `stop_reason` says so.
 
-        `after_fit` fires once, whatever happens, for every callback. An error is raised again after it. Ctrl-C ends
-        the fit without an error, and `stop_reason` says so.
+        Parameters
+        ----------
+        epochs : int
+            0 or more; in a resumed fit counted from the very beginning.
+        learn : Learner, optional
+            By default the one trained last.
+        resume : path, optional
+            A checkpoint, or a folder that `Checkpoint` wrote (the newest whole file is used). The fit goes on from
+            there; make `learn` and callbacks as they were made for the fit that wrote it.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint cannot be read, or belongs to another model or optimiser.
+        RuntimeError
+            If a fit of this run is under way.
         """
         self._prepare(epochs, learn, resume)
         failed = False
         try:
-            self._train()
+            self._scope("train", self._all_epochs)
         except KeyboardInterrupt:
             self.stop_reason = f"interrupted (Ctrl-C) {self._where()}"
         except BaseException as e:
@@ -102,126 +158,119 @@ class Runner:
         finally:
             self._finish(failed)
 
-    def _train(self) -> None:
-        try:
-            self._outside_epoch("begin_fit")
-            first = resuming.restore(self, self._resumed) if self._resumed else 0
-            for self.epoch in range(first, self.epochs):
-                self._all_batches("begin_epoch", self.data.train_dl)
-                if self.data.valid_dl is not None:
-                    with torch.no_grad():
-                        self._all_batches("begin_validate", self.data.valid_dl)
-                self._outside_epoch("after_epoch")
-        except CancelTrainException:
-            self._cancelled("train")
+    def _all_epochs(self) -> None:
+        self._scope("epoch", self, "begin_fit")
+        for self.epoch in self._resume.epochs():
+            self._scope("epoch", self._all_batches, "begin_epoch", self.data.train_dl)
+            if self.data.valid_dl is not None:
+                with torch.no_grad():
+                    self._scope("epoch", self._all_batches, "begin_validate", self.data.valid_dl)
+            self._scope("epoch", self, "after_epoch")
 
-    def _all_batches(self, begin: str, dl) -> None:
-        self.dl, self.iters, self.iter, own = dl, _length(dl), None, vars(self)
-        try:
-            self._outside_batch(begin)
-            for self.iter, batch in resuming.batches(self, dl):
-                self._one_batch(batch)
-                if "stop" in own and own["stop"] is True:
-                    self._tell_of_stop("run.stop = True")
-        except CancelEpochException:
-            self._cancelled("epoch")
-
-    def _one_batch(self, batch) -> None:
-        fire, parts = self.__call__, self._parts  # self(event) takes twice as long
-        try:
+    def _all_batches(self, begin: str, dl: Any) -> None:
+        self.dl, self.iters, self.iter = dl, length(dl), None
+        self._scope("batch", self, begin)
+        for self.iter, batch in self._resume.batches(dl):
             try:
-                self.xb, self.yb = _pair(batch)
-                fire("begin_batch")
-                self.pred = parts.forward(self.model, self.xb)
-                fire("after_pred")
-                self.loss = parts.forward(self.loss_func, self.pred, self.yb)
-                fire("after_loss")
-                if self.in_train:
-                    parts.backward(parts.weigh(self.loss))
-                    self.update()
-            except CancelBatchException:
-                self._cancelled("batch")
-        except CancelEpochException:
-            self._outside_batch("after_batch")
-            raise
-        except CancelTrainException:
-            self._outside_epoch("after_batch")  # whatever it cancels, it is the fit that ends
-            raise
-        self._outside_batch("after_batch")
+                self._scope("batch", self._one_batch, batch)
+            except (CancelEpochException, CancelTrainException) as e:
+                self._scope("epoch" if isinstance(e, CancelTrainException) else "batch", self, "after_batch")
+                raise
+            self._scope("batch", self, "after_batch")
+            if self.__dict__.get("stop") is True:
+                self._warn_of_stop("run.stop = True")
+
+    def _one_batch(self, batch: Any) -> None:
+        fire, parts = self.__call__, self._parts  # self(event) takes twice as long
+        self.xb, self.yb = pair(batch)
+        fire("begin_batch")
+        self.pred = parts.forward(self.model, self.xb)
+        fire("after_pred")
+        self.loss = parts.forward(self.loss_func, self.pred, self.yb)
+        fire("after_loss")
+        if self.in_train:
+            parts.backward(parts.weigh(self.loss))
+            self.update()
 
     def update(self) -> None:
-        """The second half of a training step, from gradients to new parameters. A callback that has held gradients
-        back takes it itself when there is no batch left to take it in."""
+        """The second half of a training step: from gradients to new parameters.
+
+        A callback that has held gradients back calls it when there is no batch left to do so.
+        """
         fire = self.__call__
         fire("after_backward")
         self._parts.step(self.opt)
         fire("after_step")
         self.opt.zero_grad()
 
-    def state_dict(self, phase: str) -> dict:
-        """All that the rest of the fit depends on, in plain data (`torch.load(…, weights_only=True)` reads it back).
+    def _scope(self, what: str, call: Callable[..., None], *args: Any) -> None:
+        """Call it. A cancel of `what` ("batch", "epoch", "train"), or of less, ends the call and nothing else; the
+        matching after_cancel event follows, in which a further cancel of the same has nothing left to end."""
+        cancel, less = _SCOPES[what]
+        try:
+            call(*args) if less is None else self._scope(less, call, *args)
+        except cancel:
+            with contextlib.suppress(cancel):
+                self(f"after_cancel_{what}") if less is None else self._scope(less, self, f"after_cancel_{what}")
 
-        `phase`: where the fit is: "train" in `after_batch`, "valid" in `begin_validate` (training batches are done,
-        however many), "end" in `after_epoch`. Between these a step is half done, and its state not one to go on from.
+    def state_dict(self, phase: str) -> dict[str, Any]:
+        """All that the rest of the fit depends on, as plain data (`torch.load(…, weights_only=True)` reads it).
+
+        Parameters
+        ----------
+        phase : str
+            Where the fit is: "train" in `after_batch`, "valid" in `begin_validate` (all training batches are done), "end"
+            in `after_epoch`. Between these a step is half done, and its state cannot be resumed.
+
+        Returns
+        -------
+        dict
+            Its tensors are the model's own, not copies.
         """
         return resuming.collect(self, phase)
 
-    def summary(self, xb=None, learn=None):
-        """`Learner.summary` of `learn` (default: the one trained last), whose batch goes through those callbacks first
-        that change batches and need no fit for it, such as BatchTransformXCallback."""
-        from fastrbn.summary import of_learner
+    def summary(self, xb: Any = None, learn: Learner | None = None) -> Summary:
+        """`Learner.summary`, with the first batch prepared by the callbacks that need no fit for it.
 
+        Parameters
+        ----------
+        xb : optional
+            A batch as the model takes it; by default the first of the training data, transformed by callbacks such as
+            BatchTransformXCallback.
+        learn : Learner, optional
+            By default the one trained last.
+
+        Returns
+        -------
+        Summary
+        """
         learn = self.learn if learn is None else learn
         if learn is None:
-            raise TypeError("this run has not trained yet: say what to look at, run.summary(learn=learn)")
-        return of_learner(learn, xb, self.cbs)
+            raise TypeError("this run has not trained yet: name the learner, run.summary(learn=learn)")
+        return summary(learn, xb, self.cbs)
 
     def __call__(self, event: str) -> None:
-        """Fire `event`: its handlers in order. An event nobody overrides costs a look into a dictionary."""
+        """Call the event's handlers in order. One dict lookup if nobody handles it."""
         try:
             for handler in self._handlers[event]:
                 if handler() is True:
-                    owner = getattr(handler, "__self__", handler)
-                    self._tell_of_stop(f"return True in {type(owner).__name__}.{event}")
+                    self._warn_of_stop(f"return True in {_owner(handler)}.{event}")
         except CancelTrainException as e:
             if self.stop_reason is None:
-                owner = getattr(handler, "__self__", handler)  # a function set on an instance has no owner
-                self.stop_reason = str(e) or f"cancelled by {type(owner).__name__} in {event}"
+                self.stop_reason = str(e) or f"cancelled by {_owner(handler)} in {event}"
             raise
 
-    def _tell_of_stop(self, how) -> None:
-        """Warn, once a fit, of the ways in which other loops are ended."""
-        if not self._told:
-            self._told = True
+    def _warn_of_stop(self, how: str) -> None:
+        """Warn, once a fit, of what ends other loops but not this one."""
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"{how} ends nothing: to end the fit a callback raises CancelTrainException, to end the epoch "
-                f"CancelEpochException, to leave the batch CancelBatchException",
+                f"CancelEpochException, to skip the rest of the batch CancelBatchException",
                 stacklevel=2,
             )
 
-    # A cancel of something that is not under way has its after_cancel event, and the fit goes on.
-
-    def _outside_batch(self, event: str) -> None:
-        try:
-            self.__call__(event)
-        except CancelBatchException:
-            self._cancelled("batch")
-
-    def _outside_epoch(self, event: str) -> None:
-        try:
-            self._outside_batch(event)
-        except CancelEpochException:
-            self._cancelled("epoch")
-
-    def _cancelled(self, what: str) -> None:
-        """Fire `after_cancel_<what>`. What is raised in it to cancel the same or a part of it has nothing to end."""
-        fire = {"batch": self, "epoch": self._outside_batch, "train": self._outside_epoch}[what]
-        try:
-            fire(f"after_cancel_{what}")
-        except _CANCEL[what]:
-            pass  # it is cancelled already
-
-    def _prepare(self, epochs, learn, resume) -> None:
+    def _prepare(self, epochs: int, learn: Any, resume: str | Path | None) -> None:
         if self._fitting:
             raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
@@ -234,77 +283,68 @@ class Runner:
                 f"{', '.join(missing)}: write run.fit(epochs, learn)"
             )
         check_instances(learn.model, learn.opt, learn.loss_func)
-        loop = {"the loop": ("step", "zero_grad")}
-        optimiser.check(learn.opt, {**loop, **{type(cb).__name__: cb._needs_opt for cb in self.cbs}})
-        self.epochs, self.learn, self.stop_reason, self._told = epochs, learn, None, False
+        optimiser.check(learn.opt, {"the loop": ("step", "zero_grad"), **{_owner(cb): cb._needs_opt for cb in self.cbs}})
+        self.__dict__.update(RUN_STATE, logger=self.logger, epochs=epochs, learn=learn)
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
-        self.epoch, self.iter, self.iters, self.dl, self.n_iter, self.n_epochs = 0, None, None, None, 0, 0.0
-        self.xb = self.yb = self.pred = self._before_pass = None
-        self.loss, self.in_train = torch.tensor(0.0), False
-        self._borrowed = {name: getattr(self, name) for name in _LENT}
+        self.epoch, self.n_iter, self.n_epochs, self.loss = 0, 0, 0.0, torch.tensor(0.0)
+        self._lent = {name: getattr(self, name) for name in ("model", "opt", "loss_func", "data", "logger")}
+        self._warned = False
         self._parts.reset()
         for cb in self.cbs:
-            cb.set_runner(self)  # a callback may have been in another run since
+            cb.set_runner(self)  # it may have been in another run since
         self._handlers = self._resolve()
-        self.resumed_from, self._resumed = (None, None) if resume is None else resuming.find(resume, self)
-        self.opt.zero_grad()  # an earlier fit may have been cut between backward and step
+        state = None
+        if resume is not None:
+            self.resumed_from, state = resuming.find(resume, self)
+        self._resume = resuming.Resume(self, state)
+        self.opt.zero_grad()  # an earlier fit may have ended between backward and step
         self._fitting = True
 
     def _finish(self, failed: bool) -> None:
-        """Fire `after_fit` for every callback, whatever the others do, and put back what was lent; raise the first
-        error met here, unless the fit has `failed` and its own error is on the way."""
-        failures = []
+        """Fire `after_fit` for every callback, and put back what they replaced. Raise the first error met here, unless
+        the fit has `failed`: then its own error is under way."""
+        failures: list[BaseException] = []
         for handler in self._handlers["after_fit"]:
             try:
-                self._last_call(handler)
+                self._scope("train", handler)
             except BaseException as e:
                 failures.append(e)
         self._fitting = self.in_train = False
-        self.__dict__.update(self._borrowed)
+        self.__dict__.update(self._lent, **SIGNALS)
         self._parts.reset()
         for name in ("pred", "loss"):  # the last batch's graph is not kept
             if isinstance(value := getattr(self, name), torch.Tensor):
                 setattr(self, name, value.detach())
         first = None if failed or not failures else failures.pop(0)
-        for e in failures:  # only one error can be raised; the others are shown
+        for error in failures:  # only one error can be raised; the others are shown
             print("fastrbn: one more error, in after_fit:", file=sys.stderr)
-            traceback.print_exception(type(e), e, e.__traceback__)
+            traceback.print_exception(type(error), error, error.__traceback__)
         if first is not None:
             self.stop_reason = f"{type(first).__name__} {self._where(first)}: {first}"
             raise first
 
-    def _last_call(self, call) -> None:
-        """Call it after the end, when there is nothing left to cancel: a cancel has its event, and that is all."""
-        try:
-            call()
-        except tuple(_CANCEL.values()) as e:
-            what = next(what for what, kind in _CANCEL.items() if isinstance(e, kind))
-            self._last_call(lambda: self._cancelled(what))  # which lets only larger cancels out
+    def _resolve(self) -> dict[str, tuple[Callable[[], Any], ...]]:
+        """The handlers of each event, in order: methods that override the base class's no-op. Callbacks that name the
+        event in `_last` come last."""
 
-    def _resolve(self) -> dict[str, tuple]:
-        """The handlers of each event, in order, and after them those of callbacks that want to be last in it: only
-        methods that are not the base class's no-op."""
-
-        def overrides(cb, event):
+        def overrides(cb: Callback, event: str) -> bool:
             return event in vars(cb) or getattr(type(cb), event) is not getattr(Callback, event)
 
         ordered = {e: sorted(self.cbs, key=lambda cb: e in cb._last) for e in EVENTS}  # noqa: B023
         return {e: tuple(getattr(cb, e) for cb in ordered[e] if overrides(cb, e)) for e in EVENTS}
 
-    def _free_name(self, cb) -> str:
+    def _free_name(self, cb: Callback) -> str:
         name = cb.name
         if name in RUN_STATE or hasattr(type(self), name):
-            raise ValueError(
-                f"a callback named {type(cb).__name__} would be run.{name}, which is the run's own: rename the class"
-            )
+            raise ValueError(f"the name `{name}` is reserved on Runner; rename the class {type(cb).__name__}")
         taken, n = name, 1
         while taken in vars(self):
             n += 1
             taken = f"{name}_{n}"
         return taken
 
-    def _where(self, error=None) -> str:
-        """In words: the callback an error came from, phase, epoch, batch."""
+    def _where(self, error: BaseException | None = None) -> str:
+        """In words: the callback that an error came from, phase, epoch, batch."""
         place = "in training" if self.in_train else "in validation"
         if self.iter is None:
             place = "before the first batch" if self.dl is None else f"{place} before its first batch"
@@ -313,48 +353,30 @@ class Runner:
         for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
             owner = frame.f_locals.get("self")
             if frame.f_code.co_name in EVENTS and isinstance(owner, Callback):
-                return f"in {type(owner).__name__}.{frame.f_code.co_name}, {place}"
+                return f"in {_owner(owner)}.{frame.f_code.co_name}, {place}"
         return place
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         hint = "" if name.startswith("_") else suggestion(name, vars(self))
         raise AttributeError(f"the run has no attribute '{name}', and no callback of that name.{hint}")
 
-    def __repr__(self):
-        return f"Runner([{', '.join(type(cb).__name__ for cb in self.cbs)}])"
+    def __repr__(self) -> str:
+        return f"Runner([{', '.join(map(_owner, self.cbs))}])"
 
 
-def _as_list(value) -> list:
+def _owner(handler: Any) -> str:
+    """The class name of a callback, or of a handler's callback."""
+    return type(getattr(handler, "__self__", handler)).__name__
+
+
+def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _make(cb) -> Callback:
+def _make(cb: Any) -> Callback:
     made = cb() if callable(cb) and not isinstance(cb, Callback) else cb
     if not isinstance(made, Callback):
         raise TypeError(f"callbacks derive from fastrbn.Callback; got {made!r} of type {type(made).__name__}")
     return made
-
-
-def _length(dl) -> int | None:
-    try:
-        return len(dl)
-    except TypeError:  # an iterable data set has none; then positions within the epoch are unknown
-        return None
-
-
-def _pair(batch):
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch
-    advice = "wrap the loader, or give a DataLoader a collate_fn that returns a pair"
-    if isinstance(batch, torch.Tensor):
-        got = f"a tensor of shape {tuple(batch.shape)}"
-    elif isinstance(batch, dict):
-        names = list(batch)
-        got = f"a dictionary with {', '.join(map(repr, names))}"
-        if len(names) > 1:
-            advice += f", such as (batch[{names[0]!r}], batch[{names[1]!r}])"
-    else:
-        got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
-    raise TypeError(f"a loader must yield pairs (xb, yb), tuples or lists of two; got {got}: {advice}")

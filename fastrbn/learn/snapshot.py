@@ -1,117 +1,62 @@
-"""Snapshots of all that training changes: model, optimiser, random states. To try something and take it back."""
+"""Keep and restore what training changes: in memory (`Snapshot`), or as plain data for a file.
+
+In memory the same objects get their values back. Plain data goes by name, so that another process can load it; names
+are those without `torch.compile`.
+"""
 
 from __future__ import annotations
 
 import collections
 import copy
-import importlib
-import random
-import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from fastrbn.random_state import RandomState
+
+__all__ = [
+    "RandomState",
+    "Snapshot",
+    "load_module_state",
+    "load_opt_state",
+    "load_plain_state_dict",
+    "module_state",
+    "plain_name",
+    "plain_state_dict",
+]
 
 _PLAIN = (bool, int, float, str, type(None))  # attributes of a module that count or switch, such as `training`
 
 
-class RandomState:
-    """The states of PyTorch's generators (CPU and every accelerator in use), Python's and NumPy's.
-
-    `loaders`: their own generators, those of their samplers too, and what their `state_dict` holds belong to it.
-    """
-
-    def __init__(self, loaders=()):
-        self._torch = torch.get_rng_state()
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self._devices = [(m, m.get_rng_state_all()) for m in (torch.cuda, torch.xpu) if _in_use(m)]
-        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        self._generators = [(g, g.get_state()) for g in _generators(loaders)]
-        self._loaders = [(dl, dl.state_dict()) for dl in loaders if hasattr(dl, "load_state_dict")]
-
-    def restore(self, loaders=True) -> None:
-        """Put all of it back; without `loaders` (what their `state_dict` held stays, their generators do not)."""
-        torch.set_rng_state(self._torch)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        for module, states in self._devices:
-            for device, state in zip(range(module.device_count()), states):
-                module.set_rng_state(state, device)
-        if self._mps is not None:
-            torch.mps.set_rng_state(self._mps)
-        for generator, state in self._generators:
-            generator.set_state(state)
-        for loader, state in self._loaders if loaders else ():
-            loader.load_state_dict(state)
-
-    def state_dict(self) -> dict:
-        """The same in tensors, numbers, strings, lists and dictionaries, for a file."""
-        numpy = self._numpy and [self._numpy[0], torch.tensor(self._numpy[1].tolist()), *self._numpy[2:]]
-        return {
-            "torch": self._torch,
-            "python": [self._python[0], list(self._python[1]), self._python[2]],
-            "numpy": numpy,
-            "devices": {module.__name__.removeprefix("torch."): states for module, states in self._devices},
-            "mps": self._mps,
-            "generators": [state for _, state in self._generators],
-            "loaders": [state for _, state in self._loaders],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` gave, perhaps in another process, so that `restore` puts that back. An
-        accelerator that is not here is left out. ValueError for loaders with other generators."""
-        for kind, here in (("generators", self._generators), ("loaders", self._loaders)):
-            if len(state[kind]) != len(here):
-                raise ValueError(
-                    f"random states are put back into the loaders they came from: those had {len(state[kind])} {kind} "
-                    f"with a state, these have {len(here)}; make the loaders as they were made then"
-                )
-        self._torch, self._mps = state["torch"], state["mps"] if torch.backends.mps.is_available() else None
-        self._python = (state["python"][0], tuple(state["python"][1]), state["python"][2])
-        self._numpy = None
-        if state["numpy"] is not None:
-            name, keys, *rest = state["numpy"]
-            self._numpy = (name, importlib.import_module("numpy").array(keys.tolist(), dtype="uint32"), *rest)
-        modules = ((name, getattr(torch, name, None)) for name in state["devices"])
-        self._devices = [(m, state["devices"][name]) for name, m in modules if m is not None and m.is_available()]
-        self._generators = [(g, s) for (g, _), s in zip(self._generators, state["generators"])]
-        self._loaders = [(dl, s) for (dl, _), s in zip(self._loaders, state["loaders"])]
-
-
-def plain_name(name: str) -> str:
-    """A parameter's or module's name as it is without `torch.compile`, which puts `_orig_mod.` before it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def plain_state_dict(module) -> dict:
-    """`module.state_dict()` under plain names: it loads into the model that was not compiled."""
-    state = module.state_dict()
-    plain = collections.OrderedDict((plain_name(name), value) for name, value in state.items())
-    plain._metadata = {plain_name(name): value for name, value in getattr(state, "_metadata", {}).items()}
-    return plain
-
-
-def load_plain_state_dict(module, state) -> None:
-    """Load what `plain_state_dict` gave into a module that may be compiled."""
-    here = {plain_name(name): name for name in module.state_dict()}
-    renamed = collections.OrderedDict((here.get(plain_name(name), name), v) for name, v in state.items())
-    if hasattr(state, "_metadata"):
-        modules = [name for name, _ in module.named_modules()]
-        renamed._metadata = {n: state._metadata[plain_name(n)] for n in modules if plain_name(n) in state._metadata}
-    module.load_state_dict(renamed)
-
-
 class Snapshot:
-    """Parameters, buffers and plain attributes of `modules` (such as the model and a loss function with parameters),
-    state and groups of `opt`, and the random states.
+    """Keeps modules, an optimiser and the random states; `restore`, or the end of a `with` block, puts them back.
 
-    `restore` puts all of it back, bit for bit, into the same objects where they still are what they were: what else
-    refers to a parameter or to a group keeps referring to it. A model that was moved to another device stays there.
-    ValueError for lazy modules that have not been initialised: there is nothing to put back yet.
+    Tensors get their values back in place, bit for bit, so whatever refers to a parameter or a param group keeps
+    referring to it. Of other attributes, plain ones (numbers, strings, None) are restored and new ones removed. A model
+    that was moved to another device stays there.
+
+    Parameters
+    ----------
+    modules : iterable of nn.Module
+        Such as the model, and a loss function with parameters.
+    opt : torch.optim.Optimizer, optional
+        Its state and param groups.
+    loaders : iterable, default ()
+        Their random states; see `RandomState`.
+    parameters : bool, default True
+        False keeps no copy of the parameters' values, for code that does not train.
+
+    Raises
+    ------
+    ValueError
+        If a module is lazy and not initialised yet.
     """
 
-    def __init__(self, modules, opt, loaders=()):
+    def __init__(self, modules: Iterable[nn.Module], opt: Any = None, loaders: Iterable[Any] = (), parameters: bool = True):
+        modules = list(modules)
         lazy = [n for m in modules for n, t in (*m.named_parameters(), *m.named_buffers()) if is_lazy(t)]
         if lazy:
             raise ValueError(
@@ -119,71 +64,147 @@ class Snapshot:
                 f"give it a batch first, as in learn.model(xb)"
             )
         self._random = RandomState(loaders)
-        self._modules = [(m, *_module_state(m)) for module in modules for m in module.modules()]
+        self._modules = [_Kept(m, parameters) for module in modules for m in module.modules()]
         self._opt = opt
-        self._state = {p: copy.deepcopy(s) for p, s in opt.state.items()}
-        self._groups = [
-            {k: list(v) if k == "params" else copy.deepcopy(v) for k, v in g.items()} for g in opt.param_groups
-        ]
+        if opt is not None:
+            self._state = {p: copy.deepcopy(s) for p, s in opt.state.items()}
+            self._groups = list(map(_copied_group, opt.param_groups))
 
     @torch.no_grad()
     def restore(self) -> None:
-        for module, tensors, plain in self._modules:
-            _restore_module(module, tensors, plain)
-        self._opt.state.clear()
-        self._opt.state.update({p: copy.deepcopy(s) for p, s in self._state.items()})
-        del self._opt.param_groups[len(self._groups) :]
-        for group, saved in zip(self._opt.param_groups, self._groups):
-            group.clear()
-            group.update({k: list(v) if k == "params" else copy.deepcopy(v) for k, v in saved.items()})
+        """Put everything back."""
+        for kept in self._modules:
+            kept.restore()
+        if self._opt is not None:
+            self._opt.state.clear()
+            self._opt.state.update({p: copy.deepcopy(s) for p, s in self._state.items()})
+            del self._opt.param_groups[len(self._groups) :]
+            for group, saved in zip(self._opt.param_groups, self._groups):
+                group.clear()
+                group.update(_copied_group(saved))
         self._random.restore()
 
+    def __enter__(self) -> Snapshot:
+        return self
 
-def _in_use(module) -> bool:
-    return module.is_available() and module.is_initialized()
-
-
-def _generators(loaders):
-    for loader in loaders:
-        batches = getattr(loader, "batch_sampler", None)
-        for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-            yield from (v for v in getattr(holder, "__dict__", {}).values() if isinstance(v, torch.Generator))
+    def __exit__(self, *error: object) -> None:
+        self.restore()
 
 
-def _tables(module):
-    return {"_parameters": module._parameters, "_buffers": module._buffers, "": vars(module)}
+class _Kept:
+    """One module, without its children: parameters, buffers, and what else its attributes hold."""
+
+    def __init__(self, module: nn.Module, parameters: bool):
+        self.tables: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
+        self.names = [set(table) for table in self.tables]
+        self.tensors = [
+            (table, name, value, value.detach().clone() if parameters or table is not module._parameters else None)
+            for table in self.tables
+            for name, value in table.items()
+            if isinstance(value, Tensor)
+        ]
+        self.plain = [(t, n, value) for t in self.tables for n, value in t.items() if isinstance(value, _PLAIN)]
+
+    def restore(self) -> None:
+        for table, names in zip(self.tables, self.names):
+            for name in table.keys() - names:
+                del table[name]
+        for table, name, original, saved in self.tensors:
+            table[name] = original if saved is None else _filled(original, saved, table.get(name))
+        for table, name, value in self.plain:
+            table[name] = value
 
 
-def _module_state(module):
-    tensors = {
-        (table, name): (value, value.detach().clone())
-        for table, values in _tables(module).items()
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
-    missing = {(t, n): None for t, values in _tables(module).items() for n in values if t and values[n] is None}
-    return {**tensors, **missing}, plain
-
-
-def _restore_module(module, tensors, plain):
-    for table, values in _tables(module).items():
-        known = {n for t, n in tensors if t == table} | (set() if table else set(plain))
-        for name, value in list(values.items()):
-            if isinstance(value, (torch.Tensor, *_PLAIN)) and name not in known:
-                del values[name]  # it was made since
-        for (t, name), kept in tensors.items():
-            if t == table:
-                values[name] = None if kept is None else _filled(*kept, values.get(name))
-    vars(module).update(plain)
-
-
-def _filled(original, saved, current):
-    """The tensor to put back: the original object, unless the model was moved since."""
-    moved = isinstance(current, torch.Tensor) and current.device != original.device
+def _filled(original: Tensor, saved: Tensor, current: Any) -> Tensor:
+    """The tensor to put back, with the saved value: the original object, unless the model was moved since."""
+    moved = isinstance(current, Tensor) and current.device != original.device
     target = current if moved and current.shape == saved.shape else original
     if target.shape != saved.shape:
         target.data = saved.to(target.device)
-    else:
-        target.copy_(saved)
+    elif target.is_meta or target.layout != torch.strided or not torch.equal(target, saved.to(target.device)):
+        target.copy_(saved)  # only if it has changed: a graph may have saved this tensor for its backward pass
     return target
+
+
+def _copied_group(group: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if k == "params" else copy.deepcopy(v) for k, v in group.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the `_orig_mod.` that `torch.compile` puts before it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def plain_state_dict(module: nn.Module) -> dict[str, Any]:
+    """`module.state_dict()` under plain names: it loads into the model that was not compiled."""
+    state = module.state_dict()
+    plain: Any = collections.OrderedDict((plain_name(name), value) for name, value in state.items())
+    plain._metadata = {plain_name(name): value for name, value in getattr(state, "_metadata", {}).items()}
+    return plain
+
+
+def load_plain_state_dict(module: nn.Module, state: dict[str, Any]) -> None:
+    """Load what `plain_state_dict` returned into a module that may be compiled."""
+    here = {plain_name(name): name for name in module.state_dict()}
+    renamed: Any = collections.OrderedDict((here.get(plain_name(name), name), v) for name, v in state.items())
+    if hasattr(state, "_metadata"):
+        modules = [name for name, _ in module.named_modules()]
+        renamed._metadata = {n: state._metadata[plain_name(n)] for n in modules if plain_name(n) in state._metadata}
+    module.load_state_dict(renamed)
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """All that training changes in a module, by name. Tensors are the module's own, not copies."""
+    weights = plain_state_dict(module)
+    named = [(plain_name(name), p) for name, p in module.named_parameters()]
+    return {
+        "model": weights,
+        "buffers": {name: b for n, b in module.named_buffers() if (name := plain_name(n)) not in weights},
+        "switches": {f"{plain_name(n)}.{k}": v for n, m in module.named_modules() for k, v in _switches(m)},
+        "frozen": [name for name, p in named if not p.requires_grad],
+        "grads": {name: p.grad for name, p in named if p.grad is not None},  # accumulated so far
+    }
+
+
+@torch.no_grad()
+def load_module_state(root: nn.Module, state: dict[str, Any]) -> None:
+    """Load what `module_state` returned."""
+    load_plain_state_dict(root, state["model"])
+    modules = {plain_name(name): m for name, m in root.named_modules()}
+    for name, saved in state["buffers"].items():
+        module, _, own = plain_name(name).rpartition(".")
+        buffers = modules[module]._buffers
+        now = buffers.get(own)
+        buffers[own] = saved.clone() if now is None else saved.to(now.device, copy=True)
+    switches = {plain_name(name): value for name, value in state["switches"].items()}
+    for name, m in root.named_modules():
+        for attr, _ in list(_switches(m)):
+            if (key := f"{plain_name(name)}.{attr}") in switches:
+                setattr(m, attr, switches[key])
+    frozen = set(map(plain_name, state["frozen"]))
+    grads = {plain_name(name): grad for name, grad in state["grads"].items()}
+    for name, p in root.named_parameters():
+        p.requires_grad_(plain_name(name) not in frozen)
+        grad = grads.get(plain_name(name))
+        p.grad = None if grad is None else grad.to(p.device, copy=True)
+
+
+def load_opt_state(opt: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load `opt.state_dict()` of another process, in the saved dtypes and into the tensors that hold rates here."""
+    tensors = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in opt.param_groups]
+    both = zip(opt.param_groups, saved["param_groups"])
+    saved = {**saved, "param_groups": [{**now, **then} for now, then in both]}  # settings that only this one has stay
+    opt.load_state_dict(saved)
+    for group, kept in zip(opt.param_groups, tensors):
+        for name, value in kept.items():  # a compiled or captured optimiser reads its rate from this very tensor
+            group[name] = value.copy_(torch.as_tensor(group[name]))
+    indices = (i for g in saved["param_groups"] for i in g["params"])
+    for i, p in zip(indices, (p for g in opt.param_groups for p in g["params"])):
+        for name, value in saved["state"].get(i, {}).items():
+            now = opt.state[p].get(name)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                opt.state[p][name] = value.to(now.device, copy=True)  # torch cast it to the parameter's dtype
+
+
+def _switches(module: nn.Module) -> Iterator[tuple[str, bool]]:
+    return ((k, v) for k, v in vars(module).items() if isinstance(v, bool) and not k.startswith("_"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from fastrbn.learn.snapshot import RandomState
+from fastrbn.random_state import RandomState
 from fastrbn.util import whole
 
 from .groups import merge_over_ranks

@@ -48,7 +48,7 @@ def test_private_helpers_and_other_methods_may_have_any_name():
     assert cls()._begin_bacth() == 1
 
 
-def test_reading_what_the_callback_lacks_reads_the_run():
+def test_attributes_that_the_callback_lacks_are_read_from_the_run():
     class Reader(Callback):
         def after_loss(self):
             self.read = (self.loss, self.xb, self.in_train, self.opt)
@@ -63,13 +63,13 @@ def test_reading_what_the_callback_lacks_reads_the_run():
     assert reader.read[2] is False  # the last batch is one of validation
 
 
-@pytest.mark.parametrize("name", ["loss", "xb", "yb", "pred", "model", "n_iter", "stop_reason", "logger"])
-def test_assigning_what_is_the_runs_says_how_to_write_it(name):
+@pytest.mark.parametrize("name", ["loss", "xb", "yb", "pred", "model", "n_iter", "stop_reason", "logger", "accumulating", "averaged"])
+def test_assigning_an_attribute_of_the_run_raises_and_shows_the_right_form(name):
     with pytest.raises(AttributeError, match=rf"Keeper may not set self\.{name}.*self\.run\.{name} = "):
         setattr(Keeper(), name, 1)
 
 
-def test_assigning_what_is_the_runs_fails_within_a_fit():
+def test_assigning_an_attribute_of_the_run_fails_during_a_fit():
     class Sets(Callback):
         def after_loss(self):
             self.loss = self.run.loss * 2
@@ -78,7 +78,7 @@ def test_assigning_what_is_the_runs_fails_within_a_fit():
         Runner([Sets]).fit(1, make_learn())
 
 
-def test_an_unknown_attribute_names_callback_and_attribute_and_the_nearest():
+def test_an_unknown_attribute_error_names_callback_attribute_and_the_closest():
     cb = Keeper()
     Runner([cb])
     with pytest.raises(AttributeError, match="neither Keeper nor its run has an attribute 'sise'.*Did you mean 'size'"):
@@ -118,7 +118,7 @@ def test_copies_keep_their_state_and_leave_the_run_behind(how, attached):
     assert other.run is run
 
 
-def test_a_copy_made_within_a_fit_works():
+def test_a_copy_made_during_a_fit_works():
     class Copies(Callback):
         def after_batch(self):
             self.run.copied = copy.deepcopy(self)

@@ -30,7 +30,7 @@ class Other(Takes):
     pass
 
 
-def test_each_part_is_called_where_it_belongs():
+def test_each_part_is_called_at_its_place():
     trace = []
 
     def forward(function, *args):
@@ -67,7 +67,7 @@ def test_each_part_is_called_where_it_belongs():
     assert torch.equal(learn.model.weight, plain.model.weight)
 
 
-def test_the_weighed_loss_is_differentiated_and_the_runs_own_stays():
+def test_the_weighed_loss_is_differentiated_and_run_loss_is_unchanged():
     class Sees(Callback):
         def after_backward(self):
             self.run.seen = (self.run.loss.item(), self.run.model.bias.grad.clone())
@@ -82,15 +82,15 @@ def test_the_weighed_loss_is_differentiated_and_the_runs_own_stays():
     assert torch.equal(seen[0][1] / 4, seen[1][1])
 
 
-def test_a_second_owner_is_an_error_that_names_both_and_takes_nothing():
+def test_a_second_claim_of_a_part_raises_naming_both_owners_and_claims_nothing():
     run = Runner([Takes(step=lambda opt: opt.step()), Other(backward=lambda loss: None, step=lambda opt: None)])
-    words = "each part of a step belongs to one callback; Other claims 'step', which Takes has already: leave one"
+    words = "each part of a step belongs to one callback; Other claims 'step', which Takes has already: remove one"
     with pytest.raises(RuntimeError, match=words):
         run.fit(1, make_learn())
     assert run.stop_reason.startswith("RuntimeError in Other.begin_fit")
 
 
-def test_a_fit_that_fails_gives_the_parts_back():
+def test_a_failed_fit_releases_the_claimed_parts():
     learn = make_learn()
     before = learn.model.weight.clone()
     run = Runner([Takes(backward=lambda loss: 1 / 0)])
@@ -115,17 +115,17 @@ def test_a_fit_that_fails_gives_the_parts_back():
     ],
     ids=["unknown", "no function"],
 )
-def test_what_is_no_part_or_no_function_is_an_error(functions, error, words):
+def test_claiming_an_unknown_part_or_a_non_function_raises(functions, error, words):
     with pytest.raises(error, match=words):
         Runner([Takes(**functions)]).fit(1, make_learn())
 
 
-def test_parts_are_claimed_within_a_fit():
-    with pytest.raises(RuntimeError, match="claimed for a fit, in begin_fit"):
+def test_parts_can_be_claimed_only_during_a_fit():
+    with pytest.raises(RuntimeError, match="claimed only during a fit"):
         Runner().claim(Takes(), step=print)
 
 
-def test_a_callback_that_is_removed_is_gone_by_name_and_event():
+def test_a_removed_callback_has_no_name_and_gets_no_events():
     class Counts(Callback):
         n = 0
 
@@ -142,7 +142,7 @@ def test_a_callback_that_is_removed_is_gone_by_name_and_event():
         run.remove_cbs(counts)
 
 
-def test_a_callback_removed_within_a_fit_takes_part_until_its_end():
+def test_a_callback_removed_during_a_fit_takes_part_until_its_end():
     class Leaves(Callback):
         ends = 0
 

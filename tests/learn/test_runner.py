@@ -113,7 +113,7 @@ def test_without_validation_data_there_is_no_validation():
     assert fit_trace(n_valid=0, epochs=2) == ["begin_fit", *full(n_valid=0) * 2, "after_fit"]
 
 
-def test_no_epochs_are_a_beginning_and_an_end():
+def test_zero_epochs_fire_begin_fit_and_after_fit():
     assert fit_trace(epochs=0) == ["begin_fit", "after_fit"]
 
 
@@ -121,7 +121,7 @@ def test_an_empty_loader_is_an_epoch_without_batches():
     assert fit_trace(n_train=0) == ["begin_fit", *full(n_train=0), "after_fit"]
 
 
-def test_what_the_run_knows_at_each_batch():
+def test_the_position_that_the_run_holds_at_each_batch():
     class Looks(Callback):
         def begin_fit(self):
             self.rows = []
@@ -187,7 +187,7 @@ def expected_after_cancel(what, event):
 
 @pytest.mark.parametrize("what", CANCELS)
 @pytest.mark.parametrize("event", EVENTS[:11])
-def test_a_cancel_leaves_what_it_says_and_nothing_else(what, event):
+def test_a_cancel_ends_its_scope_and_nothing_else(what, event):
     run = traced(Raises(event, CANCELS[what]()))
     run.fit(1, make_learn())
     assert run.trace == expected_after_cancel(what, event)
@@ -237,14 +237,14 @@ def test_handlers_after_the_one_that_cancels_do_not_see_the_event():
     ]
 
 
-def test_a_batch_that_is_cancelled_before_the_step_takes_none():
+def test_a_batch_cancelled_before_the_step_takes_no_step():
     learn = make_learn(n_train=1, n_valid=0)
     before = learn.model.weight.detach().clone()
     Runner([Raises("after_backward", CancelBatchException())]).fit(1, learn)
     assert torch.equal(learn.model.weight, before)
 
 
-def test_a_cancelled_batchs_gradients_wait_for_the_next_step():
+def test_gradients_of_a_cancelled_batch_are_kept_for_the_next_step():
     learn = make_learn(n_train=2, n_valid=0)
     by_hand = pickle.loads(pickle.dumps(learn.model))
     for xb, yb in learn.data.train_dl:
@@ -263,7 +263,7 @@ def test_the_text_of_a_cancel_is_the_stop_reason():
 
 
 @pytest.mark.parametrize("value", [False, 1])
-def test_what_a_handler_returns_means_nothing(value):
+def test_return_values_of_handlers_are_ignored(value):
     assert fit_trace(type("Says", (Callback,), dict.fromkeys(EVENTS, lambda self: value))) == fit_trace()
 
 
@@ -386,7 +386,7 @@ def test_an_error_in_the_loader_ends_the_fit_cleanly(error, which, at):
     check_ended(run, learn, keepers, error)
 
 
-def test_an_error_in_one_after_fit_does_not_keep_the_others_from_theirs(capsys):
+def test_an_error_in_one_after_fit_does_not_skip_the_others(capsys):
     keepers, learn = [Keeps(), Keeps()], make_learn()
     run = Runner([keepers[0], Raises("after_fit", ValueError("one")), Raises("after_fit", OSError("two")), keepers[1]])
     with pytest.raises(ValueError, match="one"):
@@ -426,7 +426,7 @@ class Replaces(Callback):
 
 
 @pytest.mark.parametrize("error", [None, *ERRORS, CancelTrainException()], ids=lambda e: type(e).__name__)
-def test_what_callbacks_replace_is_put_back(error):
+def test_attributes_that_callbacks_replace_are_restored(error):
     learn = make_learn()
     weight = learn.model.weight.detach().clone()
     run = Runner([Replaces(), *([Raises("after_step", error)] if error else [])])
@@ -510,7 +510,7 @@ def test_callbacks_are_reachable_by_name_and_a_second_one_by_number():
     assert run.other is other
 
 
-def test_callbacks_run_by_order_and_equal_orders_as_given():
+def test_callbacks_run_by_order_and_equal_orders_in_the_order_given():
     said = []
 
     def says(word, order=0):
@@ -520,7 +520,7 @@ def test_callbacks_run_by_order_and_equal_orders_as_given():
     assert said == ["z", "a", "b", "c", "d"]
 
 
-def test_a_run_has_one_train_eval_callback_also_when_one_is_given():
+def test_a_run_has_exactly_one_train_eval_callback():
     class Mine(TrainEvalCallback):
         pass
 
@@ -528,7 +528,7 @@ def test_a_run_has_one_train_eval_callback_also_when_one_is_given():
     assert [type(cb).__name__ for cb in Runner([Mine]).cbs] == ["Mine"]
 
 
-def test_added_callbacks_take_part_and_one_added_within_a_fit_from_the_next():
+def test_callbacks_added_during_a_fit_take_part_from_the_next_one():
     class Adds(Callback):
         def begin_fit(self):
             if not hasattr(self.run, "trace_cb"):
@@ -544,7 +544,7 @@ def test_added_callbacks_take_part_and_one_added_within_a_fit_from_the_next():
     assert run.trace[-1] == "after_fit"
 
 
-def test_a_callback_that_was_in_another_run_belongs_to_the_one_that_fits():
+def test_a_callback_shared_by_two_runs_belongs_to_the_one_that_fits():
     cb = Trace()
     one, two = Runner([cb]), Runner([cb])
     one.trace, two.trace = [], []
@@ -555,7 +555,7 @@ def test_a_callback_that_was_in_another_run_belongs_to_the_one_that_fits():
 @pytest.mark.parametrize(
     "wrong", [3, "Recorder", lambda: 3, dict, object()], ids=["number", "name", "function", "class", "object"]
 )
-def test_what_is_no_callback_is_an_error(wrong):
+def test_something_that_is_not_a_callback_raises(wrong):
     with pytest.raises(TypeError, match=r"callbacks derive from fastrbn\.Callback; got"):
         Runner([wrong])
 
@@ -585,7 +585,7 @@ def test_epochs_must_be_a_whole_number(epochs):
         Runner().fit(epochs, make_learn())
 
 
-def test_fit_without_a_learner_says_what_is_missing():
+def test_fit_without_a_learner_names_what_is_missing():
     with pytest.raises(TypeError, match=r"got NoneType without model, opt, loss_func, data: write run\.fit"):
         Runner().fit(1)
     with pytest.raises(TypeError, match="got Linear without opt, loss_func, data"):
@@ -598,7 +598,7 @@ def SimpleNamespaceLinear():  # a model in place of a Learner, as one writes in 
     return model
 
 
-def test_fit_without_a_learner_takes_the_last_one():
+def test_fit_without_a_learner_uses_the_last_one():
     run, learn = Runner(), make_learn()
     run.fit(1, learn)
     before = learn.model.weight.detach().clone()
@@ -607,7 +607,7 @@ def test_fit_without_a_learner_takes_the_last_one():
     assert not torch.equal(learn.model.weight, before)
 
 
-def test_a_fit_within_a_fit_is_an_error_and_the_outer_one_ends_well():
+def test_a_nested_fit_raises_and_the_outer_one_ends_normally():
     class Nests(Callback):
         def after_loss(self):
             self.run.fit(1, make_learn())
@@ -622,7 +622,7 @@ def test_a_fit_within_a_fit_is_an_error_and_the_outer_one_ends_well():
     assert keeper.ends == 2
 
 
-def test_a_second_run_may_fit_within_a_fit():
+def test_a_second_run_may_fit_during_a_fit():
     class Nests(Callback):
         def after_epoch(self):
             other = Runner()
@@ -653,7 +653,7 @@ def test_a_loader_without_a_length_counts_epochs_only():
     assert run.looks.seen == [(None, float(i // 3), i) for i in range(6)]
 
 
-def test_the_run_names_what_it_does_not_have():
+def test_an_unknown_attribute_of_the_run_is_named():
     run = Runner()
     with pytest.raises(AttributeError, match="no attribute 'recoder', and no callback of that name"):
         run.recoder  # noqa: B018
@@ -661,12 +661,12 @@ def test_the_run_names_what_it_does_not_have():
         run.n_epoch  # noqa: B018
 
 
-def test_reprs_are_short_and_true():
+def test_reprs_are_short_and_correct():
     assert repr(Runner([Trace])) == "Runner([TrainEvalCallback, Trace])"
     assert repr(make_learn()) == "Learner(Linear, SGD, cross_entropy)"
 
 
-def test_gradients_left_by_a_fit_that_was_cut_do_not_reach_the_next():
+def test_gradients_left_by_an_interrupted_fit_do_not_reach_the_next():
     learn = make_learn(n_valid=0)
     run = Runner([Raises("after_backward", CancelTrainException())])
     run.fit(1, learn)
@@ -695,14 +695,14 @@ def test_gradients_left_by_a_fit_that_was_cut_do_not_reach_the_next():
         (7, "got int"),
     ],
 )
-def test_a_batch_that_is_no_pair_says_what_came(batch, got):
+def test_a_batch_that_is_not_a_pair_is_described(batch, got):
     learn = make_learn()
     learn.data.train_dl = [batch]
     with pytest.raises(TypeError, match=f"must yield pairs .*{got}"):
         Runner().fit(1, learn)
 
 
-def test_a_class_in_place_of_an_instance_says_so_at_once():
+def test_a_class_in_place_of_an_instance_raises_at_once():
     learn = make_learn()
     model, opt, loss = learn.model, learn.opt, F.cross_entropy
     with pytest.raises(TypeError, match=r"got the class CrossEntropyLoss: write loss_func=CrossEntropyLoss\(\)"):
@@ -725,7 +725,7 @@ class SetsStop(Callback):
 
 
 @pytest.mark.parametrize(("cb", "how"), [(Returns, "return True in Returns.after_step"), (SetsStop, "run.stop = True")])
-def test_other_loops_ways_to_end_a_fit_are_told_once_a_fit(cb, how):
+def test_return_true_and_run_stop_warn_once_a_fit(cb, how):
     run = Runner(cb)
     with pytest.warns(UserWarning, match=f"{how} ends nothing: .* raises CancelTrainException") as told:
         run.fit(2, make_learn())
@@ -758,7 +758,7 @@ class CourseOptimizer:
                 p -= self.hypers[0]["lr"] * p.grad
 
 
-def test_an_optimiser_of_ones_own_trains():
+def test_a_custom_optimiser_trains():
     learn, sgd = make_learn(), make_learn()
     sgd.model.load_state_dict(learn.model.state_dict())
     sgd.data, sgd.opt = learn.data, torch.optim.SGD(sgd.model.parameters(), lr=0.5)
@@ -768,7 +768,7 @@ def test_an_optimiser_of_ones_own_trains():
     assert torch.allclose(learn.model.weight, sgd.model.weight)
 
 
-def test_what_an_optimiser_lacks_is_said_in_one_sentence_before_training():
+def test_an_incomplete_optimiser_is_refused_before_training():
     class Reads(Callback):
         _needs_opt = ("param_groups", "lr")
 
@@ -823,7 +823,7 @@ def test_a_module_put_into_evaluation_mode_stays_there_while_the_model_trains():
 
 
 @pytest.mark.parametrize("valid", [0, 1])
-def test_what_validation_or_the_user_left_in_evaluation_mode_as_a_whole_trains(valid):
+def test_a_model_in_evaluation_mode_as_a_whole_trains(valid):
     assert modes(nested().eval(), valid) == ALL
     body = nested()
     assert modes(body, valid) == ALL

@@ -102,8 +102,6 @@ class GraphMonitor(Callback):
     device. Attach it to find a leak, not always.
     """
 
-    _order = 95  # sees the loss that is differentiated, and what the other callbacks have stored
-
     def __init__(self, max_growth=0, every=50):
         for name, value, least in (("max_growth", max_growth, 0), ("every", every, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -238,7 +236,7 @@ class GraphMonitor(Callback):
             if cb is not self:
                 place = ours if type(cb).__module__.startswith("fastrbn.") else found
                 place += held.of_attributes(cb, f"{type(cb).__name__}.", {"run"}, seen)
-        own = RUN_STATE | {name for name in vars(run) if name.startswith("_")}
+        own = RUN_STATE.keys() | {name for name in vars(run) if name.startswith("_")}
         found += held.of_attributes(run, "run.", own, seen)
         found += held.of_attributes(run.learn, "learn.", RUN_STATE, seen)
         found += held.of_optimiser(run.opt, {p: name for name, p in run.model.named_parameters()})

@@ -30,8 +30,6 @@ class Profiler(Callback):
     has the validation in it too. The fit is slower while it records, and as fast as ever after it.
     """
 
-    _order = 3000  # a step ends when all others are done with the batch
-
     def __init__(self, path=None, steps=5, wait=2, warmup=2, rows=15, memory=False, shapes=False, stacks=False):
         for name, value, least in (("steps", steps, 1), ("wait", wait, 0), ("warmup", warmup, 1), ("rows", rows, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

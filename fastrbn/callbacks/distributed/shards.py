@@ -1,4 +1,4 @@
-"""Each rank's part of the data, for loaders that do not cut it themselves."""
+"""Each rank's part of the data, for loaders that do not shard themselves."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ import json
 import random
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from fastrbn.learn.ranks import Channel
+from fastrbn.random_state import generators
+
 _SHORT = (
-    "a last batch without a sample for each of the {world} processes is left out of training: there is nothing that "
-    "all of them could step on"
+    "a last batch without a sample for each of the {world} processes is left out of training, because all of them must "
+    "step together"
 )
 
 
-def shard(loader, rank, world, train):
-    """`loader`, or one in its place, that gives rank `rank` of `world` its part of each `world` batches.
+def shard(loader: Any, rank: int, world: int, train: bool) -> Any:
+    """`loader`, or one in its place, that yields the part of `rank` in every `world` batches.
 
-    Together the parts of a step are one batch of `world` times the size, in the same order; where the last one is
-    short its samples are spread evenly. Validation deals whole batches out in turn.
+    In training the parts of a step together are one batch of `world` times the size, in the same order; the samples of a
+    short last batch are spread evenly. In validation each rank gets whole batches in turn.
     """
     if callable(getattr(loader, "shard", None)):
         return loader.shard(rank, world, even=train)
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-        return loader  # cut already
+        return loader  # already sharded
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return Dealt(loader, rank, world, train)
     init = Seeded(rank, loader.worker_init_fn) if loader.num_workers else loader.worker_init_fn
@@ -46,26 +51,18 @@ def shard(loader, rank, world, train):
     )
 
 
-def generators(loader) -> list[torch.Generator]:
-    """Those that draw the order of `loader`; the ranks must have them in the same state."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = (v for h in holders for v in getattr(h, "__dict__", {}).values() if isinstance(v, torch.Generator))
-    return list({id(g): g for g in found}.values())
-
-
 class Part:
-    """A batch sampler: of each `world` batches of `batches`, this rank's."""
+    """A batch sampler: this rank's batch of every `world` in `batches`."""
 
-    def __init__(self, batches, rank, world, train):
+    def __init__(self, batches: Any, rank: int, world: int, train: bool):
         self.batches, self.rank, self.world, self.train = batches, rank, world, train
-        self.sampler = getattr(batches, "sampler", None)  # where snapshots look for a generator
-        self.seed, self.told = 0, rank != 0
+        self.sampler = getattr(batches, "sampler", None)  # RandomState looks for a generator here
+        self.seed, self.warned = 0, rank != 0
 
-    def __iter__(self):
-        # an order that comes from the global generator must be the same everywhere, and leave it where it was
+    def __iter__(self) -> Iterator[list[Any]]:
+        # an order drawn from the global generator must be the same on all ranks, and leave the generator unchanged
         with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(self.seed)  # alone: those of devices go on
+            torch.default_generator.manual_seed(self.seed)  # not the devices' generators
             every = [list(batch) for batch in self.batches]
         if not self.train:
             yield from every[self.rank :: self.world]
@@ -78,76 +75,76 @@ class Part:
             if group:
                 yield group[self.rank]
 
-    def _spread(self, group):
+    def _spread(self, group: list[list[Any]]) -> list[list[Any]]:
         rows = [row for batch in group for row in batch]
         if len(group) < self.world and getattr(self.batches, "drop_last", False):
             return []
         if len(rows) < self.world:
-            if rows and not self.told:
-                self.told = True
+            if rows and not self.warned:
+                self.warned = True
                 warnings.warn(_SHORT.format(world=self.world), stacklevel=2)
             return []
         least, more = divmod(len(rows), self.world)
         taken = iter(rows)
         return [list(itertools.islice(taken, least + (r < more))) for r in range(self.world)]
 
-    def __len__(self):
+    def __len__(self) -> int:
         n = len(self.batches)
         if not self.train:
             return len(range(self.rank, n, self.world))
         left = n % self.world
         if not left or getattr(self.batches, "drop_last", False):
             return n // self.world
-        # how many samples the last batches have
+        # the number of samples in the last batches decides
         size, samples = getattr(self.batches, "batch_size", None), getattr(self.sampler, "__len__", None)
         short = size is not None and samples is not None and samples() - (n - left) * size < self.world
         return n // self.world + (not short)
 
 
 class Dealt:
-    """Any iterable of batches: of each `world` batches this rank has its one. Each rank runs through all of them."""
+    """This rank's batch of every `world` in an iterable. Each rank iterates over all of them."""
 
-    def __init__(self, loader, rank, world, train):
+    def __init__(self, loader: Any, rank: int, world: int, train: bool):
         self.loader, self.rank, self.world, self.train = loader, rank, world, train
-        self.told = rank != 0
+        self.warned = rank != 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         while group := list(itertools.islice(batches, self.world)):
             if len(group) == self.world or not self.train and self.rank < len(group):
                 yield group[self.rank]
-            elif self.train and not self.told:
-                self.told = True
+            elif self.train and not self.warned:
+                self.warned = True
                 warnings.warn(
-                    f"an epoch's last batches are left out of training ({len(group)}): they cannot be dealt out to "
+                    f"an epoch's last batches are left out of training ({len(group)}): there is not one for each of the "
                     f"{self.world} processes",
                     stacklevel=2,
                 )
 
-    def __len__(self):
+    def __len__(self) -> int:
         n = len(self.loader)
         return n // self.world if self.train else len(range(self.rank, n, self.world))
 
     @property
-    def dataset(self):
+    def dataset(self) -> Any:
         return self.loader.dataset
 
 
 class Seeded:
-    """A worker_init_fn: workers of different ranks, which share the loader's generator, draw different numbers."""
+    """A worker_init_fn: workers of different ranks draw different numbers, although they share the loader's generator."""
 
-    def __init__(self, rank, inner):
+    def __init__(self, rank: int, inner: Callable[[int], Any] | None):
         self.rank, self.inner = rank, inner
 
-    def __call__(self, worker):
+    def __call__(self, worker: int) -> None:
         if self.rank:
             seed_all(torch.initial_seed(), self.rank)
         if self.inner is not None:
             self.inner(worker)
 
 
-def seed_all(*numbers) -> None:
-    """Seed the generators of PyTorch, Python and, where it is in use, NumPy with something that `numbers` decide."""
+def seed_all(*numbers: Any) -> None:
+    """Seed PyTorch, Python and, if it is in use, NumPy from `numbers`."""
     made = random.Random(repr(numbers))
     torch.manual_seed(made.getrandbits(63))
     random.seed(made.getrandbits(63))
@@ -155,27 +152,28 @@ def seed_all(*numbers) -> None:
         sys.modules["numpy"].random.seed(made.getrandbits(32))
 
 
-def share_order(loader, channel):
-    """What the order of the data depends on, from rank 0."""
-    states = [g.get_state() for g in generators(loader)]
+def share_order(loader: Any, channel: Channel) -> None:
+    """Give all ranks rank 0's generator states and loader state, which decide the order of the data."""
+    drawn_by = list(generators(loader))
+    states = [g.get_state() for g in drawn_by]
     channel.spread(states)
-    for g, state in zip(generators(loader), states):
+    for g, state in zip(drawn_by, states):
         g.set_state(state)
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         state = loader.state_dict()
         try:
             text = json.dumps(state)
         except TypeError:
-            text = ""  # not numbers and strings: it is its own affair
+            text = ""  # not numbers and strings, so not the state of a sharded loader of ours
         if text := channel.texts(text)[0]:
             loader.load_state_dict(json.loads(text))
 
 
-def with_loader(data, name, value):
-    """`data` with another loader."""
+def with_loader(data: Any, name: str, value: Any) -> Any:
+    """`data` with `value` as its loader `name`."""
     try:
         setattr(data, name, value)
-    except AttributeError:  # of a class that computes its loaders
+    except AttributeError:  # the class computes its loaders
         parts = {n: getattr(data, n) for n in ("train_dl", "valid_dl")}
         return SimpleNamespace(**{**parts, name: value})
     return data

@@ -44,8 +44,6 @@ class CompileCallback(Callback):
     False
     """
 
-    _order = 100  # after others have put their own around the model, or hooks into it
-
     def __init__(self, **compile_args: Any):
         known = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
         wrong = [name for name in compile_args if name not in known]

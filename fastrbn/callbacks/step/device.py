@@ -47,7 +47,6 @@ class CudaCallback(Callback):
     fast.ai course, part 2 (2019), notebook 06.
     """
 
-    _order = -2  # before whatever looks at parameters in begin_fit
     _needs_opt = ("param_groups", "state")
     _device: torch.device | None = None
 
@@ -111,8 +110,6 @@ class BatchTransformXCallback(Callback):
     ----------
     fast.ai course, part 2 (2019), notebook 06.
     """
-
-    _order = 2
 
     def __init__(self, tfm: Callable[[Any], Any]):
         if not callable(tfm):

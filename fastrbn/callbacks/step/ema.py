@@ -62,8 +62,6 @@ class EMA(Callback):
     TensorFlow's `ExponentialMovingAverage(num_updates=…)`.
     """
 
-    _order = 50  # after SaveBest, before HaltOnNaN and Checkpoint look at the trained weights again
-
     def __init__(self, decay: float = 0.999, warmup: bool = True, keep: bool = False):
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ValueError(f"EMA: decay must be a share of the old average, 0 or more and below 1; got {decay!r}")
@@ -118,7 +116,6 @@ class EMA(Callback):
         self._ended = True
 
     def after_fit(self) -> None:
-        vars(self.run).pop("averaged", None)
         self._put_back()
         if self.keep and self._averages and (self._ended or self.run.stop_reason is None):
             if all(bool(a.isfinite().all()) for a in self._averages.values()):

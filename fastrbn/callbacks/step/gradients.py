@@ -46,7 +46,6 @@ class GradientClip(Callback):
     torch.Size([])
     """
 
-    _order = 10  # after MixedPrecision has unscaled, before HaltOnNaN
     _needs_opt = ("param_groups",)
 
     def __init__(self, max_norm: float | None = None, norm_type: float = 2.0, value: float | None = None):
@@ -123,7 +122,6 @@ class GradientAccumulation(Callback):
     [3, 7, 11, 15]
     """
 
-    _order = -5  # before MixedPrecision unscales and others look at gradients that are not complete
     _needs_opt = ("param_groups",)
 
     def __init__(self, n: int):
@@ -179,9 +177,6 @@ class GradientAccumulation(Callback):
                 self.run("after_cancel_batch")
             finally:
                 self._closing = False
-
-    def after_fit(self) -> None:
-        vars(self.run).pop("accumulating", None)
 
     def state_dict(self) -> dict:
         return {"count": self._count, "first": self._first, "samples": self._samples}

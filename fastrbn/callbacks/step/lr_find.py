@@ -62,8 +62,6 @@ class LR_Find(Callback):
     (2019), notebook 05b.
     """
 
-    _order = 1
-    _last = frozenset({"after_fit"})  # what others leave in the model at the end is taken back as well
     _needs_opt = ("param_groups", "lr", "state")
 
     def __init__(self, max_iter: int = 100, min_lr: float = 1e-6, max_lr: float = 10):

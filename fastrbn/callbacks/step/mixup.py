@@ -52,8 +52,6 @@ class MixUp(Callback):
     Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; fast.ai course, part 2 (2019), notebook 10b.
     """
 
-    _order = 60  # after the batch is on its device and transformed, before HaltOnNaN keeps it
-
     def __init__(self, alpha: float = 0.4):
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
             raise ValueError(f"MixUp: alpha must be a finite number above 0, such as 0.4; got {alpha!r}")

@@ -62,7 +62,6 @@ class MixedPrecision(Callback):
     Micikevicius et al., "Mixed Precision Training", ICLR 2018.
     """
 
-    _order = -1  # the model is on its device; gradients are unscaled before others look at them
     _needs_opt = ("param_groups",)
 
     def __init__(self, dtype: str | torch.dtype = "bf16", init_scale: float = 2.0**16, growth_interval: int = 2000):

@@ -308,7 +308,6 @@ class ParamScheduler(Callback):
     fast.ai course, part 2 (2019), notebook 05.
     """
 
-    _order = 1
     _needs_opt = ("param_groups",)
 
     def __init__(self, pname: str, sched_funcs: Callable[[float], float] | list[Callable[[float], float]]):

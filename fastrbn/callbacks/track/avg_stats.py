@@ -70,7 +70,7 @@ class AvgStats:
         """Add the run's current batch: its `pred`, `yb` and `loss`. Does not wait for the device."""
         xb, row, first = run.xb, [run.loss.detach()], not self._sizes
         if first:
-            self._summed = reduction(getattr(vars(run).get("learn"), "loss_func", None)) == "sum"
+            self._summed = reduction(getattr(run.learn, "loss_func", None)) == "sum"
         if self.metrics:
             pred, yb = run.pred, run.yb
             pred = pred.detach() if isinstance(pred, torch.Tensor) else pred

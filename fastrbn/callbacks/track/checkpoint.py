@@ -75,7 +75,6 @@ class Checkpoint(Callback):
     32
     """
 
-    _order = 1000  # when all others are done with the step
     _needs_opt = ("param_groups", "state", "state_dict")
 
     def __init__(

@@ -47,8 +47,6 @@ class CSVLogger(Callback):
     'epoch,train_loss,train_accuracy,valid_loss,valid_accuracy,lr,time'
     """
 
-    _order = 10  # after the averages of the epoch are in the history
-
     def __init__(self, path: str | Path = "history.csv", append: bool = False):
         self.path, self.append = Path(path).absolute(), append
 
@@ -132,7 +130,6 @@ class TensorBoardLogger(Callback):
     >>> run.fit(1, learn)   # doctest: +SKIP
     """
 
-    _order = 10  # after the averages of the epoch are in the history
     _needs_opt = ("param_groups", "lr")
 
     def __init__(self, path: str | Path | None = None, every: int = 10):

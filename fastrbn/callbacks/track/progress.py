@@ -46,8 +46,6 @@ class ProgressCallback(Callback):
     fast.ai course, part 2 (2019), notebook 09c.
     """
 
-    _order = -1  # the table must be there before others write to it
-
     def __init__(self, plot: bool = False):
         self.plot = plot
         self._next = 0.0  # when to draw again, on the monotonic clock

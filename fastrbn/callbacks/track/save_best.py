@@ -53,8 +53,6 @@ class SaveBest(Callback):
     <All keys matched successfully>
     """
 
-    _order = 20  # after the averages of the epoch are in the history
-
     def __init__(self, path: str | Path = "best.pt", monitor: str = "valid_loss", mode: str | None = None):
         self.path, self.monitor = Path(path).absolute(), Monitor(monitor, mode, "SaveBest")
         self.best: float | None = None
@@ -73,7 +71,7 @@ class SaveBest(Callback):
         value = self.monitor.value(self.run)
         if self.monitor.better(value, self.best):
             if rank() == 0:
-                averaged = vars(self.run).get("averaged")  # set by EMA
+                averaged = self.run.averaged  # set by EMA
                 weights = plain_state_dict(self.run.learn.model) if averaged is None else averaged()
                 file = io.BytesIO()
                 torch.save({n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in weights.items()}, file)

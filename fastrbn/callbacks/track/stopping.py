@@ -44,8 +44,6 @@ class EarlyStopping(Callback):
     'train_loss has not fallen by more than 10 for 1 epoch (best: ... in epoch 0)'
     """
 
-    _order = 2000  # after all others have had the epoch, Checkpoint too
-
     def __init__(self, monitor: str = "valid_loss", patience: int = 3, min_delta: float = 0.0, mode: str | None = None):
         if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)) or not 0 <= min_delta < math.inf:
             raise ValueError(f"EarlyStopping: min_delta must be a finite number, 0 or more; got {min_delta!r}")

@@ -32,6 +32,7 @@ from fastrbn.callbacks import (
     GradientAccumulation,
     GradientClip,
     HaltOnNaN,
+    LR_Find,
     MixedPrecision,
     ParamMagnitudes,
     ProgressCallback,
@@ -281,7 +282,7 @@ def an_epoch_that_is_cut_within_a_group_steps_with_what_all_ranks_have():
     run = fit(ours, GradientAccumulation(4), Does("begin_batch", raises(CancelEpochException()), rank=1))
     assert_close(ours.model.state_dict(), alone.model.state_dict())
     assert_same_on_ranks(ours.model)
-    assert not hasattr(run, "accumulating") and not hasattr(run, "apart")
+    assert run.samples is None and run.accumulating is False and run.apart is False
 
 
 @check
@@ -503,6 +504,16 @@ def the_model_the_data_and_the_layers_are_as_before():
     assert model[1].process_group is None and len(data.train_dl) == 12 and data.train_dl.world == 1
     assert not dist.is_initialized() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     fit(learn, together=False, epochs=1)  # alone again
+
+
+@check
+def a_search_for_a_rate_leaves_model_and_layers_as_they_were():
+    learn = learner(loaders(4))
+    before = {name: value.clone() for name, value in learn.model.state_dict().items()}
+    run = fit(learn, LR_Find(max_iter=5))
+    assert len(run.lr_find.lrs) == 5
+    assert all(torch.equal(value, before[name]) for name, value in learn.model.state_dict().items())
+    assert [m.process_group for m in learn.model.modules() if isinstance(m, RunningBatchNorm)] == [None, None]
 
 
 @check

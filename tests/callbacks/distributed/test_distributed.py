@@ -103,7 +103,7 @@ def torchrun(*args, cwd, restarts=0):
     )
 
 
-def test_a_script_that_torchrun_starts_runs_alone_as_it_is(tmp_path, monkeypatch):
+def test_a_torchrun_script_runs_unchanged_in_one_process(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = torchrun("script.py", "a.pt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -133,7 +133,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_the_command_line_speaks_once_and_goes_on_by_itself_when_torchrun_starts_it_again(tmp_path):
+def test_the_command_line_prints_once_and_resumes_when_torchrun_restarts_it(tmp_path):
     (tmp_path / "dying.py").write_text(DYING_COMMAND)
     arguments = ("train", "glyphs", "--limit", 64, "--epochs", 3, "--checkpoint-every", 3)
     done = torchrun("dying.py", *arguments, cwd=tmp_path, restarts=1)
@@ -173,13 +173,13 @@ def test_without_torchrun_it_changes_nothing(make_learn, monkeypatch):
         ({"shard": "no"}, TypeError, "shard is True or False; got 'no'"),
     ],
 )
-def test_wrong_arguments_say_what_is_right(kwargs, error, text):
+def test_invalid_arguments_raise_with_the_rule(kwargs, error, text):
     with pytest.raises(error, match=re.escape(text)):
         Distributed(**kwargs)
     assert Distributed(timeout=timedelta(minutes=1)).timeout.total_seconds() == 60
 
 
-def test_half_an_environment_is_an_error_that_names_what_is_missing(make_learn, monkeypatch):
+def test_an_incomplete_environment_raises_naming_the_missing_variables(make_learn, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -203,7 +203,7 @@ def test_a_pytorch_without_distributed_is_named(make_learn, monkeypatch):
 
 @pytest.mark.parametrize("n", [32, 45, 43, 41, 40, 3])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_a_batch_samplers_parts_are_equally_many_and_make_the_whole(n, drop_last):
+def test_the_parts_of_a_batch_sampler_have_equal_lengths_and_make_the_whole(n, drop_last):
     def parts(rows, bs, world, train):
         batches = torch.utils.data.BatchSampler(rows, bs, drop_last)
         return [Part(batches, rank, world, train) for rank in range(world)]
@@ -225,7 +225,7 @@ def test_a_batch_samplers_parts_are_equally_many_and_make_the_whole(n, drop_last
 
 
 def test_batches_are_dealt_out_in_turn():
-    with pytest.warns(UserWarning, match=r"last batches are left out of training \(1\): they cannot be dealt out to 2"):
+    with pytest.warns(UserWarning, match=r"last batches are left out of training \(1\): there is not one for each of the 2 processes"):
         assert list(Dealt(range(7), 0, 2, True)) == [0, 2, 4]
     assert list(Dealt(range(7), 1, 2, True)) == [1, 3, 5] and len(Dealt(range(7), 1, 2, True)) == 3
     valid = [Dealt(range(7), r, 2, False) for r in range(2)]
@@ -251,7 +251,7 @@ def test_merged_averages_are_those_of_all_samples():
     assert empty.avg_stats == []
 
 
-def test_ranks_that_meet_over_their_errors_name_the_one_that_began():
+def test_ranks_that_meet_with_errors_name_the_first_one():
     class Channel:
         rank, world, timeout = 0, 2, timedelta(seconds=3)
 
@@ -284,7 +284,7 @@ def test_ranks_that_meet_over_their_errors_name_the_one_that_began():
         ({1: True, 2: True, 3: True}, "rank 1 or rank 2 or rank 3 is stuck: it does not answer, and its process is"),
     ],
 )
-def test_of_ranks_that_left_no_reason_those_are_blamed_that_are_not_known_to_live(alive, words):
+def test_of_ranks_without_a_reason_those_not_known_to_be_alive_are_blamed(alive, words):
     class Channel:
         rank, world, timeout = 0, 4, timedelta(seconds=3)
         is_alive = alive.get
@@ -300,7 +300,7 @@ def test_of_ranks_that_left_no_reason_those_are_blamed_that_are_not_known_to_liv
     assert str(error).endswith("; what that led to here: gloo: Connection closed by peer")
 
 
-def test_a_process_that_has_ended_is_told_from_one_that_runs_even_before_its_parent_asks():
+def test_an_ended_process_is_recognised_before_its_parent_collects_it():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert _is_running(process.pid) and _is_running(os.getpid())
     process.stdin.close()
@@ -311,7 +311,7 @@ def test_a_process_that_has_ended_is_told_from_one_that_runs_even_before_its_par
     assert not _is_running(process.pid)
 
 
-def test_a_running_norm_with_a_process_group_of_its_own_keeps_it_and_is_not_warned_of():
+def test_a_running_norm_with_its_own_process_group_keeps_it_without_a_warning():
     model, group = fastrbn.RunningBatchNorm(3), object()
     model.process_group = group
     distributed = Distributed()

@@ -434,7 +434,7 @@ def test_opening_a_checkpoint_runs_no_code(tmp_path, whole):
 
     state = torch.load(whole / files(whole)[0], weights_only=True)
     torch.save({**state, "opt": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match="holds more than plain data, and is not opened"):
+    with pytest.raises(CheckpointError, match="holds more than plain data, so it is not opened"):
         make_run(tmp_path).fit(2, make_learn(), resume=tmp_path / "evil.pt")
     assert not (tmp_path / "was run").exists()
 
@@ -447,8 +447,8 @@ def test_a_file_of_another_format_or_kind_is_an_error(tmp_path, whole):
     (tmp_path / "empty").mkdir()
     for name, text in {
         "new.pt": "format 99, of fastrbn 7.0; this version reads format 1",
-        "weights.pt": "no checkpoint of a run",
-        "nothing": "there is no .*nothing",
+        "weights.pt": "not a checkpoint of a run",
+        "nothing": "nothing does not exist",
         "empty": "empty holds none",
     }.items():
         with pytest.raises(CheckpointError, match=text):
@@ -472,7 +472,7 @@ def test_another_model_is_an_error_that_names_the_first_difference(whole, tmp_pa
 def test_another_optimiser_batch_size_or_end_is_an_error(whole, tmp_path):
     with pytest.raises(CheckpointError, match="another optimiser than SGD: Adam; make"):
         make_run(tmp_path).fit(2, make_learn(opt=torch.optim.SGD), resume=whole)
-    with pytest.raises(CheckpointError, match="stands in epoch 1 .*beyond the end of a fit of 1.*that fit had 2"):
+    with pytest.raises(CheckpointError, match="was made in epoch 1 .*beyond the end of a fit of 1.*that fit had 2"):
         make_run(tmp_path).fit(1, make_learn(), resume=whole)
     learn = make_learn(lambda data: BatchLoader(data.x, data.y, 13))
     with pytest.raises(CheckpointError, match="5 batches an epoch, the training loader has 2"):
@@ -488,8 +488,8 @@ def test_other_metrics_are_an_error_and_other_callbacks_a_warning(whole, tmp_pat
 
     with pytest.warns(UserWarning) as caught, pytest.raises(ValueError, match="the saved ones are loss, accuracy"):
         fit(AvgStatsCallback(), CSVLogger(tmp_path / "h.csv"))
-    assert "has not: recorder, param_magnitudes" in str(caught[0].message)
-    with pytest.warns(UserWarning, match="begin anew: recorder_2"):
+    assert "does not have: recorder, param_magnitudes" in str(caught[0].message)
+    with pytest.warns(UserWarning, match="which start fresh: recorder_2"):
         make_run(tmp_path, Recorder()).fit(3, make_learn(), resume=whole)
 
 
@@ -591,7 +591,7 @@ def test_a_scheduler_made_too_late_to_be_restored_is_an_error(tmp_path):
                 self.sched = torch.optim.lr_scheduler.ConstantLR(self.run.opt)
 
     Runner([Late(), Checkpoint(tmp_path)]).fit(1, make_learn())
-    with pytest.raises(ValueError, match="the scheduler Late.sched, and there is none here .* in __init__ or begin_fit"):
+    with pytest.raises(ValueError, match="the scheduler Late.sched, which does not exist here: .* in __init__ or begin_fit"):
         Runner([Late()]).fit(2, make_learn(), resume=tmp_path)
 
 
@@ -613,7 +613,7 @@ def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp
         assert (now["label"], now["decoupled_weight_decay"], now["lr"]) == ("body", False, 0.125)
         if known:
             del state["opt_class"]
-    with pytest.raises(CheckpointError, match="another optimiser than SGD: only one of them has amsgrad, betas"):
+    with pytest.raises(CheckpointError, match="another optimiser than SGD: these settings exist on one side only: amsgrad, betas"):
         Runner().fit(1, make_learn(opt=torch.optim.SGD), resume=tmp_path / "old.pt")
 
 

@@ -65,7 +65,6 @@ class HaltOnNaN(Callback):
     Costs two copies of parameters, buffers and optimiser state, on their device; one where C looks and copies (CPUs).
     """
 
-    _order = 90  # after whatever else changes loss and gradients
     _needs_opt = ("param_groups", "lr", "state")
 
     def __init__(self, every=1, raise_error=False, path=None):
