@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -41,9 +42,13 @@ def one_of(what: str, value: Any, allowed: Iterable[str]) -> Any:
 
 def whole(what: str, value: Any, least: int = 1) -> int:
     """Return `value` if it is an integer of at least `least`; otherwise raise a ValueError. Booleans are no integers."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
         raise ValueError(f"{what} must be a whole number, {least} or more; got {value!r}")
-    return int(value)
+    return number
 
 
 def items_of(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
