@@ -14,7 +14,6 @@ from fastrbn.callbacks import HaltOnNaN, NonFiniteError, NonFiniteReport, ParamS
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 from fastrbn.norm import convert_batchnorm
 
-pytestmark = pytest.mark.usefixtures("kernels")
 BADS = [math.nan, math.inf, -math.inf]
 
 
