@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import warnings
@@ -14,12 +15,13 @@ from fastrbn.learn.events import CancelTrainException
 from fastrbn.util import whole
 
 from .replay import Batch, Outputs, locate
-from .report import BUFFER, History, NonFiniteError, NonFiniteReport
+from .report import BUFFER, NonFiniteError, NonFiniteReport
 from .state import Flags, KeptState, float_tensors, is_finite, late_device, not_finite
 
 _FULL = 32  # every 32nd look sees all modules' outputs: hooks on all of them cost a twelfth of a small CPU step
 _WARY = 1e8  # from this norm of all parameters on, PyTorch's own layers may overflow: every look is a full one
 
+_KEPT = 50  # losses, rates and norms in a report
 # what belongs to one fit, outside of it
 _IDLE = dict.fromkeys(("_kept", "_outputs", "_flags", "_batch", "_suspect", "_hook"))
 _IDLE.update(_looks=0, _halting=False)
@@ -60,7 +62,7 @@ class HaltOnNaN(Callback):
 
     Examples
     --------
-    >>> learn, run = get_learn_run([8, 16], data, math.inf, conv_rbn, cbs=[HaltOnNaN])
+    >>> learn, run = get_learn_run([8, 16], data, float('inf'), conv_rbn, cbs=[HaltOnNaN])
     >>> run.fit(1, learn)
     >>> run.stop_reason
     "NaN or Inf in the optimiser's step of step 0 (epoch 0, batch 0), first in parameter '0.0.weight'"
@@ -76,19 +78,23 @@ class HaltOnNaN(Callback):
             raise ValueError(f"path must be a folder for the report; {path} is a file: take another name")
         path = None if path is None else Path(path).absolute()  # also after a chdir
         self.every, self.raise_error, self.path = whole("every", every), raise_error, path
-        self.report: NonFiniteReport | None = None
-        self._history = History()
-        vars(self).update(_IDLE)
+        self._clear()
 
     @property
     def name(self) -> str:
         """`halt_on_nan`, so that it is reachable as `run.halt_on_nan`."""
         return "halt_on_nan"
 
+    def _clear(self):
+        vars(self).update(_IDLE)
+        self.report: NonFiniteReport | None = None
+        # (step, loss, rates), and (step, norm or tensors whose sum is its square); a late halt needs 16 more
+        self._losses: collections.deque = collections.deque(maxlen=_KEPT + 16)
+        self._norms: collections.deque = collections.deque(maxlen=_KEPT + 16)
+
     def begin_fit(self):
         run = self.run
-        vars(self).update(_IDLE)
-        self.report, self._history = None, History()
+        self._clear()
         self._flags = Flags(late_device(run.model))
         self._outputs = Outputs(run.model, stay=self.every == 1)
         self._kept = KeptState(run.model, run.opt, self._flags)
@@ -122,7 +128,7 @@ class HaltOnNaN(Callback):
             return  # outside a fit; or the loop will say what a loss must be
         loss = run.loss.detach()
         if run.in_train:
-            self._history.losses.append((run.n_iter, loss, [g["lr"] for g in run.opt.param_groups]))
+            self._losses.append((run.n_iter, loss, [g["lr"] for g in run.opt.param_groups]))
         if batch is None:
             return
         batch.xb, batch.yb, batch.loss = run.xb, run.yb, loss
@@ -176,18 +182,27 @@ class HaltOnNaN(Callback):
                 self._poll(wait=True)
             if self.report is not None and self.report.sentence not in (run.stop_reason or ""):
                 run.stop_reason = "; ".join(filter(None, [run.stop_reason, self.report.sentence]))
-        self._history.load_state_dict(self._history.state_dict())  # numbers from here on
+        self.load_state_dict(self._history())  # numbers from here on
         vars(self).update(_IDLE)
 
     def state_dict(self) -> dict:
         """The last losses, rates and norms. Waits for the device, and halts rather than let a bad state be saved."""
         self._poll(wait=True)
-        return self._history.state_dict()
+        return self._history()
 
     def load_state_dict(self, state: dict) -> None:
-        self._history.load_state_dict(state)
+        self._losses.clear()
+        self._norms.clear()
+        self._losses.extend(map(tuple, state["losses"]))
+        self._norms.extend(map(tuple, state["norms"]))
         if self._kept is not None:
             self._kept.stale = True  # the model and the optimiser are loaded as well
+
+    def _history(self):
+        """The last losses, rates and norms as numbers. Waits for the device."""
+        losses = [(i, loss.double().mean().item() if isinstance(loss, torch.Tensor) else loss, lrs) for i, loss, lrs in self._losses]
+        norms = [(i, n if isinstance(n, float) else math.sqrt(sum(map(float, n)))) for i, n in self._norms]
+        return {"losses": [(i, loss, list(map(float, lrs))) for i, loss, lrs in losses], "norms": norms}
 
     @property
     def _late(self):
@@ -202,7 +217,7 @@ class HaltOnNaN(Callback):
                     kept.restore()
                 self._found(*(self._suspect or (batch, "backward", bad)))
             self._step_failed(batch)
-        self._history.norms.append((batch.step, kept.squares))
+        self._norms.append((batch.step, kept.squares))
         self._poll()
 
     def _step_failed(self, batch):
@@ -229,12 +244,15 @@ class HaltOnNaN(Callback):
         if batch.in_train or kept.not_finite():
             kept.restore(batch.host)
         run.opt.zero_grad()
-        history = self._history.upto(batch.step)
-        if phase == "step" and not all(map(math.isfinite, history["lrs"][-1:])):
+        history = self._history()
+        lasts = [(loss, max(lrs)) for step, loss, lrs in history["losses"] if step <= batch.step][-_KEPT:]
+        numbers = {"losses": [loss for loss, _ in lasts], "lrs": [lr for _, lr in lasts]}
+        numbers["norms"] = [norm for step, norm in history["norms"] if step < batch.step][-_KEPT:]
+        if phase == "step" and not all(map(math.isfinite, numbers["lrs"][-1:])):
             note = "the learning rate is not finite"
         place = {"epoch": batch.epoch, "batch": batch.batch, "in_train": batch.in_train}
         found = {"phase": phase, "where": where, "note": note, "magnitudes": kept.magnitudes()}
-        self.report = report = NonFiniteReport(step=batch.step, **place, **found, **history)
+        self.report = report = NonFiniteReport(step=batch.step, **place, **found, **numbers)
         if self.path is not None:
             try:
                 states = [state for _, state in batch.random]
@@ -244,6 +262,7 @@ class HaltOnNaN(Callback):
         raise NonFiniteError(report) if self.raise_error else CancelTrainException(report.sentence)
 
     def __getstate__(self):
+        self.load_state_dict(self._history())
         return {**super().__getstate__(), **_IDLE}  # what belongs to a fit stays there
 
     def __repr__(self):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import io
 import json
@@ -16,7 +15,6 @@ from fastrbn.util import apply_to, write_whole
 _PHASES = {"forward": "the forward pass", "backward": "the backward pass", "step": "the optimiser's step"}
 BUFFER = "a buffer, which no output has shown yet"
 SPOILT = "a buffer that was changed outside of the batch: going through the batch again did not show it"
-_KEPT = 50  # losses, rates and norms in a report
 _SHOWN = 10  # losses and rates in the text; the report itself has more
 
 
@@ -27,7 +25,7 @@ class NonFiniteReport:
     Parameters
     ----------
     step, epoch, batch : int
-        `run.n_iter` of the batch, from 0, and the batch's place.
+        `run.n_iter` of the batch, from 0, and its place.
     phase : str
         "forward", "backward" or "step".
     where : str
@@ -59,18 +57,11 @@ class NonFiniteReport:
 
     @property
     def sentence(self) -> str:
-        place = "" if self.in_train else " of validation"
-        return (
-            f"NaN or Inf in {_PHASES[self.phase]} of step {self.step} (epoch {self.epoch}, batch {self.batch}{place}), "
-            f"first in {self._described()}"
-        )
-
-    def _described(self):
-        if self.where in ("input", "loss"):
-            return f"the {self.where}"
-        if self.note in (BUFFER, SPOILT):
-            return f"buffer '{self.where}'"
-        return f"{'module' if self.phase == 'forward' else 'parameter'} '{self.where}'"
+        """The finding in a sentence, which is also the run's `stop_reason`."""
+        place = f"epoch {self.epoch}, batch {self.batch}{'' if self.in_train else ' of validation'}"
+        kind = "buffer" if self.note in (BUFFER, SPOILT) else "module" if self.phase == "forward" else "parameter"
+        what = f"the {self.where}" if self.where in ("input", "loss") else f"{kind} '{self.where}'"
+        return f"NaN or Inf in {_PHASES[self.phase]} of step {self.step} ({place}), first in {what}"
 
     def __str__(self):
         largest = sorted(self.magnitudes.items(), key=lambda kv: -kv[1])[:3]
@@ -112,43 +103,6 @@ class NonFiniteError(ArithmeticError):
 
     def __str__(self):
         return self.report.sentence
-
-
-class History:
-    """Losses, rates and norms of the last steps. Tensors stay on their device until they are read."""
-
-    def __init__(self) -> None:
-        # a late halt needs those of before its 16 open batches
-        self.losses: collections.deque = collections.deque(maxlen=_KEPT + 16)
-        # a norm, or tensors whose sum is its square
-        self.norms: collections.deque = collections.deque(maxlen=_KEPT + 16)
-
-    def upto(self, step: int) -> dict:
-        """The report's `losses`, `lrs` and `norms`."""
-        state = self.state_dict()
-        losses = [(loss, max(lrs)) for s, loss, lrs in state["losses"] if s <= step][-_KEPT:]
-        norms = [norm for s, norm in state["norms"] if s < step][-_KEPT:]
-        return {"losses": [loss for loss, _ in losses], "lrs": [lr for _, lr in losses], "norms": norms}
-
-    def state_dict(self) -> dict:
-        """Everything as numbers: the mean of several losses, the norm over all groups. Waits for the device."""
-        losses = [(step, _mean(loss), [float(lr) for lr in lrs]) for step, loss, lrs in self.losses]
-        norms = [(step, n if isinstance(n, float) else math.sqrt(sum(map(float, n)))) for step, n in self.norms]
-        return {"losses": losses, "norms": norms}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.__init__()
-        self.losses.extend(map(tuple, state["losses"]))
-        self.norms.extend(map(tuple, state["norms"]))
-
-    def __getstate__(self):
-        return self.state_dict()
-
-    __setstate__ = load_state_dict
-
-
-def _mean(loss):
-    return loss.double().mean().item() if isinstance(loss, torch.Tensor) else loss
 
 
 def _numbers(values):

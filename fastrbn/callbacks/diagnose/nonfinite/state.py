@@ -16,7 +16,6 @@ from fastrbn.util import items_of
 
 from ..flat import room_for
 
-_GRAD_SCALER = ("cpu", "cuda", "xpu")  # devices that have GradScaler's check
 _OPEN, _OPEN_BYTES = 16, 2**28  # most batches, and memory for them, that wait for the device's answer; two in any case
 
 
@@ -68,12 +67,7 @@ class Flags:
         for device, dtype in kinds:
             same = tensors if len(kinds) == 1 else [t for t in tensors if (t.device, t.dtype) == (device, dtype)]
             same = [torch.view_as_real(t) for t in same] if dtype.is_complex else same
-            flag, one = self._on(device)
-            if device.type in _GRAD_SCALER:  # one pass over all of them
-                torch._amp_foreach_non_finite_check_and_unscale_(same, flag, one)
-            else:
-                for t in same:
-                    flag += t.isfinite().all().logical_not()
+            torch._amp_foreach_non_finite_check_and_unscale_(same, *self._on(device))  # one pass over all of them
 
     def see(self, named: list[tuple[str, Tensor]]) -> list[str]:
         """Read tensors that must not be written to. Returns the names of those not finite, unless flags are read late."""
@@ -115,10 +109,10 @@ class Flags:
         return None
 
     def _ask(self, flags):
-        here = self.late.type == "cpu"
-        host = torch.empty(len(flags), dtype=torch.bool, pin_memory=not here)
+        kind = self.late.type
+        host = torch.empty(len(flags), dtype=torch.bool, pin_memory=kind != "cpu")
         host.copy_(torch.stack(flags), non_blocking=True)
-        event = None if here else getattr(torch, self.late.type).Event()
+        event = None if kind == "cpu" else getattr(torch, kind).Event()
         if event is not None:
             event.record()
         return len(flags), host, event
@@ -140,8 +134,8 @@ class Copy:
             self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
             for i, view in zip(members, views):
                 self.views[i] = view
-        self.params = [flat for (_, _, kind), flat in self.flats.items() if kind == "param"]
         self.examined = [flat for (_, _, kind), flat in self.flats.items() if kind]
+        self.params = [flat for (_, _, kind), flat in self.flats.items() if kind == "param"]
 
 
 class KeptState:
@@ -298,11 +292,10 @@ class KeptState:
         self.host = self._on_host()
 
     def _on_host(self):
-        flats = [f for f in self._saved[1].flats.values() if self._flags.late not in (None, f.device)]
-        plain = []
-        if self._others:
-            states = self._opt.state.items() if hasattr(self._opt, "state") else ()
-            plain = [(p, k, v.clone() if isinstance(v, Tensor) else v) for p, s in states for k, v in s.items() if not _dense(v)]
+        flats = [flat for flat in self._saved[1].flats.values() if self._flags.late not in (None, flat.device)]
+        states = self._opt.state.items() if self._others and hasattr(self._opt, "state") else ()
+        plain = [(p, k, v) for p, s in states for k, v in s.items() if not _dense(v)]
+        plain = [(p, k, v.clone() if isinstance(v, Tensor) else v) for p, k, v in plain]
         return plain, [(flat, flat.clone()) for flat in flats]
 
     @torch.no_grad()
