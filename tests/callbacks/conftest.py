@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrbn.callbacks.diagnose import measure as _activations
 from fastrbn.learn import Learner
 
 
@@ -30,17 +29,3 @@ def make(n_train=4, n_valid=2, bs=6, model=None, opt=None, loss_func=F.cross_ent
 @pytest.fixture
 def make_learn():
     return make
-
-
-def without_c(monkeypatch):
-    """As on a machine without a compiler: PyTorch's operators do the work."""
-    monkeypatch.setattr(_activations, "kernel", lambda real: None)
-
-
-@pytest.fixture(params=["C", "operators"])
-def kernels(request, monkeypatch):
-    if request.param == "operators":
-        without_c(monkeypatch)
-    elif _activations.kernel("float") is None:
-        pytest.skip("the C kernels are not to be had here")
-    return request.param

@@ -176,6 +176,6 @@ def test_a_cache_that_others_can_write_to_is_not_used(cache):
 @pytest.mark.parametrize("real", ["float", "double"])
 def test_every_c_source_of_the_package_compiles(cache, real):
     sources = [*Path(native_build.__file__).parents[1].rglob("*.c")]
-    assert len(sources) > 1
+    assert sources
     for file in sources:
         assert native_build.load(file, f"-DREAL={real}", "-Wall", "-Wextra")[1] == "", file

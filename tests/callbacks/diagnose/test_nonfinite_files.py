@@ -15,7 +15,6 @@ from fastrbn.learn import Callback, Runner
 from fastrbn.models import GeneralRelu, Lambda, flatten
 
 
-
 def bad_batch(learn, at=2):
     x, y = learn.data.train_dl[at]
     learn.data.train_dl[at] = (x.clone().fill_diagonal_(math.nan), y)

@@ -62,12 +62,13 @@ class HaltOnNaN(Callback):
 
     Examples
     --------
-    >>> learn, run = get_learn_run([8, 16], data, float('inf'), conv_rbn, cbs=[HaltOnNaN])
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[HaltOnNaN])
+    >>> learn.model[1][0].weight.data[0] = float("nan")
     >>> run.fit(1, learn)
     >>> run.stop_reason
-    "NaN or Inf in the optimiser's step of step 0 (epoch 0, batch 0), first in parameter '0.0.weight'"
+    "NaN or Inf in the forward pass of step 0 (epoch 0, batch 0), first in module '1.0'"
     >>> run.halt_on_nan.report.phase
-    'step'
+    'forward'
     """
 
     _order = 90  # after whatever else changes loss and gradients
