@@ -208,10 +208,10 @@ def test_a_copy_of_the_model_within_a_fit_works_on_its_own(make_learn):
     assert run.activation_stats.means.isfinite().all()
 
 
-def test_by_default_every_third_step_is_looked_at(make_learn):
+def test_by_default_every_fourth_step_is_looked_at(make_learn):
     run = Runner([ActivationStats])
-    run.fit(2, make_learn(n_train=4))
-    assert run.activation_stats.steps == [0, 3, 6]
+    run.fit(2, make_learn(n_train=5))
+    assert run.activation_stats.steps == [0, 4, 8]
 
 
 def test_dead_channels_are_those_near_zero_throughout_the_batch(make_learn):
