@@ -218,8 +218,8 @@ def _modules_of(model: nn.Module, wanted: Any) -> dict[str, nn.Module]:
     if wanted is None:
         parent, prefix = model, ""
         while len(inside := dict(parent.named_children())) == 1:
-            name, parent = next(iter(inside.items()))
-            prefix += f"{name}."
+            only, parent = next(iter(inside.items()))
+            prefix += f"{only}."
         return {prefix + n: m for n, m in inside.items()} or {prefix.rstrip(".") or "model": parent}
     names = {id(m): n or "model" for n, m in named.items()}
     found = {}

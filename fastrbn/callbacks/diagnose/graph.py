@@ -259,12 +259,12 @@ class GraphMonitor(Callback):
             for h in self._all_held():  # stored since the last search
                 for node in set(walk.reach([t.grad_fn for t in h.tensors])) & set(frontier):
                     frontier[node] = h.name, h.kind
-        blamed = {}
+        blamed: dict[tuple[str, str], set[int]] = {}
         for node, holder in frontier.items():
             if holder:
                 steps = {s for n in walk.reach([node]) if (s := n.metadata.get(made, step)) < step}
                 blamed.setdefault(holder, set()).update(steps)
-        return [GraphHolder(*holder, min(steps), max(steps)) for holder, steps in blamed.items()]
+        return [GraphHolder(name, kind, min(steps), max(steps)) for (name, kind), steps in blamed.items()]
 
     def _blame_for_kept(self, kept) -> None:
         """Report losses or predictions that are kept, but not by an attribute."""
@@ -275,7 +275,8 @@ class GraphMonitor(Callback):
     def _all_held(self) -> list[held.Held]:
         run = self.run
         seen = {id(m) for m in run.model.modules()} | {id(o) for o in (run, run.learn, run.opt, run.data, *run.cbs)}
-        found, ours = held.of_model(run.model), []
+        found = held.of_model(run.model)
+        ours: list[held.Held] = []
         for cb in run.cbs:
             if cb is not self:
                 place = ours if type(cb).__module__.startswith("fastrbn.") else found
@@ -287,8 +288,8 @@ class GraphMonitor(Callback):
         found += held.of_object(run.loss_func, "loss_func.", seen)
         users = {t.grad_fn for h in found for t in h.tensors}
         for h in ours:  # a callback of this package may refer to what is the user's; it is not a second holder
-            if own := [t for t in h.tensors if t.grad_fn not in users]:
-                found.append(h._replace(tensors=own))
+            if others := [t for t in h.tensors if t.grad_fn not in users]:
+                found.append(h._replace(tensors=others))
         return found
 
     def _made_report(self, made_in, holders) -> GraphReport:

@@ -20,7 +20,8 @@ class Rows:
     def __init__(self, keep: int, shape: tuple[int, ...]):
         self.keep, self.stride = keep, 1
         self.steps: list[int] = []
-        self._host, self._pieces = torch.empty(0, *shape), []
+        self._host = torch.empty(0, *shape)
+        self._pieces: list[torch.Tensor] = []
 
     def wants(self, step: int, every: int) -> bool:
         return step % (every * self.stride) == 0

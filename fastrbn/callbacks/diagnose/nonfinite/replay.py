@@ -221,7 +221,7 @@ def locate(
     if not is_finite(batch.xb):
         return "forward", "input", ""
     trace = replay(run, batch, backward=batch.in_train and phase != "forward")
-    if not late and fresh and batch.in_train and not trace.bad:
+    if phase is not None and fresh and batch.in_train and not trace.bad:
         spoilt = _first_spoilt(trace, phase, evidence, [name for name in before if kept.is_buffer(name)])
         if spoilt is not None:
             return phase, spoilt, SPOILT

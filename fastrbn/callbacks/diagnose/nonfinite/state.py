@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from fastrbn.util import items_of
 
 from ..flat import room_for
 
+Key = tuple[str, ...]  # ("param", name), ("buffer", name), ("state", parameter's name, key)
 _OPEN, _OPEN_BYTES = 16, 2**28  # most batches, and memory for them, that wait for the device's answer; two in any case
 
 
@@ -50,18 +50,18 @@ class Flags:
     LAG = 0  # on the CPU an answer arrives after this many batches; tests use it to act as a GPU
 
     def __init__(self, late: torch.device | None):
-        self.late, self.open, self._most = late, [], _OPEN  # open: (batch, flag), oldest first
+        self.late, self._most = late, _OPEN
+        self.open: list[tuple[Any, Tensor]] = []  # batches and their flags, oldest first
         self._asked: tuple[int, Tensor, Any] | None = None  # number of batches, their flags on the host, event
-        self._flags: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._flags: dict[torch.device, tuple[Tensor, Tensor]] = {}  # a flag and a one on each device
 
-    def _on(self, device):
-        """The flag on `device`, and a one."""
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._flags:
             self._flags[device] = torch.zeros((), device=device), torch.ones((), device=device)
         return self._flags[device]
 
     @torch.no_grad()
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def add(self, tensors: list[Tensor]) -> None:
         """Raise the flag if a value is not finite. Values are multiplied by 1 in place, as GradScaler does it."""
         kinds = set(zip(map(_device, tensors), map(_dtype, tensors)))
         for device, dtype in kinds:
@@ -85,51 +85,51 @@ class Flags:
             flag.zero_()
         return found
 
-    def close(self, batch: Any) -> Tensor:
+    def close(self, batch: Any, device: torch.device) -> Tensor:
         """Note the flag as that of `batch`. Returns it: a bool tensor on the device, True from the first bad batch on."""
         if not self.open:
             size = sum(t.nbytes for t in float_tensors([batch.xb, batch.yb]))
             self._most = max(2, min(_OPEN, _OPEN_BYTES // max(size, 1)))
-        self.open.append((batch, self._on(self.late)[0] > 0))
+        self.open.append((batch, self._on(device)[0] > 0))
         return self.open[-1][1]
 
     def first_bad(self, wait: bool = False) -> Any:
         """The first batch known to be bad, or None. Waits only if `wait` or if too many batches are open."""
         while self.open:
-            if self._asked is None and (wait or len(self.open) >= self._most // 2):
-                self._asked = self._ask([flag for _, flag in self.open])
-            if self._asked is None or not (wait or len(self.open) >= self._most or self._arrived()):
+            n = len(self.open)
+            if self._asked is None and (wait or n >= self._most // 2):
+                self._asked = self._ask(torch.stack([flag for _, flag in self.open]))
+            if self._asked is None:
                 return None
-            (n, flags, event), self._asked = self._asked, None
+            asked, flags, event = self._asked
+            if not (wait or n >= self._most or (n >= asked + self.LAG if event is None else event.query())):
+                return None
             if event is not None:
                 event.synchronize()
+            self._asked = None
             if True in (found := flags.tolist()):
                 return self.open[found.index(True)][0]
-            del self.open[:n]
+            del self.open[:asked]
         return None
 
-    def _ask(self, flags):
-        kind = self.late.type
-        host = torch.empty(len(flags), dtype=torch.bool, pin_memory=kind != "cpu")
-        host.copy_(torch.stack(flags), non_blocking=True)
+    def _ask(self, flags: Tensor) -> tuple[int, Tensor, Any]:
+        kind = flags.device.type
+        host = torch.empty(len(flags), dtype=torch.bool, pin_memory=kind != "cpu").copy_(flags, non_blocking=True)
         event = None if kind == "cpu" else getattr(torch, kind).Event()
         if event is not None:
             event.record()
         return len(flags), host, event
 
-    def _arrived(self):
-        n, _, event = self._asked
-        return event.query() if event is not None else len(self.open) >= n + self.LAG
-
 
 class Copy:
     """Room for a copy of tensors: a vector for each dtype, device and kind, and a view for each tensor."""
 
-    def __init__(self, tensors: list[Tensor], kinds: list[str]):
+    def __init__(self, tensors: Sequence[Tensor], kinds: Sequence[str]):
         groups: dict[Any, list[int]] = {}
         for i, (t, kind) in enumerate(zip(tensors, kinds)):
             groups.setdefault((t.device, t.dtype, kind), []).append(i)
-        self.views, self.flats = list(tensors), {}
+        self.views: list[Tensor] = list(tensors)
+        self.flats: dict[tuple, Tensor] = {}
         for key, members in groups.items():
             self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
             for i, view in zip(members, views):
@@ -148,13 +148,24 @@ class KeptState:
 
     def __init__(self, model: nn.Module, opt: Any, flags: Flags):
         self._model, self._opt, self._flags = model, opt, flags
-        self._keys, self._exempt, self._layout, self._saved = [], set(), None, None
-        self._made, self._hooks = {}, {}  # what lazy modules have made; hooks on those that will
+        self._keys: list[Key] = []
+        self._tensors: list[Tensor] = []
+        self._now: list = []  # all live values
+        self._others: list = []  # those that are no dense tensors
+        self._memory: Any = None
+        self._spare: Copy | None = None
+        self.squares: list[Tensor] = []  # their sum is the square of the parameters' norm
+        self._exempt: set[Key] = set()
+        self._layout: Any = None
+        self._saved: Any = None  # a layout and a copy
+        self._made: dict[Key, Tensor] = {}  # what lazy modules have made
+        self._hooks: dict[nn.Module, Any] = {}  # on those that will
         self.follow()
 
     def follow(self) -> None:
         """Take the model's modules and parameters as they are now."""
-        known, self._now = set(self._keys), []
+        known = set(self._keys)
+        self._memory = None
         self.params = list(self._model.named_parameters())
         self._params = [p for _, p in self.params]
         self.half = any(p.dtype is torch.float16 for _, p in self.params)
@@ -164,7 +175,7 @@ class KeptState:
         self._parts = self._in_tables()
         self._look_up()
         self._exempt |= {key for key in self._bad() if key not in known}
-        self._now, self._layout = [], None  # what is exempt is of another kind
+        self._memory, self._layout = None, None  # what is exempt is of another kind
         self.remove()
         for m in self._modules.values():
             if any(map(is_lazy, (*m._parameters.values(), *m._buffers.values()))):
@@ -176,7 +187,7 @@ class KeptState:
         return self._in_tables() != self._parts
 
     def _in_tables(self):
-        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._tables))))
+        return [id(part) for table in self._tables for part in table.values()]
 
     def _take_made(self, module, args):
         self._hooks.pop(module).remove()
@@ -209,10 +220,10 @@ class KeptState:
     def _in_memory(self):
         return list(map(Tensor.data_ptr, self._tensors)), list(map(Tensor.numel, self._tensors))
 
-    def _names(self, now, states):
+    def _names(self, now: list, states: dict) -> tuple[list[Key], list[str]]:
         """Keys of the dense tensors, and their kinds: a parameter, "other" that is examined too, or "" that is not."""
         names = {p: name for name, p in self.params}
-        keys = [("param", name) for name, _ in self.params]
+        keys: list[Key] = [("param", name) for name, _ in self.params]
         keys += [("buffer", f"{n}.{name}".lstrip(".")) for n, m in self._modules.items() for name in m._buffers]
         self._owners = {names.get(p, f"? {i}"): p for i, p in enumerate(states)}
         keys += [("state", name, k) for name, p in self._owners.items() for k in states[p]]
@@ -250,10 +261,10 @@ class KeptState:
     @torch.no_grad()
     def _copied(self) -> Copy:
         self._look_up()
-        self._spare = self._spare or Copy(self._tensors, self._kinds)
+        copy = self._spare = self._spare or Copy(self._tensors, self._kinds)
         if self._tensors:
-            torch._foreach_copy_(self._spare.views, self._tensors)
-        return self._spare
+            torch._foreach_copy_(copy.views, self._tensors)
+        return copy
 
     def save(self) -> None:
         """Keep the live state, whatever it holds."""
@@ -267,14 +278,14 @@ class KeptState:
         Where flags are read late, the device decides whether to keep it after `batch`, and True means nothing yet.
         """
         copy, late = self._copied(), self._flags.late
-        self.squares = [_square(flat) for flat in copy.params]  # their sum is that of the parameters' norm
+        self.squares = [_square(flat) for flat in copy.params]
         self._flags.add([*grads, *(flat for flat in copy.examined if late in (None, flat.device))])
         if late is None or batch is None:
             if self._flags.raised():
                 return False
             self._keep(copy)
             return True
-        bad = self._flags.close(batch)
+        bad = self._flags.close(batch, late)
         if self._saved[0] is self._layout:
             for key, old in self._saved[1].flats.items():
                 if old.device == late:
@@ -341,7 +352,7 @@ class ModelHook:
         return ModelHook, ()
 
 
-_dtype, _device, _grad = Tensor.dtype.__get__, Tensor.device.__get__, Tensor.grad.__get__  # in C, for `map`
+_dtype, _device, _grad = map(operator.attrgetter, ("dtype", "device", "grad"))
 
 
 def _dense(value) -> bool:
