@@ -356,7 +356,7 @@ def test_a_real_fault_under_a_grad_scaler_is_one(make_learn, kind):
     assert (halt.report.step, halt.report.phase, halt.report.where) == (3, *kind.expected)
 
 
-def test_validation_halts_late_too(make_learn, way):
+def test_validation_is_watched(make_learn, way):
     learn, halt = make_learn(model=model_of(), n_valid=6), HaltOnNaN()
     x, y = learn.data.valid_dl[2]
     learn.data.valid_dl[2] = (x * math.inf, y)
@@ -365,7 +365,8 @@ def test_validation_halts_late_too(make_learn, way):
     report = halt.report
     assert (report.step, report.epoch, report.batch, report.in_train) == (4, 0, 2, False)
     assert (report.phase, report.where) == ("forward", "input")
-    assert "of validation" in run.stop_reason
+    assert "batch 2 of validation" in run.stop_reason
+    assert len(report.losses) == 4
 
 
 class EmptySum(nn.Module):

@@ -57,8 +57,6 @@ def test_a_path_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="path must be a folder for the report; .*file is a file"):
         HaltOnNaN(path=tmp_path / "file")
-    with pytest.raises(ValueError, match="every must be a whole number"):
-        HaltOnNaN(every=True)
 
 
 def test_a_checkpoint_is_not_written_of_a_state_that_will_be_found_bad(make_learn, monkeypatch):
