@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrbn.callbacks.diagnose import measure as _activations
-from fastrbn.callbacks.diagnose.nonfinite import native as _nonfinite_native
 from fastrbn.learn import Learner
 
 
@@ -31,18 +29,3 @@ def make(n_train=4, n_valid=2, bs=6, model=None, opt=None, loss_func=F.cross_ent
 @pytest.fixture
 def make_learn():
     return make
-
-
-def without_c(monkeypatch):
-    """As on a machine without a compiler: PyTorch's operators do the work."""
-    monkeypatch.setattr(_nonfinite_native, "kernels", lambda: None)
-    monkeypatch.setattr(_activations, "kernel", lambda real: None)
-
-
-@pytest.fixture(params=["C", "operators"])
-def kernels(request, monkeypatch):
-    if request.param == "operators":
-        without_c(monkeypatch)
-    elif _nonfinite_native.kernels() is None or _activations.kernel("float") is None:
-        pytest.skip("the C kernels are not to be had here")
-    return request.param

@@ -1,4 +1,4 @@
-"""The autograd graph step by step: does it grow, does it reach back into an earlier step, and who is to blame."""
+"""`GraphMonitor`: counts the autograd graph of each step, and names what holds on to graphs of earlier steps."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ import weakref
 
 from fastrbn.graph import held, walk
 from fastrbn.learn.callback import RUN_STATE, Callback
+from fastrbn.util import whole
 
-_FIRST = 4  # steps after which everything is looked through
-_LIMIT = 100_000  # nodes that one count goes through at most
-_REMEMBERED = 1024  # beginnings of steps
+_FIRST = 4  # first steps, after each of which all attributes are searched
+_LIMIT = 100_000  # most nodes in one count
+_REMEMBERED = 1024  # step starts
 _fits = itertools.count()
 
 
 @dataclasses.dataclass
 class GraphHolder:
-    """What holds on to a graph: `name` (`2.sums`, `MyCallback.losses`), `kind` ("buffer", "attribute", "gradient",
-    "state", "global"), the first and the last step whose nodes it keeps (−1: from before the fit)."""
+    """Something that keeps a graph alive.
+
+    Parameters
+    ----------
+    name : str
+        Its qualified name, such as `2.sums` or `MyCallback.losses`.
+    kind : str
+        "buffer", "attribute", "gradient", "state" or "global".
+    step : int
+        The first step whose nodes it keeps; −1: from before the fit.
+    last_step : int
+        The last such step.
+    """
 
     name: str
     kind: str
@@ -35,14 +47,27 @@ class GraphHolder:
 
 @dataclasses.dataclass
 class GraphReport:
-    """What `GraphMonitor` found first.
+    """The first thing that `GraphMonitor` found. `print(report)` reads well.
 
-    - `step`: `run.n_iter` of the batch in which it showed; `epoch`, `batch`: its place.
-    - `nodes`, `first_nodes`: nodes of the loss's graph in this step, and in the first one of the fit.
-    - `made_in`: the earliest step whose nodes this step's loss reaches (−1: before the fit); None when it reaches none.
-    - `holders`: list of `GraphHolder`; empty when nothing was found to hold it.
-    - `changed`: where the backward pass failed because of that, what was changed in place after it had been saved:
-      a list of (`name`, such as `1.sums`, `kind`, `nodes`).
+    Parameters
+    ----------
+    step : int
+        `run.n_iter` of the batch in which it showed.
+    epoch : int
+        The batch's epoch.
+    batch : int
+        The batch's number in its epoch.
+    nodes : int
+        Nodes in the graph of this step's loss.
+    first_nodes : int
+        Nodes in that of the fit's first step.
+    made_in : int or None
+        The earliest step whose nodes this step's loss reaches (−1: before the fit); None if it reaches none.
+    holders : list of GraphHolder
+        What holds them; empty if nothing was found.
+    changed : list
+        After a backward pass that failed for it: what was changed in place after it had been saved, each with `name`
+        (such as `1.sums`), `kind` and `nodes`.
     """
 
     step: int
@@ -56,6 +81,7 @@ class GraphReport:
 
     @property
     def sentence(self) -> str:
+        """The finding in a sentence."""
         if self.made_in is not None:
             what = f"the loss's graph reaches nodes made in {_named(self.made_in)}"
         elif self.holders:
@@ -73,45 +99,65 @@ class GraphReport:
         for c in self.changed:
             lines += [f"  {c}", f"    {_ADVICE_CHANGED[c.kind == 'parameter']}"]
         if not self.holders and self.made_in is not None:
-            lines.append("  what holds them is no attribute of model, loss, callbacks, run, learner or optimiser")
+            lines.append(
+                "  they are held by something other than attributes of model, loss, callbacks, run, learner and optimiser"
+            )
         if not self.holders and self.made_in is None and not self.changed:
-            lines.append("  it reaches nothing of an earlier step: the model does more now (allow it with max_growth)")
+            lines.append(
+                "  it reaches nothing from earlier steps: the model does more now (allow that with max_growth)"
+            )
         return "\n".join(lines)
 
 
 class GraphMonitor(Callback):
-    """Counts the nodes of each training step's graph, and finds what holds on to graphs of earlier steps.
+    """Count the nodes of each training step's graph, and find what holds on to graphs of earlier steps.
 
-    - `max_growth` (0): by how many nodes the loss's graph may exceed that of the fit's first step.
-    - `every` (50): look through all attributes after each `every`-th training step, besides the first four; buffers and
-      the last losses are looked at after each.
+    The first finding of a fit is printed through `run.logger` and stays in `.report` (None if all was well). `.steps` and
+    `.counts` are lists of int: the number of nodes of each step.
 
-    It reports, once a fit: a loss whose graph grows or reaches nodes made in an earlier step; a buffer or attribute
-    whose own graph spans several steps; a list or dictionary with graphs of three steps or more, such as a callback's
-    `self.losses.append(self.loss)`; losses or predictions that are kept elsewhere. A tensor of the last step alone, as
-    in `run.loss`, is normal. When the backward pass fails because a tensor was changed in place since the forward pass
-    had saved it, the report says which buffer, attribute or parameter that is. The report is printed, through
-    `run.logger`, and stays in `.report` (None when all was well); `.steps` and `.counts` (lists of int) have the number
-    of nodes of each step.
+    Parameters
+    ----------
+    max_growth : int, default 0
+        Nodes by which the loss's graph may exceed that of the fit's first step.
+    every : int, default 50
+        Search all attributes after every `every`-th training step, besides the first four. Buffers and the last losses
+        are checked after each.
 
-    Found by name are attributes of the modules, callbacks (`MyCallback.losses`), loss function, run, learner and
-    optimiser, also inside containers and objects, and global variables; local variables of functions are not.
+    Raises
+    ------
+    ValueError
+        For a negative `max_growth` or an `every` below 1.
 
-    Cost: about 1 µs a node and 0.02 ms besides in each step: 0.06 ms on the course's net (38 nodes, one CPU thread),
-    3 % of its step at batch 8; and 0.4 ms for each look through all attributes (`benchmarks/graph.py`). It waits for no
+    Notes
+    -----
+    Reported are: a loss whose graph grows or reaches nodes made in an earlier step; a buffer or attribute whose own graph
+    spans several steps; a list or dictionary with graphs of three or more steps, such as a callback's
+    `self.losses.append(self.loss)`; losses or predictions that are kept elsewhere. A tensor of the last step alone, as in
+    `run.loss`, is normal. When the backward pass fails because a saved tensor was changed in place, the report names the
+    buffer, attribute or parameter.
+
+    Attributes of modules, callbacks, loss function, run, learner and optimiser are found by name, also inside containers
+    and objects, and so are global variables; local variables of functions are not.
+
+    It costs about 1 µs a node and 0.02 ms in each step: 0.06 ms for the course's net (38 nodes, one CPU thread), 3 % of
+    its step at batch 8; and 0.4 ms for each search of all attributes (`benchmarks/graph.py`). It never waits for the
     device. Attach it to find a leak, not always.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[GraphMonitor])
+    >>> run.fit(1, learn)
+    >>> run.graph_monitor.report is None, len(set(run.graph_monitor.counts))
+    (True, 1)
     """
 
-    def __init__(self, max_growth=0, every=50):
-        for name, value, least in (("max_growth", max_growth, 0), ("every", every, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
-        self.max_growth, self.every = max_growth, every
+    def __init__(self, max_growth: int = 0, every: int = 50):
+        self.max_growth, self.every = whole("max_growth", max_growth, 0), whole("every", every)
         self._clear()
 
     def _clear(self):
         self.report, self.steps, self.counts = None, [], []
-        # what this fit writes on nodes: the step in which they were seen first, and the attribute that holds them
+        # keys of what this fit writes on nodes: the step that saw them first, and the attribute that holds them
         self._made = f"fastrbn.step.{next(_fits)}"
         self._holder = f"{self._made}.holder"
         self._start, self._begun, self._step = walk.clock(), [], -1
@@ -155,7 +201,7 @@ class GraphMonitor(Callback):
         elif self._grown is not None:
             self._say(self._grown)
         elif nodes > self.counts[0] + self.max_growth:
-            self._grown = self._made_report(None, [])  # wait a step: its loss may tell who holds this graph
+            self._grown = self._made_report(None, [])  # wait a step: its loss may show who holds this graph
 
     def after_batch(self):
         if not self.run.in_train or self.report is not None:
@@ -178,7 +224,7 @@ class GraphMonitor(Callback):
         self._buffers = []
 
     def _step_of(self, node) -> int:
-        """The step a node was made in: that in which it was seen first, else by its number."""
+        """The step that made a node: the one that saw it first, or else by its number."""
         seen_in = node.metadata.get(self._made)
         if seen_in is not None:
             return seen_in
@@ -189,7 +235,7 @@ class GraphMonitor(Callback):
         return self._begun[at][1] if at >= 0 else self._begun[0][1] - 1
 
     def _judge(self, found) -> None:
-        """Report entries that keep too much; put a name on what the others keep, should a later loss reach it."""
+        """Report entries that keep too much; name what the others keep, in case a later loss reaches it."""
         blamed = []
         for h in found:
             each = [held.steps_of(t, self._step_of, _LIMIT) for t in h.tensors]
@@ -203,7 +249,7 @@ class GraphMonitor(Callback):
             self._report(None, blamed)
 
     def _blame(self, root) -> list[GraphHolder]:
-        """Who holds the nodes of earlier steps that this graph runs into."""
+        """The holders of the earlier steps' nodes that this graph reaches."""
         made, step = self._made, self._step
         frontier = {}
         for node in walk.reach([root]):
@@ -212,18 +258,18 @@ class GraphMonitor(Callback):
                     if child is not None and child.metadata.get(made, step) < step:
                         frontier[child] = child.metadata.get(self._holder)
         if not any(frontier.values()):
-            for h in self._all_held():  # stored since the last look
+            for h in self._all_held():  # stored since the last search
                 for node in set(walk.reach([t.grad_fn for t in h.tensors])) & set(frontier):
                     frontier[node] = h.name, h.kind
-        blamed = {}
+        blamed: dict[tuple[str, str], set[int]] = {}
         for node, holder in frontier.items():
             if holder:
                 steps = {s for n in walk.reach([node]) if (s := n.metadata.get(made, step)) < step}
                 blamed.setdefault(holder, set()).update(steps)
-        return [GraphHolder(*holder, min(steps), max(steps)) for holder, steps in blamed.items()]
+        return [GraphHolder(name, kind, min(steps), max(steps)) for (name, kind), steps in blamed.items()]
 
     def _blame_for_kept(self, kept) -> None:
-        """Losses or predictions are kept, and by no attribute."""
+        """Report losses or predictions that are kept, but not by an attribute."""
         tensor = next(t for ref, s in self._last if s in kept and held.has_graph(t := ref()))
         name = held.found_by_collector(tensor) or "something that is neither attribute nor global variable"
         self._report(None, [GraphHolder(name, "global", min(kept), max(kept))])
@@ -231,7 +277,8 @@ class GraphMonitor(Callback):
     def _all_held(self) -> list[held.Held]:
         run = self.run
         seen = {id(m) for m in run.model.modules()} | {id(o) for o in (run, run.learn, run.opt, run.data, *run.cbs)}
-        found, ours = held.of_model(run.model), []
+        found = held.of_model(run.model)
+        ours: list[held.Held] = []
         for cb in run.cbs:
             if cb is not self:
                 place = ours if type(cb).__module__.startswith("fastrbn.") else found
@@ -242,9 +289,9 @@ class GraphMonitor(Callback):
         found += held.of_optimiser(run.opt, {p: name for name, p in run.model.named_parameters()})
         found += held.of_object(run.loss_func, "loss_func.", seen)
         users = {t.grad_fn for h in found for t in h.tensors}
-        for h in ours:  # a callback of this package may look at what is the user's: that is no second holder
-            if own := [t for t in h.tensors if t.grad_fn not in users]:
-                found.append(h._replace(tensors=own))
+        for h in ours:  # a callback of this package may refer to what is the user's; it is not a second holder
+            if others := [t for t in h.tensors if t.grad_fn not in users]:
+                found.append(h._replace(tensors=others))
         return found
 
     def _made_report(self, made_in, holders) -> GraphReport:
@@ -272,7 +319,7 @@ def _named(step: int) -> str:
 _ADVICE = {
     "buffer": "detach what is written to it: buffer.lerp_(new.detach(), …)",
     "attribute": "keep it detached: value.detach()",
-    "gradient": "clear it each step, and do not leave gradients made with create_graph behind",
+    "gradient": "clear it in each step, and leave no gradients made with create_graph behind",
     "state": "an optimiser keeps values: update them under torch.no_grad",
     "global": "keep it detached: loss.detach(), and numbers once an epoch",
 }

@@ -1,18 +1,22 @@
-"""Magnitudes of parameters over a fit: is anything growing without bounds?"""
+"""`ParamMagnitudes`: magnitudes of parameters over a fit."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastrbn.learn.callback import Callback
-from fastrbn.util import write_whole
+from fastrbn.util import one_of, whole, write_whole
 
 from .meter import OF_GRADS, Meter
-from .rows import Rows, check_counts, notice
+from .rows import Rows, notice
 
 _LABELS = {
     "rms": "root mean square",
@@ -22,41 +26,61 @@ _LABELS = {
     "grad_max": "largest |gradient|",
 }
 _STATS = ("max", "rms", "update")
-_KINDS = ("map", "lines")
-_NOTHING = 0.01  # of the magnitude that is typical at the start: what begins below it has no scale of its own
+_NOTHING = 0.01  # of the typical first magnitude: parameters that start below it have no scale of their own
 
 
 class ParamMagnitudes(Callback):
-    """Records the magnitude of each named parameter after training steps.
+    """Record the magnitude of every named parameter after training steps: is anything growing without bounds?
 
-    - `every`: record each `every`-th step (`n_iter` 0, `every`, …).
-    - `stats`: those wanted of "max" (largest absolute value), "rms" (root mean square) and "update": the rms of what
-      this step changed over the rms before it, some 1e-3 in a healthy fit; inf for what was 0.
-    - `grads`: "max" and "rms" of the gradients that the step used too, as "grad_max" and "grad_rms" (of those in
-      `stats`; "grad_rms" when neither is); NaN where there is none.
-    - `keep`: at most so many rows. When they are there, every second one is dropped with a line in `run.logger`, and
-      from then on every second step is recorded, and so on.
+    Read afterwards `.steps` (list of `n_iter`), `.names` and `.values[stat]`, a float32 tensor on the host of shape
+    (steps, names). `.growth()` ranks what blows up, and `.not_finite` names what went NaN or Inf. Numbers come to the
+    host once an epoch; reading them during the fit waits for the device. They survive an error in the fit.
 
-    After the fit, and during it at the price of waiting for the device: `.steps` (list of `n_iter`), `.names`,
-    `.values[stat]` (float32 tensor on the host, steps × names). Numbers come over once an epoch. Each fit begins anew;
-    what was recorded survives its errors. `.growth()` names what blows up, `.not_finite` what went NaN or Inf.
+    Parameters
+    ----------
+    every : int, default 1
+        Record steps whose `n_iter` is a multiple of this.
+    stats : str or sequence of str, default ("max", "rms")
+        Some of "max" (largest absolute value), "rms" (root mean square) and "update": the rms of what the step changed
+        over the rms before it, about 1e-3 in a healthy fit; inf for what was 0.
+    grads : bool, default False
+        Record "max" and "rms" of the step's gradients too, as "grad_max" and "grad_rms": those of them in `stats`, or
+        "grad_rms" if neither is. NaN where there is no gradient.
+    keep : int, default 10_000
+        Most rows kept. When they are there, every second one is dropped with a line in `run.logger`, and from then on
+        half as many steps are recorded, and so on.
 
-    Frozen parameters count, shared ones once, under their first name; empty ones have 0, lazy and meta ones NaN. What
-    comes within a fit is there from the next step on (what a new module brings, or has another shape: from the next
-    epoch on), with NaN in the rows before; what is gone has NaN after. The rms of values beyond 1e19 is inf: their
-    squares are, in float32.
+    Raises
+    ------
+    ValueError
+        For an unknown statistic or counts that are too small.
 
-    Of a small model (copies of 4 MiB on a CPU, 64 elsewhere) it keeps a copy of the parameters on their device, and one
-    each for "update" and `grads`; of a large one a copy for "update", and none else. What it costs:
-    `benchmarks/callbacks.py`.
+    Notes
+    -----
+    Frozen parameters count, shared ones once under their first name; empty ones have 0, lazy and meta ones NaN. A new
+    parameter is recorded from the next step on, that of a new module from the next epoch on, with NaN in the rows
+    before; a removed one has NaN after. The rms of values beyond 1e19 is inf, for their squares overflow in float32.
+
+    Small models (copies of 4 MiB on a CPU, 64 MiB elsewhere) cost a copy of the parameters on their device, and one more
+    each for "update" and `grads`; large models a copy for "update" only.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[ParamMagnitudes])
+    >>> run.fit(1, learn)
+    >>> run.param_magnitudes.values["rms"].shape == (16, len(run.param_magnitudes.names))
+    True
+    >>> max(run.param_magnitudes.growth().values()) < 10
+    True
     """
 
-    def __init__(self, every=1, stats=("max", "rms"), grads=False, keep=10_000):
+    def __init__(
+        self, every: int = 1, stats: str | Sequence[str] = ("max", "rms"), grads: bool = False, keep: int = 10_000
+    ):
         stats = (stats,) if isinstance(stats, str) else tuple(stats)
-        check_counts(every=(every, 1), keep=(keep, 2))
         if not stats or set(stats) - set(_STATS):
-            raise ValueError(f"stats are some of {', '.join(_STATS)}; got {stats}")
-        self.every, self.grads, self.keep = every, grads, keep
+            raise ValueError(f"stats must be some of {', '.join(_STATS)}; got {stats}")
+        self.every, self.grads, self.keep = whole("every", every), grads, whole("keep", keep, 2)
         of_grads = [s for s in stats if s != "update"] or ["rms"]
         self.stats = (*stats, *(OF_GRADS + s for s in of_grads)) if grads else stats
         self._clear([])
@@ -87,7 +111,7 @@ class ParamMagnitudes(Callback):
         if "update" not in self.stats:
             self._look_up()
         elif not self._armed:
-            return  # there is nothing to compare with
+            return  # nothing to compare with
         if not self._meter.names:
             return
         self._meter.after()
@@ -100,7 +124,7 @@ class ParamMagnitudes(Callback):
             self.run.logger(notice("ParamMagnitudes", self._rows, self.every))
 
     def _look_up(self):
-        """Make the meter anew when parameters came, went, or are not what they were."""
+        """Make a new meter if parameters came, went or changed."""
         known = [id(p) for table in self._tables for p in table.values()]
         if known == self._known:
             return
@@ -112,7 +136,7 @@ class ParamMagnitudes(Callback):
             self._absent = set(self._meter.absent)
 
     def _rename(self, names):
-        """Go on with these names: columns that are new begin with NaN, those that are gone end with it."""
+        """Continue with these names: new columns begin with NaN, those that are gone end with it."""
         self._gone = set(self.names) - set(names)
         every = [*self.names, *(n for n in names if n not in set(self.names))]
         if every != self.names:
@@ -143,8 +167,8 @@ class ParamMagnitudes(Callback):
         self._flush()
         return self._rows.fetch()
 
-    def state_dict(self):
-        """What was recorded. Waits for the device."""
+    def state_dict(self) -> dict:
+        """The rows so far. Waits for the device."""
         return {
             "steps": torch.tensor(self.steps),
             "names": list(self.names),
@@ -152,10 +176,10 @@ class ParamMagnitudes(Callback):
             "stride": self._rows.stride,
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         if list(state["values"]) != list(self.stats):
             raise ValueError(
-                f"ParamMagnitudes can go on only with the same stats; the saved ones are {', '.join(state['values'])}, "
+                f"ParamMagnitudes can continue only with the same stats; the saved ones are {', '.join(state['values'])}, "
                 f"here they are {', '.join(self.stats)}: give stats and grads as in the first fit"
             )
         self._meter, self._known, self._gone, self._absent = None, None, set(), set()
@@ -165,29 +189,28 @@ class ParamMagnitudes(Callback):
 
     @property
     def steps(self) -> list[int]:
-        """`n_iter` of each row."""
+        """The `n_iter` of each row."""
         return self._rows.steps
 
     @property
-    def values(self) -> dict[str, torch.Tensor]:
-        """For each of `stats` a tensor (steps, names)."""
+    def values(self) -> dict[str, Tensor]:
+        """A tensor of shape (steps, names) for each statistic."""
         return dict(zip(self.stats, self._fetch().unbind(1)))
 
-    def growth(self, stat=None) -> dict[str, float]:
-        """Last over first magnitude by name, the largest first.
+    def growth(self, stat: str | None = None) -> dict[str, float]:
+        """Return last over first magnitude by name, the largest first.
 
-        Where a parameter begins at next to nothing, such as a bias of 0, that ratio says nothing. What begins below a
-        hundredth of the typical first magnitude (the upper quartile over all parameters) is measured against the
+        A parameter that starts at almost nothing, such as a bias of 0, has no scale of its own. If it starts below a
+        hundredth of the typical first magnitude (the upper quartile over all parameters), it is measured against the
         typical one: 1 while it stays below that, 10 when it is ten times as large.
 
-        Only finite values count: of a parameter that went NaN or Inf, the last one before (see `not_finite`). A
-        parameter that came later or is gone is judged by the rows that have it; what never had a finite value is left
-        out.
+        Only finite values count: for a parameter that went NaN or Inf, the last one before (see `not_finite`). A
+        parameter that came later or is gone is judged by the rows that have it; one without a finite value is left out.
 
         Parameters
         ----------
         stat : str, optional
-            One of `stats`; by default "rms" where it was recorded, else "max", else the first of `stats`.
+            One of `stats`; by default "rms" if it was recorded, else "max", else the first of `stats`.
 
         Returns
         -------
@@ -196,7 +219,7 @@ class ParamMagnitudes(Callback):
         columns = {name: c[c.isfinite()] for name, c in zip(self.names, self._of(stat).double().unbind(1))}
         columns = {name: c for name, c in columns.items() if len(c)}
         first = {name: c[0] for name, c in columns.items()}
-        if not any(first.values()):  # all were 0: from their first other value on
+        if not any(first.values()):  # all started at 0: take their first other value
             first = {name: c[c > 0][0] if (c > 0).any() else c[0] for name, c in columns.items()}
         begun = [v for v in first.values() if v > 0]
         if not begun:
@@ -210,7 +233,7 @@ class ParamMagnitudes(Callback):
 
     @property
     def not_finite(self) -> dict[str, int]:
-        """The parameters whose values went NaN or Inf, with the first recorded step that shows it, in that order."""
+        """The parameters that went NaN or Inf, with the first recorded step that shows it, earliest first."""
         stat = "max" if "max" in self.stats else self._default()
         found = {}
         for name, column in zip(self.names, self.values[stat].unbind(1)):
@@ -223,22 +246,29 @@ class ParamMagnitudes(Callback):
                 found[name] = self.steps[first + rows[0]]
         return dict(sorted(found.items(), key=lambda kv: kv[1]))
 
-    def plot(self, stat=None, kind="map"):
-        """Magnitudes over the steps. Returns the matplotlib Figure.
+    def plot(self, stat: str | None = None, kind: str = "map") -> Any:
+        """Draw magnitudes over the steps.
 
-        - `stat`: one of `stats`; by default as in `growth`.
-        - `kind`: "map", a row for each parameter, colour the magnitude; or "lines", a line for each.
+        Parameters
+        ----------
+        stat : str, optional
+            One of `stats`; by default as in `growth`.
+        kind : str, default "map"
+            "map": a row for each parameter, colour the magnitude. "lines": a line for each.
+
+        Returns
+        -------
+        matplotlib Figure
         """
         from fastrbn import plots
 
-        if kind not in _KINDS:
-            raise ValueError(f"kind is one of {', '.join(_KINDS)}; got {kind!r}")
+        one_of("kind", kind, ("map", "lines"))
         values = self._of(stat)
         draw = plots.plot_magnitudes if kind == "map" else plots.plot_magnitude_lines
         return draw(values, self.names, self.steps, title=_LABELS[stat or self._default()])
 
-    def to_csv(self, path) -> None:
-        """Write a row for each recorded step, with columns `step`, `<name>:<stat>`…; whole or not at all."""
+    def to_csv(self, path: str | Path) -> None:
+        """Write a row for each recorded step, with columns `step`, `<name>:<stat>`…; the whole file or nothing."""
         values, text = self.values, io.StringIO(newline="")
         out = csv.writer(text, lineterminator="\n")
         out.writerow(["step", *(f"{name}:{stat}" for stat in self.stats for name in self.names)])
@@ -246,11 +276,14 @@ class ParamMagnitudes(Callback):
         out.writerows([step, *(f"{v:.7g}" for v in row)] for step, row in zip(self.steps, table))
         write_whole(path, text.getvalue())
 
-    def to_tensorboard(self, log) -> None:
+    def to_tensorboard(self, log: Any) -> None:
         """Write what was recorded as scalars `<stat>/<name>`.
 
-        - `log`: a folder for TensorBoard's event files, or a writer with `add_scalar` (SummaryWriter of
-          torch.utils.tensorboard or tensorboardX), which stays open.
+        Parameters
+        ----------
+        log : str, Path or SummaryWriter
+            A folder for TensorBoard's event files, or a writer with `add_scalar` (of torch.utils.tensorboard or
+            tensorboardX), which stays open.
         """
         if hasattr(log, "add_scalar"):
             self._write_scalars(log)
@@ -259,8 +292,8 @@ class ParamMagnitudes(Callback):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ImportError(
-                "to_tensorboard needs the package tensorboard, which is not installed here: pip install tensorboard, "
-                "or take to_csv"
+                "to_tensorboard needs the package tensorboard, which is not installed: pip install tensorboard, "
+                "or use to_csv"
             ) from e
         with SummaryWriter(str(log)) as writer:
             self._write_scalars(writer)
@@ -277,12 +310,14 @@ class ParamMagnitudes(Callback):
     def _of(self, stat):
         stat = stat or self._default()
         if stat not in self.stats:
-            raise ValueError(f"recorded were {', '.join(self.stats)}; got {stat!r}: give it in ParamMagnitudes(stats=…)")
+            raise ValueError(
+                f"stat must be one of {', '.join(self.stats)}; got {stat!r}: record it with ParamMagnitudes(stats=…)"
+            )
         return self.values[stat]
 
     def __getstate__(self):
         self._fetch()
-        # the parameters are the model's; a copy of what was recorded within a fit begins anew in its own
+        # the parameters are the model's; a copy starts afresh in its own fit
         return {**super().__getstate__(), "_meter": None, "_tables": [], "_known": None, "_armed": False}
 
     def __repr__(self):

@@ -1,9 +1,9 @@
-"""How magnitudes of many tensors are measured for little.
+"""`Meter`: measures the magnitudes of many tensors in few calls.
 
-A small model's step is made of calls, not of numbers. So its parameters are copied, in one call, into one vector on
-their device, each from a multiple of `BLOCK` on, and all blocks are reduced in one call. What that leaves of a
-parameter, a number a block, is reduced for many steps together. What is too large for a copy is measured on the spot
-by PyTorch's grouped operators.
+In a small model's step the number of calls costs more than the number of values. So one call copies the parameters into
+one vector on their device, each from a multiple of `BLOCK` on, and one call reduces all blocks. The block values that
+remain of a parameter are reduced for many steps together. What is too large for a copy is measured on the spot by
+PyTorch's grouped operators.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import math
 import torch
 from torch.nn.parameter import is_lazy
 
+from .flat import room_for
+
 BLOCK, ROWS = 128, 64
-BYTES_CPU, BYTES = 2**22, 2**26  # of copies: on the CPU what still fits into the cache
+BYTES_CPU, BYTES = 2**22, 2**26  # limits for copies; on the CPU they fit into the cache
 OF_GRADS = "grad_"
 
 
 class Meter:
     """Measures `stats` ("max", "rms", "update", "grad_max", "grad_rms") of the `named` parameters, step by step.
 
-    `before()` before the optimiser's step (needed for "update"), `after()` after it; `flush()` gives the rows since the
-    last flush, (rows, stats, names) float32 on a device, and is needed when `is_full()`. No call waits for a device.
-
-    NaN stands for what has no values: no gradient, no memory (lazy and meta parameters). What is empty has 0.
+    Call `before()` before the optimiser's step (needed for "update") and `after()` after it. `flush()` returns the rows
+    since the last flush, float32 of shape (rows, stats, names) on a device; call it when `is_full()`. No call waits for
+    a device. Parameters without values (no gradient, lazy, meta) have NaN, empty ones 0.
     """
 
     def __init__(self, named, stats):
@@ -44,7 +45,7 @@ class Meter:
         self._columns = [torch.tensor(g.columns, device=self._home) for g in self._groups]
 
     def is_of(self, named) -> bool:
-        """Whether it was made for these very parameters, and they are where and as large as they were."""
+        """Whether it was made for these parameters, and their device, dtype, shape and strides are the same."""
         return self._made_for == [_identity(name, p) for name, p in named]
 
     @torch.no_grad()
@@ -102,7 +103,7 @@ class _Group:
 
 
 class _Blocks(_Group):
-    """Copied side by side, and reduced a block at a time."""
+    """Copied side by side and reduced by blocks."""
 
     def __init__(self, key, members, stats):
         super().__init__(key, members, stats)
@@ -113,13 +114,12 @@ class _Blocks(_Group):
         wanted = {s for s in stats if s != "update"} | ({"start", "change"} if "update" in stats else set())
         shape = (ROWS, sum(self._counts))
         self._tables = {s: torch.zeros(shape, dtype=self.real, device=self.device) for s in wanted}
-        self._rows = {s: table.unbind() for s, table in self._tables.items()}  # an index each step would cost more
+        self._rows = {s: table.unbind() for s, table in self._tables.items()}  # indexing in each step would cost more
 
     def _copy(self):
-        """(one vector, seen as blocks; where each parameter goes). Between them zeros stay, which change nothing."""
-        flat = torch.zeros(BLOCK * sum(self._counts), dtype=self.dtype, device=self.device)
-        parts = flat.split([BLOCK * n for n in self._counts])
-        return flat.view(-1, BLOCK), [_like(part[: p.numel()], p) for part, p in zip(parts, self.params)]
+        """The blocks of one vector, and where each parameter goes. Zeros in between change nothing."""
+        flat, slots = room_for(self.params, self.dtype, BLOCK)
+        return flat.view(-1, BLOCK), slots
 
     def before(self):
         torch._foreach_copy_(self._before[1], self.params)
@@ -158,7 +158,7 @@ class _Blocks(_Group):
         torch.linalg.vector_norm(blocks, dim=1, out=self._rows[name][row])
 
     def flush(self, n):
-        # always all rows, also those that are of no use: the order of a sum, and so its last bit, depends on the shape
+        # always all rows, even unused ones: the order of a sum, and so its last bit, depends on the shape
         found = {}
         for name, table in self._tables.items():
             parts = table.split(self._counts, 1)
@@ -171,7 +171,7 @@ class _Blocks(_Group):
 
 
 class _Direct(_Group):
-    """Measured on the spot."""
+    """Measured at once, without a copy."""
 
     def __init__(self, key, members, stats):
         super().__init__(key, members, stats)
@@ -204,8 +204,10 @@ class _Direct(_Group):
 
 
 def norms(tensors, stat) -> list[torch.Tensor]:
-    """A scalar for each of `tensors`, in float32 at least, on its device: the largest absolute value ("max") or the
-    root of the sum of squares ("rms", which then needs a division). NaN in place of None."""
+    """A scalar for each of `tensors`, at least float32, on its device; NaN for None.
+
+    "max" is the largest absolute value, "rms" the root of the sum of squares, still to be divided.
+    """
     dense = [t if t is None or t.layout is torch.strided else t.coalesce().values() for t in tensors]
     some = [t for t in dense if t is not None and t.numel()]
     found = iter(_foreach(some, stat) if some else ())
@@ -220,17 +222,11 @@ def _foreach(tensors, stat):
     widest = torch.promote_types(tensors[0].dtype, torch.float32)
     if stat == "rms":
         return torch._foreach_norm(tensors, 2, dtype=widest)
-    if tensors[0].device.type == "cpu":  # there the norm of order inf takes four times as long
+    if tensors[0].device.type == "cpu":  # the norm of order inf takes four times as long there
         return [t.to(widest.to_real()) for t in torch._foreach_max(torch._foreach_abs(tensors))]
     return torch._foreach_norm(tensors, math.inf, dtype=widest)
 
 
 def _share(change, start):
-    """`change` over `start`; what is 0 and stayed 0 did not change."""
+    """`change` over `start`; 0 for what was 0 and stayed 0."""
     return torch.where((change == 0) & (start == 0), 0.0, change / start)
-
-
-def _like(flat, p):
-    """The vector `flat` with the shape of `p`, and its strides if its memory is dense: then grouped copies are fast."""
-    dense = torch.empty_like(p, device="meta").stride() == p.stride()  # it keeps the strides of what is dense, only
-    return flat.as_strided(p.shape, p.stride(), flat.storage_offset()) if dense else flat.view(p.shape)

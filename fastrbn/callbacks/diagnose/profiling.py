@@ -1,43 +1,77 @@
-"""Where the time of a training step goes."""
+"""`Profiler`: operators and their times in some training steps."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 from torch import profiler
 
 from fastrbn.learn.callback import Callback
+from fastrbn.util import whole
 
 _SUFFIXES = (".json", ".gz")
 
 
 class Profiler(Callback):
-    """Profiles some training steps with `torch.profiler`: a table of operators, and a trace to look at.
+    """Profile some training steps with `torch.profiler`: a table of operators, and a trace to look at.
 
-    - `path`: file for the trace, `….json` or `….json.gz`, written whole; https://ui.perfetto.dev and chrome://tracing
-      show it. None (default): no file.
-    - `steps`: training steps to record (default 5), after
-    - `wait`: steps that are let pass (default 2: the first ones allocate and choose algorithms), and
-    - `warmup`: steps in which the profiler runs and records nothing, 1 or more (default 2).
-    - `rows`: operators in the table, those that take longest (default 15).
-    - `memory`, `shapes`, `stacks`: record allocations, the operators' input shapes, source lines; each costs time.
+    `.table` is the table, a string, which is also printed through `run.logger` after the epoch. `.recorded` is the number
+    of steps in it, smaller than `steps` if the fit ends early. Other callbacks' work is included, and a window that
+    reaches past the end of an epoch includes the validation. The fit is slower only while it records.
 
-    `.table` is the table, a string, also printed through `run.logger` after the epoch; `.recorded` the number of steps
-    in it, which is smaller than `steps` when the fit ends before. `.averages()` gives its rows as data
-    (`torch.profiler`'s key averages). Other callbacks' work is in it; a window that reaches over the end of an epoch
-    has the validation in it too. The fit is slower while it records, and as fast as ever after it.
+    Parameters
+    ----------
+    path : str or Path, optional
+        File for the trace, `….json` or `….json.gz`; https://ui.perfetto.dev and chrome://tracing show it. By default no
+        file is written.
+    steps : int, default 5
+        Training steps to record.
+    wait : int, default 2
+        Steps to skip first: they allocate memory and choose algorithms.
+    warmup : int, default 2
+        Steps after those in which the profiler runs without recording, at least 1.
+    rows : int, default 15
+        Operators in the table, the slowest first.
+    memory : bool, default False
+        Record allocations, which takes time.
+    shapes : bool, default False
+        Record the operators' input shapes, which takes time.
+    stacks : bool, default False
+        Record source lines, which takes time.
+
+    Raises
+    ------
+    ValueError
+        For numbers that are too small, or a `path` that does not end in .json or .json.gz.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[partial(Profiler, steps=2)])
+    >>> run.logger = lambda line: None
+    >>> run.fit(1, learn)
+    >>> run.profiler.recorded, "aten::convolution" in run.profiler.table
+    (2, True)
     """
 
-    def __init__(self, path=None, steps=5, wait=2, warmup=2, rows=15, memory=False, shapes=False, stacks=False):
-        for name, value, least in (("steps", steps, 1), ("wait", wait, 0), ("warmup", warmup, 1), ("rows", rows, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"Profiler: {name} is a whole number, {least} or more; got {value!r}")
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        steps: int = 5,
+        wait: int = 2,
+        warmup: int = 2,
+        rows: int = 15,
+        memory: bool = False,
+        shapes: bool = False,
+        stacks: bool = False,
+    ):
         self.path = None if path is None else Path(path).absolute()  # also after a chdir
         if self.path is not None and (self.path.suffix not in _SUFFIXES or self.path.is_dir()):
-            raise ValueError(f"Profiler writes a file whose name ends in .json or .json.gz; got {str(path)!r}")
-        self.steps, self.wait, self.warmup, self.rows = steps, wait, warmup, rows
+            raise ValueError(f"path must be a file whose name ends in .json or .json.gz; got {str(path)!r}")
+        self.steps, self.wait = whole("steps", steps), whole("wait", wait, 0)
+        self.warmup, self.rows = whole("warmup", warmup), whole("rows", rows)
         self.memory, self.shapes, self.stacks = memory, shapes, stacks
         self._clear()
 
@@ -75,13 +109,13 @@ class Profiler(Callback):
         self._tell()
         if self._seen and self.table is None and self.run.stop_reason is None:
             warnings.warn(
-                f"Profiler recorded nothing: it begins after {self.wait + self.warmup} steps (wait={self.wait}, "
-                f"warmup={self.warmup}), and the fit had {self._seen}: give smaller ones",
+                f"Profiler recorded nothing: it starts after {self.wait + self.warmup} steps (wait={self.wait}, "
+                f"warmup={self.warmup}), and the fit had {self._seen}: choose smaller ones",
                 stacklevel=2,
             )
 
-    def averages(self):
-        """The operators with their times, as `torch.profiler` gives them. ValueError before anything was recorded."""
+    def averages(self) -> Any:
+        """Return the operators with their times, `torch.profiler`'s key averages. ValueError if nothing was recorded."""
         if self._averages is None:
             raise ValueError("Profiler has recorded nothing: run a fit of more than wait + warmup steps first")
         return self._averages
@@ -100,12 +134,12 @@ class Profiler(Callback):
         if self.path is not None:
             try:
                 self._write(profile)
-            except (OSError, RuntimeError) as e:  # a full disk is no reason to end the fit
+            except (OSError, RuntimeError) as e:  # a full disk must not end the fit
                 warnings.warn(f"Profiler: the trace could not be written to {self.path}: {e}", stacklevel=2)
 
     def _write(self, profile):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{os.getpid()}.tmp.{self.path.name}")  # the end tells whether to compress
+        temporary = self.path.with_name(f".{os.getpid()}.tmp.{self.path.name}")  # the suffix decides about compression
         try:
             profile.export_chrome_trace(str(temporary))
             if not temporary.is_file() or not temporary.stat().st_size:

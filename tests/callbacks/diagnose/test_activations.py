@@ -1,6 +1,7 @@
 """Statistics of what modules put out."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -9,10 +10,9 @@ import torch
 from torch import nn
 
 from fastrbn.callbacks import ActivationStats
-from fastrbn.callbacks.diagnose.measure import histogram
 from fastrbn.learn import Callback, Runner
 
-pytestmark = pytest.mark.usefixtures("kernels")
+Stats = functools.partial(ActivationStats, every=1)
 
 
 def hooks_on(model):
@@ -44,7 +44,7 @@ class Copies(Callback):
 
 
 def test_the_statistics_are_those_of_the_outputs(make_learn):
-    run = Runner([ActivationStats(bins=20, value_range=(-2, 2), near=0.1), Copies("0", "2")])
+    run = Runner([Stats(bins=20, value_range=(-2, 2), near=0.1), Copies("0", "2")])
     run.fit(2, make_learn(n_train=3))
     stats = run.activation_stats
     assert stats.names == ["0", "1", "2", "3"]
@@ -68,7 +68,7 @@ def test_validation_costs_no_look(make_learn):
         def after_pred(self):
             assert bool(self.run.activation_stats._found) is self.run.in_train
 
-    Runner([ActivationStats, Counts]).fit(1, make_learn())
+    Runner([Stats, Counts]).fit(1, make_learn())
 
 
 def test_a_module_that_is_frozen_in_evaluation_mode_is_looked_at(make_learn):
@@ -78,13 +78,13 @@ def test_a_module_that_is_frozen_in_evaluation_mode_is_looked_at(make_learn):
         def begin_epoch(self):
             self.run.model[1].eval()
 
-    run = Runner([ActivationStats, Freezes])
+    run = Runner([Stats, Freezes])
     run.fit(1, make_learn())
     assert run.activation_stats.means.isfinite().all()
 
 
 def test_without_histograms_none_are_kept(make_learn):
-    run = Runner([ActivationStats(hist=False)])
+    run = Runner([Stats(hist=False)])
     run.fit(1, make_learn())
     assert run.activation_stats.hists.shape[-1] == 0
     assert len(run.activation_stats.means) == 4
@@ -93,13 +93,13 @@ def test_without_histograms_none_are_kept(make_learn):
 
 
 def test_an_only_child_is_looked_into(make_learn):
-    run = Runner([ActivationStats])
+    run = Runner([Stats])
     run.fit(1, make_learn(model=nn.Sequential(nn.Sequential(net()))))
     assert run.activation_stats.names == ["0.0.0", "0.0.1", "0.0.2"]
 
 
 def test_a_model_without_children_is_looked_at_itself(make_learn):
-    run = Runner([ActivationStats])
+    run = Runner([Stats])
     run.fit(1, make_learn(model=nn.Linear(4, 3)))
     assert run.activation_stats.names == ["model"]
     assert run.activation_stats.means.isfinite().all()
@@ -107,10 +107,10 @@ def test_a_model_without_children_is_looked_at_itself(make_learn):
 
 def test_modules_can_be_given_as_such_or_by_name(make_learn):
     model = net()
-    run = Runner([ActivationStats([model[2], "1"])])
+    run = Runner([Stats([model[2], "1"])])
     run.fit(1, make_learn(model=model))
     assert run.activation_stats.names == ["2", "1"]
-    run = Runner([ActivationStats("0")])
+    run = Runner([Stats("0")])
     run.fit(1, make_learn(model=model))
     assert run.activation_stats.names == ["0"]
 
@@ -118,7 +118,7 @@ def test_modules_can_be_given_as_such_or_by_name(make_learn):
 @pytest.mark.parametrize("wrong", ["7", nn.ReLU()], ids=["name", "module"])
 def test_a_module_of_another_model_is_an_error(make_learn, wrong):
     with pytest.raises(ValueError, match="ActivationStats needs modules of the model.*There are: 0, 1, 2, 3"):
-        Runner([ActivationStats([wrong])]).fit(1, make_learn())
+        Runner([Stats([wrong])]).fit(1, make_learn())
 
 
 class Odd(nn.Module):
@@ -138,7 +138,7 @@ class Odd(nn.Module):
 
 
 def test_odd_children_are_counted_once_and_absent_ones_are_nan(make_learn):
-    run = Runner([ActivationStats(["lstm", "rare", "act", "out"])])
+    run = Runner([Stats(["lstm", "rare", "act", "out"])])
     run.fit(1, make_learn(n_train=4, model=Odd()))
     means = run.activation_stats.means
     assert means[:, 0].isfinite().all(), "of a tuple its first tensor counts"
@@ -155,7 +155,7 @@ def test_hooks_go_and_statistics_stay_whatever_ends_the_fit(make_learn, error):
                 raise error
 
     learn = make_learn()
-    run = Runner([ActivationStats, Ends])
+    run = Runner([Stats, Ends])
     if isinstance(error, ValueError):
         with pytest.raises(ValueError, match="broken"):
             run.fit(1, learn)
@@ -173,7 +173,7 @@ def test_a_module_that_replaces_another_is_looked_at_from_the_next_epoch_on(make
                 self.run.model[2] = nn.Threshold(10.0, 3.0)
 
     learn = make_learn(n_train=3)
-    run = Runner([ActivationStats(), Replaces])
+    run = Runner([Stats(), Replaces])
     run.fit(2, learn)
     means = run.activation_stats.means[:, 2]
     assert means.isnan().tolist() == [False, True, True, False, False, False]
@@ -182,7 +182,7 @@ def test_a_module_that_replaces_another_is_looked_at_from_the_next_epoch_on(make
 
 
 def test_a_second_fit_begins_anew(make_learn):
-    run, learn = Runner([ActivationStats]), make_learn(n_train=2)
+    run, learn = Runner([Stats]), make_learn(n_train=2)
     run.fit(2, learn)
     run.fit(1, learn)
     assert len(run.activation_stats.means) == len(run.activation_stats.steps) == 2
@@ -193,7 +193,7 @@ def test_it_waits_for_the_device_once_an_epoch(make_learn, monkeypatch):
     for name in ("item", "tolist", "cpu", "__float__", "__bool__"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, _r=real: (waits.append(1), _r(self, *a))[1])
-    Runner([ActivationStats]).fit(2, make_learn(n_valid=0))
+    Runner([Stats]).fit(2, make_learn(n_valid=0))
     assert len(waits) == 2
 
 
@@ -203,25 +203,15 @@ def test_a_copy_of_the_model_within_a_fit_works_on_its_own(make_learn):
             if self.run.in_train:
                 pickle.loads(pickle.dumps(copy.deepcopy(self.run.model)))(self.run.xb * math.nan)
 
-    run = Runner([ActivationStats, Copy])
+    run = Runner([Stats, Copy])
     run.fit(1, make_learn())
     assert run.activation_stats.means.isfinite().all()
 
 
-@pytest.mark.parametrize("bins, low, high", [(40, -5.0, 5.0), (7, 0.0, 1.0), (3, -2.0, -1.0), (16, 0.0, 6.0)])
-def test_the_histogram_is_torchs(bins, low, high):
-    torch.manual_seed(0)
-    edges = [torch.linspace(low, high, bins + 1), torch.tensor([low, high, high, 0.0, 1e30])]
-    x = torch.cat([torch.randn(5000) * 3, *edges])
-    found, expected = histogram(x, bins, low, high), x.histc(bins, low, high)
-    assert found.sum() == expected.sum() == ((x >= low) & (x <= high)).sum(), "the ends are not counted right"
-    inside = found.cumsum(0) - expected.cumsum(0)
-    assert inside.abs().max() <= 1, "more than rounding at an edge"
-
-
-def test_the_histogram_leaves_out_what_is_not_finite():
-    x = torch.tensor([math.nan, math.inf, -math.inf, 0.5, -0.5])
-    assert histogram(x, 2, -1.0, 1.0).tolist() == [1, 1]
+def test_by_default_every_fourth_step_is_looked_at(make_learn):
+    run = Runner([ActivationStats])
+    run.fit(2, make_learn(n_train=5))
+    assert run.activation_stats.steps == [0, 4, 8]
 
 
 def test_dead_channels_are_those_near_zero_throughout_the_batch(make_learn):
@@ -230,7 +220,7 @@ def test_dead_channels_are_those_near_zero_throughout_the_batch(make_learn):
             return torch.cat([x[:, :2], x[:, 2:] * 0], dim=1)[:, :, None].expand(-1, -1, 5)
 
     model = nn.Sequential(nn.Linear(4, 8), Kills(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3))
-    run = Runner([ActivationStats(["0", "1"], near=1e-12)])
+    run = Runner([Stats(["0", "1"], near=1e-12)])
     run.fit(1, make_learn(model=model))
     assert run.activation_stats.dead[:, 1].tolist() == [0.75] * 4
     assert run.activation_stats.near_zero[:, 1].tolist() == [0.75] * 4
@@ -247,7 +237,7 @@ def test_outputs_with_nan_show_and_the_rest_goes_on(make_learn):
             bad[0, 0] = math.nan if self.calls > 4 else 0.0  # two of them in training
             return x + bad
 
-    run = Runner([ActivationStats])
+    run = Runner([Stats])
     run.fit(1, make_learn(n_train=6, model=nn.Sequential(nn.Linear(4, 3), Spoils(), nn.Tanh())))
     stats = run.activation_stats
     for values in (stats.means, stats.stds, stats.near_zero, stats.dead):
@@ -269,7 +259,7 @@ def test_outputs_of_other_precision_are_looked_at_in_float32_at_least(make_learn
         def forward(self, found):
             return found["out"].float()
 
-    run = Runner([ActivationStats(["1"])])
+    run = Runner([Stats(["1"])])
     learn = make_learn(model=nn.Sequential(nn.Linear(4, 3), Casts(), Takes()))
     run.fit(1, learn)
     assert (run.activation_stats.stds > 1000).all()
@@ -284,7 +274,7 @@ def test_hooks_that_are_on_go_when_the_next_one_fails(make_learn, monkeypatch):
 
     learn.model[2].register_forward_hook = fails
     with pytest.raises(RuntimeError, match="no hooks here"):
-        Runner([ActivationStats]).fit(1, learn)
+        Runner([Stats]).fit(1, learn)
     assert hooks_on(learn.model) == 0
 
 
@@ -311,7 +301,7 @@ def test_a_layer_that_is_called_again_in_the_backward_pass_counts_once(make_lear
         def after_backward(self):
             assert not self.run.activation_stats._looking
 
-    run = Runner([ActivationStats(["0.inner"]), Counts])
+    run = Runner([Stats(["0.inner"]), Counts])
     run.fit(1, make_learn(model=nn.Sequential(Again(), nn.Tanh())))
     assert run.activation_stats.means.isfinite().all()
 
@@ -321,7 +311,7 @@ def test_a_layer_that_is_called_again_in_the_backward_pass_counts_once(make_lear
 )
 def test_wrong_arguments_are_errors(kwargs):
     with pytest.raises(ValueError, match="must be a whole number|must be two finite numbers, the smaller first; got"):
-        ActivationStats(**kwargs)
+        Stats(**kwargs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -340,6 +330,6 @@ def test_on_a_gpu_it_never_waits_within_an_epoch(make_learn):
     learn = make_learn(n_valid=0)
     learn.model.cuda()
     learn.data.train_dl = [(x.cuda(), y.cuda()) for x, y in learn.data.train_dl]
-    run = Runner([NoWaiting, ActivationStats])
+    run = Runner([NoWaiting, Stats])
     run.fit(1, learn)
     assert run.activation_stats.means.isfinite().all()

@@ -268,7 +268,7 @@ def test_growth_is_reported_alone_and_allowed_with_max_growth(make_learn):
 
     report = monitored(make_learn, net(Grows())).report
     assert (report.step, report.nodes - report.first_nodes, report.holders, report.made_in) == (4, 2, [], None)
-    assert "allow it with max_growth" in str(report) and report.sentence.startswith("the loss's graph grows")
+    assert "allow that with max_growth" in str(report) and report.sentence.startswith("the loss's graph grows")
     assert monitored(make_learn, net(Grows()), max_growth=2).report is None
     assert monitored(make_learn, net(Grows()), n=5).report.step == 4, "in the last step too"
 

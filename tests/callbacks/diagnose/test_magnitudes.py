@@ -437,7 +437,7 @@ def test_growth_of_nothing_recorded_is_empty():
 
 def test_growth_takes_what_was_recorded():
     assert grown([1.0], [3.0], stat="max").growth() == {"p0": 3.0}
-    with pytest.raises(ValueError, match="recorded were max; got 'rms'"):
+    with pytest.raises(ValueError, match="stat must be one of max; got 'rms'"):
         grown([1.0], [3.0], stat="max").growth("rms")
 
 
@@ -515,12 +515,12 @@ def test_a_model_without_parameters_is_no_trouble(make_learn):
     "kwargs", [{"every": 0}, {"every": 1.5}, {"every": True}, {"keep": 1}, {"stats": ("mean",)}, {"stats": ()}]
 )
 def test_wrong_arguments_are_errors(kwargs):
-    with pytest.raises(ValueError, match="must be a whole number|stats are some of max, rms, update; got"):
+    with pytest.raises(ValueError, match="must be a whole number|stats must be some of max, rms, update; got"):
         ParamMagnitudes(**kwargs)
 
 
 def test_a_picture_of_another_kind_is_an_error():
-    with pytest.raises(ValueError, match="kind is one of map, lines; got 'pie'"):
+    with pytest.raises(ValueError, match="kind must be one of map, lines; got 'pie'"):
         grown([1.0], [2.0]).plot(kind="pie")
 
 
@@ -540,5 +540,5 @@ def test_tensorboard_gets_a_scalar_for_each_value():
 
 def test_without_tensorboard_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard, or take to_csv"):
+    with pytest.raises(ImportError, match="pip install tensorboard, or use to_csv"):
         grown([1.0], [2.0]).to_tensorboard(tmp_path)

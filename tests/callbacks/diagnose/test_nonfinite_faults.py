@@ -12,8 +12,7 @@ from torch import nn
 
 from fastrbn.callbacks import HaltOnNaN, NonFiniteError
 from fastrbn.callbacks.diagnose.nonfinite import halt as nonfinite
-from fastrbn.callbacks.diagnose.nonfinite import native as _nonfinite_native
-from fastrbn.callbacks.diagnose.nonfinite.tensors import DeviceFlags
+from fastrbn.callbacks.diagnose.nonfinite.state import Flags
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 
 OPTIMISERS = {
@@ -25,13 +24,11 @@ OPTIMISERS = {
 }
 
 
-@pytest.fixture(params=["at once", "at once, operators", "late"])
+@pytest.fixture(params=["at once", "late"])
 def way(request, monkeypatch):
-    if request.param.endswith("operators"):  # as on a machine without a C compiler
-        monkeypatch.setattr(_nonfinite_native, "kernels", lambda: None)
     if request.param == "late":  # what CUDA does, with its delay
         monkeypatch.setattr(nonfinite, "late_device", lambda model: torch.device("cpu"))
-        monkeypatch.setattr(DeviceFlags, "LAG", 3)
+        monkeypatch.setattr(Flags, "LAG", 3)
     return request.param
 
 
@@ -359,7 +356,7 @@ def test_a_real_fault_under_a_grad_scaler_is_one(make_learn, kind):
     assert (halt.report.step, halt.report.phase, halt.report.where) == (3, *kind.expected)
 
 
-def test_validation_halts_late_too(make_learn, way):
+def test_validation_is_watched(make_learn, way):
     learn, halt = make_learn(model=model_of(), n_valid=6), HaltOnNaN()
     x, y = learn.data.valid_dl[2]
     learn.data.valid_dl[2] = (x * math.inf, y)
@@ -368,7 +365,8 @@ def test_validation_halts_late_too(make_learn, way):
     report = halt.report
     assert (report.step, report.epoch, report.batch, report.in_train) == (4, 0, 2, False)
     assert (report.phase, report.where) == ("forward", "input")
-    assert "of validation" in run.stop_reason
+    assert "batch 2 of validation" in run.stop_reason
+    assert len(report.losses) == 4
 
 
 class EmptySum(nn.Module):
@@ -478,8 +476,8 @@ def test_open_batches_are_few(make_learn, way, every, monkeypatch):
         _order = 99
 
         def after_batch(self):
-            late = self.run.halt_on_nan._late
-            seen.append(0 if late is None else len(late.waiting))
+            flags = self.run.halt_on_nan._flags
+            seen.append(len(flags.open))
 
     learn = make_learn(model=model_of(), n_train=60)
     Runner([HaltOnNaN(every=every), Watches()]).fit(1, learn)

@@ -74,7 +74,7 @@ def test_a_fit_that_ends_within_the_window_gives_what_there_is(tmp_path):
 
 def test_a_fit_without_enough_steps_is_told():
     with pytest.warns(
-        UserWarning, match=r"recorded nothing: it begins after 7 steps \(wait=5, warmup=2\), and the fit had 6"
+        UserWarning, match=r"recorded nothing: it starts after 7 steps \(wait=5, warmup=2\), and the fit had 6"
     ):
         fit(Profiler(wait=5))
 
@@ -101,10 +101,10 @@ def test_nothing_recorded_has_no_averages():
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"steps": 0}, "steps is a whole number, 1 or more; got 0"),
-        ({"wait": -1}, "wait is a whole number, 0 or more; got -1"),
-        ({"warmup": 0}, "warmup is a whole number, 1 or more; got 0"),
-        ({"rows": 2.5}, "rows is a whole number, 1 or more; got 2.5"),
+        ({"steps": 0}, "steps must be a whole number, 1 or more; got 0"),
+        ({"wait": -1}, "wait must be a whole number, 0 or more; got -1"),
+        ({"warmup": 0}, "warmup must be a whole number, 1 or more; got 0"),
+        ({"rows": 2.5}, "rows must be a whole number, 1 or more; got 2.5"),
         ({"path": "trace.txt"}, "a file whose name ends in .json or .json.gz; got 'trace.txt'"),
     ],
     ids=str,

@@ -92,7 +92,7 @@ def test_it_works_with_other_callbacks(tmp_path):
 def test_hooks_on_inner_modules_see_their_outputs():
     found = []
     for cbs in ([CompileCallback(backend="eager")], []):
-        run = Runner([ActivationStats(hist=False), *cbs])
+        run = Runner([ActivationStats(hist=False, every=1), *cbs])
         run.fit(1, make_learn())
         found.append(run.activation_stats.means)
     assert torch.allclose(*found, atol=1e-6) and found[0].shape == (4, 4)

@@ -11,7 +11,7 @@ from torch import nn
 from fastrbn.build import LabelSmoothingCrossEntropy
 from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, MixUp, accuracy
 from fastrbn.callbacks.diagnose.nonfinite import halt as nonfinite
-from fastrbn.callbacks.diagnose.nonfinite.tensors import DeviceFlags
+from fastrbn.callbacks.diagnose.nonfinite.state import Flags
 from fastrbn.learn import Callback, Learner, Runner
 
 
@@ -169,7 +169,7 @@ def test_the_loss_function_is_restored_and_a_module_is_not_changed(error):
 def test_a_fault_is_found_under_mixup(way, monkeypatch):
     if way == "late":
         monkeypatch.setattr(nonfinite, "late_device", lambda model: torch.device("cpu"))
-        monkeypatch.setattr(DeviceFlags, "LAG", 3)
+        monkeypatch.setattr(Flags, "LAG", 3)
 
     class Spoils(Callback):
         def after_pred(self):

@@ -1,290 +1,369 @@
-"""All that a training step changes, copied after every step for a few operators' worth of time.
-
-On the CPU one call of C tells whether it is finite, and one more copies it. Else parameters, buffers and the optimiser's
-tensors of one dtype and device are seen as flat vectors, so that one `torch.cat` copies them all, and one reduction over
-the copy tells.
-"""
+"""`KeptState`: the last finite state of a model and its optimiser, and the flags that say whether something was not finite."""
 
 from __future__ import annotations
 
-import itertools
 import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .layout import Layout
-from .native import known_finite
-from .tensors import is_finite
+from fastrbn.util import items_of
+
+from ..flat import room_for
+
+Key = tuple[str, ...]  # ("param", name), ("buffer", name), ("state", parameter's name, key)
+_OPEN, _OPEN_BYTES = 16, 2**28  # most batches, and memory for them, that wait for the device's answer; two in any case
+
+
+def float_tensors(value: Any) -> list[Tensor]:
+    """The non-empty floating-point and complex tensors in nested lists, tuples and dictionaries."""
+    return [t for t in items_of(value, Tensor) if (t.is_floating_point() or t.is_complex()) and t.numel()]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all tensors in `value` are finite. Waits for the device."""
+    return all(bool(torch.isfinite(t.detach()).all()) for t in float_tensors(value))
+
+
+def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    return [name for name, t in named if not is_finite(t)]
+
+
+def dense(grad: Tensor) -> Tensor:
+    """The values of a gradient that may be sparse."""
+    return grad if grad.layout is torch.strided else grad.coalesce().values()
+
+
+def late_device(model: nn.Module) -> torch.device | None:
+    """The device of the whole model if its flags are read late (CUDA, XPU), else None."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    return next((d for d in devices if len(devices) == 1 and d.type in ("cuda", "xpu")), None)
+
+
+class Flags:
+    """Flags raised by NaN or Inf, read at once (`raised`) or, on the device `late`, some steps later (`first_bad`)."""
+
+    LAG = 0  # on the CPU an answer arrives after this many batches; tests use it to act as a GPU
+
+    def __init__(self, late: torch.device | None):
+        self.late, self._most = late, _OPEN
+        self.open: list[tuple[Any, Tensor]] = []  # batches and their flags, oldest first
+        self._asked: tuple[int, Tensor, Any] | None = None  # number of batches, their flags on the host, event
+        self._flags: dict[torch.device, tuple[Tensor, Tensor]] = {}  # a flag and a one on each device
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._flags:
+            self._flags[device] = torch.zeros((), device=device), torch.ones((), device=device)
+        return self._flags[device]
+
+    @torch.no_grad()
+    def add(self, tensors: list[Tensor]) -> None:
+        """Raise the flag if a value is not finite. Values are multiplied by 1 in place, as GradScaler does it."""
+        kinds = set(zip(map(_device, tensors), map(_dtype, tensors)))
+        for device, dtype in kinds:
+            same = tensors if len(kinds) == 1 else [t for t in tensors if (t.device, t.dtype) == (device, dtype)]
+            same = [torch.view_as_real(t) for t in same] if dtype.is_complex else same
+            torch._amp_foreach_non_finite_check_and_unscale_(same, *self._on(device))  # one pass over all of them
+
+    def see(self, named: list[tuple[str, Tensor]]) -> list[str]:
+        """Read tensors that must not be written to. Returns the names of those not finite, unless flags are read late."""
+        tensors = [t.detach() for _, t in named]
+        if self.late is not None:
+            self.add([norm.to(self.late) for norm in torch._foreach_norm(tensors, math.inf)])
+        elif not all(math.isfinite(abs(t.sum(dtype=_wide(t)).item())) for t in tensors):
+            return not_finite(named)  # nothing if only a sum has overflowed
+        return []
+
+    def raised(self) -> bool:
+        """Whether something was not finite since the last call. Waits for the device."""
+        found = any([flag.item() for flag, _ in self._flags.values()])
+        for flag, _ in self._flags.values() if found else ():
+            flag.zero_()
+        return found
+
+    def close(self, batch: Any, device: torch.device) -> Tensor:
+        """Note the flag as that of `batch`. Returns it: a bool tensor on the device, True from the first bad batch on."""
+        if not self.open:
+            size = sum(t.nbytes for t in float_tensors([batch.xb, batch.yb]))
+            self._most = max(2, min(_OPEN, _OPEN_BYTES // max(size, 1)))
+        self.open.append((batch, self._on(device)[0] > 0))
+        return self.open[-1][1]
+
+    def first_bad(self, wait: bool = False) -> Any:
+        """The first batch known to be bad, or None. Waits only if `wait` or if too many batches are open."""
+        while self.open:
+            n = len(self.open)
+            if self._asked is None and (wait or n >= self._most // 2):
+                self._asked = self._ask(torch.stack([flag for _, flag in self.open]))
+            if self._asked is None:
+                return None
+            asked, flags, event = self._asked
+            if not (wait or n >= self._most or (n >= asked + self.LAG if event is None else event.query())):
+                return None
+            if event is not None:
+                event.synchronize()
+            self._asked = None
+            if True in (found := flags.tolist()):
+                return self.open[found.index(True)][0]
+            del self.open[:asked]
+        return None
+
+    def _ask(self, flags: Tensor) -> tuple[int, Tensor, Any]:
+        kind = flags.device.type
+        host = torch.empty(len(flags), dtype=torch.bool, pin_memory=kind != "cpu").copy_(flags, non_blocking=True)
+        event = None if kind == "cpu" else getattr(torch, kind).Event()
+        if event is not None:
+            event.record()
+        return len(flags), host, event
+
+
+class Copy:
+    """Room for a copy of tensors: a vector for each dtype, device and kind, and a view for each tensor."""
+
+    def __init__(self, tensors: Sequence[Tensor], kinds: Sequence[str]):
+        groups: dict[Any, list[int]] = {}
+        for i, (t, kind) in enumerate(zip(tensors, kinds)):
+            groups.setdefault((t.device, t.dtype, kind), []).append(i)
+        self.views: list[Tensor] = list(tensors)
+        self.flats: dict[tuple, Tensor] = {}
+        for key, members in groups.items():
+            self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
+            for i, view in zip(members, views):
+                self.views[i] = view
+        self.examined = [flat for (_, _, kind), flat in self.flats.items() if kind]
+        self.params = [flat for (_, _, kind), flat in self.flats.items() if kind == "param"]
 
 
 class KeptState:
-    """The state of `model` and `opt` after the last step that was found finite.
+    """The parameters, buffers and optimiser state of the last step that was found finite.
 
-    - `advance()`: copy the state as it is now; when it is finite, keep the copy. Returns the names that are not.
-    - `advance_unless(flags)`: the same on a device, where `flags` (`DeviceFlags`) decide without the host knowing.
-    - `restore(host)`: put back what is kept.
-    - `follow()`: take the model's modules and parameters as they are now, when some were `replaced()`.
-    - `remove()`: take the hooks off lazy modules that were never called.
-
-    `device`: where `flags` are; tensors elsewhere (an optimiser's counters) are copied for each step, in `host`.
-
-    Buffers that hold NaN or Inf when this is made (masks of -inf) are kept, and let be. Of the optimiser's state those
-    tensors are examined that have their parameter's shape: what else there is may mean anything.
-
-    A lazy module's parameters and buffers are kept as soon as the module has made them, before it uses them.
+    Kept without a look are buffers that hold NaN or Inf at the start (masks of -inf), and tensors of the optimiser
+    whose shape is not their parameter's. A lazy module's tensors are kept as soon as it has made them. `host` is the
+    part of the kept state that is not on the device of late flags, and what of the optimiser's state is no tensor.
     """
 
-    def __init__(self, model, opt, device=None):
-        self._model, self._opt, self._device = model, opt, device
-        self._exempt, self._entries, self._layout, self._saved = set(), [], None, None
-        self._fresh, self._hooks = {}, []  # of lazy modules: what they have made, and hooks on those that will
-        self.norm, self.host = 0.0, ({}, [])
+    def __init__(self, model: nn.Module, opt: Any, flags: Flags):
+        self._model, self._opt, self._flags = model, opt, flags
+        self._keys: list[Key] = []
+        self._tensors: list[Tensor] = []
+        self._now: list = []  # all live values
+        self._others: list = []  # those that are no dense tensors
+        self._memory: Any = None
+        self._spare: Copy | None = None
+        self.squares: list[Tensor] = []  # their sum is the square of the parameters' norm
+        self._exempt: set[Key] = set()
+        self._layout: Any = None
+        self._saved: Any = None  # a layout and a copy
+        self._made: dict[Key, Tensor] = {}  # what lazy modules have made
+        self._hooks: dict[nn.Module, Any] = {}  # on those that will
         self.follow()
 
-    # What there is
-
     def follow(self) -> None:
+        """Take the model's modules and parameters as they are now."""
+        known = set(self._keys)
+        self._memory = None
         self.params = list(self._model.named_parameters())
-        self._names = {p: name for name, p in self.params}
-        self._modules = list(self._model.named_modules())
         self._params = [p for _, p in self.params]
-        self._tables = [table for _, m in self._modules for table in (m._parameters, m._modules)]
-        self._parts, self._pointers = self._in_tables(), None
-        known = {key for key, _, _ in self._entries}
-        self._find_buffers()
+        self.half = any(p.dtype is torch.float16 for _, p in self.params)
+        self._modules = dict(self._model.named_modules())
+        self._buffers = [m._buffers for m in self._modules.values()]
+        self._tables = [t for m in self._modules.values() for t in (m._parameters, m._modules)]
+        self._parts = self._in_tables()
         self._look_up()
-        floats = [(key, t) for key, t, examined in self._entries if examined and key not in known]
-        if not known_finite([t for _, t in floats]):
-            self._exempt |= {key for key, t in floats if not is_finite(t)}
-            self._pointers = None
+        self._exempt |= {key for key in self._bad() if key not in known}
+        self._memory, self._layout = None, None  # what is exempt is of another kind
         self.remove()
-        for name, m in self._modules:
+        for m in self._modules.values():
             if any(map(is_lazy, (*m._parameters.values(), *m._buffers.values()))):
-                self._hooks.append(m.register_forward_pre_hook(_MadeHook(self, name)))  # comes after the module's own
+                self._hooks[m] = m.register_forward_pre_hook(ModelHook(self._take_made))  # after the module's own
         self.save()
 
     def replaced(self) -> bool:
-        """Whether a module or parameter is not the one it was."""
+        """Whether a module or parameter is no longer the one it was."""
         return self._in_tables() != self._parts
 
     def _in_tables(self):
-        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._tables))))
+        return [id(part) for table in self._tables for part in table.values()]
 
-    def _made(self, prefix, module):
-        for kind, table in (("param", module._parameters), ("buffer", module._buffers)):
-            for name, t in table.items():
-                if _in_memory(t):
-                    self._fresh[kind, f"{prefix}.{name}".lstrip(".")] = t.detach().clone()
+    def _take_made(self, module, args):
+        self._hooks.pop(module).remove()
+        self._look_up()
+        known = {*self._saved[0][0], *self._made}
+        self._made.update((k, t.detach().clone()) for k, t in zip(self._keys, self._tensors) if k not in known)
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Remove the hooks of lazy modules that were never called."""
+        while self._hooks:
+            self._hooks.popitem()[1].remove()
 
-    def _live(self):
-        """Tensors in a fixed order, their addresses, and of the optimiser's state what is no tensor."""
+    def _look_up(self) -> None:
+        """Bring the list of live tensors up to date. `_layout` stays the same object until the list changes."""
         now, states = self._params.copy(), getattr(self._opt, "state", {})
         for buffers in self._buffers:
             now += buffers.values()
         for state in states.values():
             now += state.values()
-        try:
-            return now, list(map(_address, now)), []
-        except (TypeError, ValueError, RuntimeError):  # no buffer, an optimiser's counter; lazy ones; sparse ones
-            now = list(filter(_in_memory, now))
-        plain = [(p, k, _copy(v)) for p, s in states.items() for k, v in s.items() if not _in_memory(v)]
-        return now, list(map(_address, now)), plain
+        same = len(now) == len(self._now) and all(map(operator.is_, now, self._now))
+        if same and self._memory == self._in_memory() and not any(map(_dense, self._others)):
+            return
+        self._keys, self._kinds = self._names(now, states)
+        self._tensors, self._others = [t for t in now if _dense(t)], [t for t in now if not _dense(t)]
+        self._now, self._memory = now, self._in_memory()
+        layout = self._keys, [(t.shape, t.dtype) for t in self._tensors]
+        if layout != self._layout:
+            self._layout, self._spare = layout, None
 
-    def _find_buffers(self):
-        self._buffers = [m._buffers for _, m in self._modules if m._buffers]
+    def _in_memory(self):
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(Tensor.numel, self._tensors))
 
-    def _look_up(self):
-        """Views are made anew only when a tensor was moved or replaced."""
-        _, pointers, self._plain = self._live()
-        if pointers != self._pointers:  # the layout's views keep the memory, so no other tensor can have its address
-            self._find_buffers()
-            now, self._pointers, self._plain = self._live()
-            self._entries = list(self._named(now))
-            self._layout = Layout(self._entries, self._device)
-        return self._layout
-
-    def _named(self, now):
-        """(key, tensor, examined?) of each live tensor."""
-        keys = [("param", name) for name, p in self.params if _in_memory(p)]
-        for prefix, module in self._modules:
-            keys += [("buffer", f"{prefix}.{n}".lstrip(".")) for n, b in module._buffers.items() if _in_memory(b)]
-        shapes = {}
-        for p, state in getattr(self._opt, "state", {}).items():
-            own = [("state", p, k) for k, v in state.items() if _in_memory(v)]
-            shapes.update({key: getattr(p, "shape", None) for key in own})
-            keys += own
+    def _names(self, now: list, states: dict) -> tuple[list[Key], list[str]]:
+        """Keys of the dense tensors, and their kinds: a parameter, "other" that is examined too, or "" that is not."""
+        names = {p: name for name, p in self.params}
+        keys: list[Key] = [("param", name) for name, _ in self.params]
+        keys += [("buffer", f"{n}.{name}".lstrip(".")) for n, m in self._modules.items() for name in m._buffers]
+        self._owners = {names.get(p, f"? {i}"): p for i, p in enumerate(states)}
+        keys += [("state", name, k) for name, p in self._owners.items() for k in states[p]]
+        kinds = {}
         for key, t in zip(keys, now):
-            floats = (t.is_floating_point() or t.is_complex()) and t.numel() > 0 and key not in self._exempt
-            yield key, t, floats and shapes.get(key, t.shape) == t.shape
+            if _dense(t):
+                fits = key[0] != "state" or getattr(self._owners[key[1]], "shape", None) == t.shape
+                kinds[key] = "" if key in self._exempt or not fits or not float_tensors(t) else key[0]
+        return list(kinds), ["other" if kind in ("buffer", "state") else kind for kind in kinds.values()]
 
-    @property
-    def half(self) -> bool:
-        return self._layout.half
-
-    # Keeping it
-
-    def advance(self) -> list[str]:
-        layout = self._look_up()
-        if (kernels := layout.kernels(self._saved)) is not None:  # looks first, and copies over what is kept
-            total = squares = kernels.advance()
-            copies = kernels.copies
-        else:
-            copies = layout.capture()
-            squares = _squares(copies.params)
-            total = squares + _squares(copies.others)
-        if not math.isfinite(total):
-            if bad := self._not_finite():
-                return bad
-            if kernels is not None:  # large, no more
-                kernels.copy()
-        self.norm = math.sqrt(squares)
-        self._keep(layout, copies)
-        return []
-
-    def save(self) -> None:
-        """Keep the state as it is, whatever it holds."""
-        layout = self._look_up()
-        layout.kernels(self._saved)
-        self._keep(layout, layout.capture())
-        self.stale = False
-
-    def _keep(self, layout, copies):
-        self._fresh = {}
-        before, self._saved = self._saved, (layout, copies)
-        if not layout.native:
-            layout.spare = before[1] if before and before[0].same_as(layout) else None
-        self.host = (self._plain, [])
-
-    @torch.no_grad()
-    def advance_unless(self, flags) -> list[torch.Tensor]:
-        """The square of the parameters' norm, a tensor on the device for each group of them."""
-        layout = self._look_up()
-        if self._saved[0] is not layout:
-            self._saved, self._fresh = (layout, layout.adopted(*self._saved, self._fresh)), {}
-        copies, saved = layout.capture(), self._saved[1]
-        for group, flat in zip(layout.groups, copies):
-            if group.on_device and group.examined:
-                flags.add([flat[: group.examined]])
-        bad, host = flags.mark(), []
-        for i, (group, flat) in enumerate(zip(layout.groups, copies)):
-            if group.on_device:
-                torch.where(bad, saved[i], flat, out=saved[i])
-            else:
-                host.append((layout, i, flat.clone()))
-        self.host = (self._plain, host)
-        heads = (f[: g.params] for g, f in zip(layout.groups, copies) if g.on_device and g.params)
-        return [torch.dot(head, head) for head in heads if head.element_size() >= 4]
-
-    def _not_finite(self) -> list[str]:
-        bad = {key for key, t, examined in self._entries if examined and not is_finite(t)}
-        # the optimiser's state is told by its parameter's name, after what is amiss itself
-        own = [key[1] for key, _, _ in self._entries if key in bad and key[0] != "state"]
-        return own + [self._names.get(key[1], "?") for key, _, _ in self._entries if key in bad and key[0] == "state"]
+    def _bad(self):
+        return [k for k, t, kind in zip(self._keys, self._tensors, self._kinds) if kind and not is_finite(t)]
 
     def not_finite(self) -> list[str]:
-        """The names of live tensors that hold NaN or Inf."""
+        """The names of live tensors that hold NaN or Inf; last, for the optimiser's state, those of its parameters."""
         self._look_up()
-        return self._not_finite()
+        return [key[1] for key in sorted(self._bad(), key=lambda key: key[0] == "state")]
+
+    @property
+    def norm(self) -> float:
+        """The L2 norm of all parameters after the last look. Waits for the device."""
+        return math.sqrt(sum(square.item() for square in self.squares))
+
+    def is_buffer(self, name: str) -> bool:
+        return ("buffer", name) in self._keys
+
+    def grads(self) -> list[tuple[str, Tensor]]:
+        grads = zip(self.params, map(_grad, self._params))
+        return [(name, g if g.layout is torch.strided else dense(g)) for (name, _), g in grads if g is not None]
 
     def magnitudes(self) -> dict[str, float]:
         """The largest absolute value of each parameter."""
-        return {name: p.detach().abs().max().item() for name, p in self.params if _in_memory(p) and p.numel()}
-
-    def is_buffer(self, name) -> bool:
-        return any(key == ("buffer", name) for key, _, _ in self._entries)
-
-    # Putting it back
+        return {name: p.detach().abs().max().item() for name, p in self.params if _dense(p) and p.numel()}
 
     @torch.no_grad()
-    def restore(self, host=None, kinds=("param", "buffer", "state")) -> None:
-        """`host`: what `self.host` was at the time; without it, it is the last one's."""
-        layout, copies = self._saved
-        plain, on_host = self.host if host is None else host
-        saved = {**self._fresh, **dict(layout.values(copies))}
-        for other, i, flat in on_host:
-            saved.update(other.groups[i].values(flat))
-        saved = {key: value for key, value in saved.items() if key[0] in kinds}
+    def _copied(self) -> Copy:
         self._look_up()
-        live = {key: t for key, t, _ in self._entries}
+        copy = self._spare = self._spare or Copy(self._tensors, self._kinds)
+        if self._tensors:
+            torch._foreach_copy_(copy.views, self._tensors)
+        return copy
+
+    def save(self) -> None:
+        """Keep the live state, whatever it holds."""
+        self._keep(self._copied())
+        self.squares, self.stale = [], False
+
+    @torch.no_grad()
+    def advance(self, batch: Any = None, grads: Sequence[Tensor] = ()) -> bool:
+        """Keep the live state if it and `grads` are finite, and return whether they are.
+
+        Where flags are read late, the device decides whether to keep it after `batch`, and True means nothing yet.
+        """
+        copy, late = self._copied(), self._flags.late
+        self.squares = [_square(flat) for flat in copy.params]
+        self._flags.add([*grads, *(flat for flat in copy.examined if late in (None, flat.device))])
+        if late is None or batch is None:
+            if self._flags.raised():
+                return False
+            self._keep(copy)
+            return True
+        bad = self._flags.close(batch, late)
+        if self._saved[0] is self._layout:
+            for key, old in self._saved[1].flats.items():
+                if old.device == late:
+                    torch.where(bad, old, copy.flats[key], out=old)
+                else:
+                    old.copy_(copy.flats[key])
+            self.host = self._on_host()
+        elif self._flags.first_bad(wait=True) is None:
+            self._keep(copy)
+        return True
+
+    def _keep(self, copy):
+        before, self._saved, self._made = self._saved, (self._layout, copy), {}
+        self._spare = before[1] if before is not None and before[0] is self._layout else None
+        self.host = self._on_host()
+
+    def _on_host(self):
+        flats = [flat for flat in self._saved[1].flats.values() if self._flags.late not in (None, flat.device)]
+        states = self._opt.state.items() if self._others and hasattr(self._opt, "state") else ()
+        plain = [(p, k, v) for p, s in states for k, v in s.items() if not _dense(v)]
+        plain = [(p, k, v.clone() if isinstance(v, Tensor) else v) for p, k, v in plain]
+        return plain, [(flat, flat.clone()) for flat in flats]
+
+    @torch.no_grad()
+    def restore(self, host: Any = None, kinds: Sequence[str] = ("param", "buffer", "state")) -> None:
+        """Put back what is kept. `host`: `self.host` as it was at the time, if that is not the last one."""
+        plain, flats = self.host if host is None else host
+        for flat, value in flats:
+            flat.copy_(value)
+        (keys, *_), copy = self._saved
+        saved = {**self._made, **dict(zip(keys, copy.views))}
+        self._look_up()
+        live = dict(zip(self._keys, self._tensors))
         for key, value in saved.items():
-            self._put(key, live.get(key), value)
+            if key[0] not in kinds:
+                continue
+            if (t := live.get(key)) is not None and t.shape == value.shape:
+                t.copy_(value)
+            elif t is not None:
+                t.data = value.clone()
+            elif key[0] == "buffer":
+                prefix, _, name = key[1].rpartition(".")
+                self._modules[prefix]._buffers[name] = value.clone()
         if "state" in kinds and hasattr(self._opt, "state"):
-            self._put_state({key[1:]: None for key in saved if key[0] == "state"}, plain)
-
-    def _put(self, key, t, value):
-        if t is not None and t.shape == value.shape:
-            t.copy_(value)
-        elif key[0] == "param":
-            next(p for name, p in self.params if name == key[1]).data = value.clone()
-        elif key[0] == "buffer":
-            prefix, _, name = key[1].rpartition(".")
-            dict(self._modules)[prefix]._buffers[name] = value.clone()
-        else:
-            self._opt.state[key[1]][key[2]] = value.clone()
-
-    def _put_state(self, kept, plain):
-        """Take away what the optimiser has made since, and put back its counters."""
-        kept.update({(p, k): v for p, k, v in plain})
-        for p, state in list(self._opt.state.items()):
-            for k in [k for k in state if (p, k) not in kept]:
-                del state[k]
-            if not state:
-                del self._opt.state[p]
-        for p, k, v in plain:
-            self._opt.state[p][k] = v
+            for name, p in self._owners.items():  # what the optimiser has made since goes
+                state = {k: v for k, v in self._opt.state[p].items() if ("state", name, k) in saved}
+                state.update((k, v) for q, k, v in plain if q is p)
+                self._opt.state[p] = state
+                if not state:
+                    del self._opt.state[p]
 
 
-class _MadeHook:
-    """On a lazy module that is about to run for the first time. A copy of the model takes a copy that does nothing."""
+class ModelHook:
+    """A hook on a module of the model. A copy of the model takes a copy of it that does nothing."""
 
-    def __init__(self, kept=None, prefix=""):
-        self.kept, self.prefix = kept, prefix
+    def __init__(self, function=None):
+        self.function = function
 
-    def __call__(self, module, args):
-        if self.kept is not None:
-            self.kept._made(self.prefix, module)
-            self.kept = None
+    def __call__(self, *args):
+        if self.function is not None:
+            self.function(*args)
 
     def __reduce__(self):
-        return _MadeHook, ()
+        return ModelHook, ()
 
 
-_address = torch.Tensor.data_ptr
+_dtype, _device, _grad = map(operator.attrgetter, ("dtype", "device", "grad"))
 
 
-def _in_memory(value) -> bool:
-    """Whether it is a tensor whose values can be copied by address: not one of a lazy module, nor a sparse one."""
-    return isinstance(value, torch.Tensor) and not is_lazy(value) and value.layout is torch.strided
+def _dense(value) -> bool:
+    """Whether it is a tensor that can be copied value by value: initialised and not sparse."""
+    return isinstance(value, Tensor) and not is_lazy(value) and value.layout is torch.strided
 
 
-def _copy(value):
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def _wide(t) -> torch.dtype | None:
+    return torch.float32 if t.element_size() < 4 else None
 
 
-def _squares(flats) -> float:
-    """The sum of squares: not finite as soon as one element is not, and where it overflows."""
-    total = 0.0
-    for flat in flats:
-        flat = flat.float() if flat.element_size() < 4 else flat
-        total += torch.dot(flat, flat).item()
-    return total
-
-
-def bad_rate(opt, params) -> str | None:
-    """The name of the first of `params` (name, parameter) in a group of `opt` whose learning rate is not finite. Rates
-    in tensors are not looked at: they may be on a device."""
-    bad = []
-    for group in opt.param_groups:
-        rate = group["lr"]
-        if not isinstance(rate, torch.Tensor) and not math.isfinite(rate):
-            bad.append(group)
-    if not bad:
-        return None
-    ids = {id(p) for g in bad for p in g["params"] if p.grad is not None}
-    return next((name for name, p in params if id(p) in ids), None)
+def _square(flat) -> Tensor:
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    return torch.dot(flat, flat) if _wide(flat) is None else flat.float().square().sum()
