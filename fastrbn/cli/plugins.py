@@ -140,10 +140,13 @@ def _describe(error: BaseException) -> str:
 
 
 def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    """Names and defaults of what `factory` takes; its annotations are not for a terminal."""
     try:
-        return inspect.signature(factory)
+        signature = inspect.signature(factory)
     except (TypeError, ValueError):  # some callables have none; they check their arguments themselves
-        return inspect.signature(lambda **kwargs: None)
+        signature = inspect.signature(lambda **kwargs: None)
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return signature.replace(parameters=bare, return_annotation=signature.empty)
 
 
 def _arguments(text: str, spec: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "fastrbn" / "norm" / "README.md"
-EVIDENCE = HERE.parents[1] / "docs" / "parts" / "layer-evidence.md"
+EVIDENCE = HERE.parents[1] / "docs" / "layer-evidence.md"
 
 
 def test_every_test_that_the_documents_name_exists():

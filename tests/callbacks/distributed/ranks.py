@@ -443,7 +443,7 @@ def samples_that_are_fewer_than_the_ranks_are_left_out_with_a_word():
         warnings.simplefilter("always")
         run = fit(learner(loaders(4, n=41)), epochs=1)
     assert len(run.recorder.losses) == 5
-    assert any("last 1 samples are left out" in str(w.message) for w in told) == (RANK == 0)
+    assert any("last 1 samples of each epoch are not trained on" in str(w.message) for w in told) == (RANK == 0)
 
 
 @check

@@ -58,7 +58,7 @@ class HaltOnNaN(Callback):
     at in every 32nd look, in the first batch of validation and, on a CPU, while weights are very large or anything is
     in half precision. On CUDA and XPU no step waits for the device: the halt comes some steps late, and the report is of
     the first bad step all the same. Steps that a GradScaler skips are no reason to halt. Buffers that hold NaN or Inf
-    when the fit begins (masks of -inf) are ignored. More in docs/parts/halt_on_nan.md.
+    when the fit begins (masks of -inf) are ignored. More in docs/halt-on-nan.md.
 
     Examples
     --------
