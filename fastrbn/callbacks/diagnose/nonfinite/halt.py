@@ -148,8 +148,6 @@ class HaltOnNaN(Callback):
     def after_step(self):
         if self._batch is not None:
             self._batch.stepped |= self._hook is None
-            if not self._batch.stepped:
-                self._suspect = None  # a GradScaler has found it too, and skipped the step
             self._end_of_batch()
 
     def after_batch(self):
@@ -218,6 +216,7 @@ class HaltOnNaN(Callback):
                     kept.restore()
                 self._found(*(self._suspect or (batch, "backward", bad)))
             self._step_failed(batch)
+        self._suspect = None  # if there was one, a GradScaler has found it too and skipped the step
         self._norms.append((batch.step, kept.squares))
         self._poll()
 

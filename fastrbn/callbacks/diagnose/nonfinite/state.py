@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -74,7 +75,7 @@ class Flags:
         tensors = [t.detach() for _, t in named]
         if self.late is not None:
             self.add([norm.to(self.late) for norm in torch._foreach_norm(tensors, math.inf)])
-        elif not all(math.isfinite(abs(t.sum(dtype=_wide(t)).item())) for t in tensors):
+        elif not all(math.isfinite(abs((t if t.dim() == 0 else t.sum(dtype=_wide(t))).item())) for t in tensors):
             return not_finite(named)  # nothing if only a sum has overflowed
         return []
 
@@ -134,7 +135,7 @@ class Copy:
             self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
             for i, view in zip(members, views):
                 self.views[i] = view
-        self.examined = [flat for (_, _, kind), flat in self.flats.items() if kind]
+        self.others = [flat for (_, _, kind), flat in self.flats.items() if kind == "other"]
         self.params = [flat for (_, _, kind), flat in self.flats.items() if kind == "param"]
 
 
@@ -187,7 +188,7 @@ class KeptState:
         return self._in_tables() != self._parts
 
     def _in_tables(self):
-        return [id(part) for table in self._tables for part in table.values()]
+        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._tables))))
 
     def _take_made(self, module, args):
         self._hooks.pop(module).remove()
@@ -279,12 +280,13 @@ class KeptState:
         """
         copy, late = self._copied(), self._flags.late
         self.squares = [_square(flat) for flat in copy.params]
-        self._flags.add([*grads, *(flat for flat in copy.examined if late in (None, flat.device))])
         if late is None or batch is None:
-            if self._flags.raised():
+            self._flags.add([*grads, *copy.others, *self.squares])
+            if self._flags.raised() and (self._bad() or not is_finite(list(grads))):  # else only a square has overflowed
                 return False
             self._keep(copy)
             return True
+        self._flags.add([*grads, *(flat for flat in (*copy.params, *copy.others) if flat.device == late)])
         bad = self._flags.close(batch, late)
         if self._saved[0] is self._layout:
             for key, old in self._saved[1].flats.items():
