@@ -1,4 +1,4 @@
-"""`KeptState`: the last finite state of a model and its optimiser, and the flags that say whether something was not finite."""
+"""`KeptState`: the last finite state of a model and its optimiser. `Flags`: whether something was not finite."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Flags:
             torch._amp_foreach_non_finite_check_and_unscale_(same, *self._on(device))  # one pass over all of them
 
     def see(self, named: list[tuple[str, Tensor]]) -> list[str]:
-        """Read tensors that must not be written to. Returns the names of those not finite, unless flags are read late."""
+        """Read tensors that must not be written to. Returns those not finite, unless flags are read late."""
         tensors = [t.detach() for _, t in named]
         if self.late is not None:
             self.add([norm.to(self.late) for norm in torch._foreach_norm(tensors, math.inf)])
@@ -87,7 +87,7 @@ class Flags:
         return found
 
     def close(self, batch: Any, device: torch.device) -> Tensor:
-        """Note the flag as that of `batch`. Returns it: a bool tensor on the device, True from the first bad batch on."""
+        """Note the flag of `batch`. Returns it, a bool tensor on the device: True from the first bad batch on."""
         if not self.open:
             size = sum(t.nbytes for t in float_tensors([batch.xb, batch.yb]))
             self._most = max(2, min(_OPEN, _OPEN_BYTES // max(size, 1)))
@@ -282,7 +282,8 @@ class KeptState:
         self.squares = [_square(flat) for flat in copy.params]
         if late is None or batch is None:
             self._flags.add([*grads, *copy.others, *self.squares])
-            if self._flags.raised() and (self._bad() or not is_finite(list(grads))):  # else only a square has overflowed
+            # a square that has overflowed is no fault
+            if self._flags.raised() and (self._bad() or not is_finite(list(grads))):
                 return False
             self._keep(copy)
             return True
