@@ -68,12 +68,15 @@ class Flags:
         for device, dtype in kinds:
             same = tensors if len(kinds) == 1 else [t for t in tensors if (t.device, t.dtype) == (device, dtype)]
             same = [torch.view_as_real(t) for t in same] if dtype.is_complex else same
-            torch._amp_foreach_non_finite_check_and_unscale_(same, *self._on(device))  # one pass over all of them
+            try:
+                torch._amp_foreach_non_finite_check_and_unscale_(same, *self._on(device))  # one pass over all of them
+            except RuntimeError:  # a gradient that cannot be written to, such as an expanded one
+                torch._amp_foreach_non_finite_check_and_unscale_([t.clone() for t in same], *self._on(device))
 
     def see(self, named: list[tuple[str, Tensor]]) -> list[str]:
         """Read tensors that must not be written to. Returns those not finite, unless flags are read late."""
         tensors = [t.detach() for _, t in named]
-        if self.late is not None:
+        if self.late is not None and tensors:
             self.add([norm.to(self.late) for norm in torch._foreach_norm(tensors, math.inf)])
         elif not all(math.isfinite(abs((t if t.dim() == 0 else t.sum(dtype=_wide(t))).item())) for t in tensors):
             return not_finite(named)  # nothing if only a sum has overflowed
@@ -131,8 +134,10 @@ class Copy:
             groups.setdefault((t.device, t.dtype, kind), []).append(i)
         self.views: list[Tensor] = list(tensors)
         self.flats: dict[tuple, Tensor] = {}
+        self.parts: list[tuple[list[Tensor], list[int]]] = []
         for key, members in groups.items():
             self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
+            self.parts.append((views, members))
             for i, view in zip(members, views):
                 self.views[i] = view
         self.others = [flat for (_, _, kind), flat in self.flats.items() if kind == "other"]
@@ -173,7 +178,7 @@ class KeptState:
         self._modules = dict(self._model.named_modules())
         self._buffers = [m._buffers for m in self._modules.values()]
         self._tables = [t for m in self._modules.values() for t in (m._parameters, m._modules)]
-        self._parts = self._in_tables()
+        self.parts = self._in_tables()
         self._look_up()
         self._exempt |= {key for key in self._bad() if key not in known}
         self._memory, self._layout = None, None  # what is exempt is of another kind
@@ -185,7 +190,7 @@ class KeptState:
 
     def replaced(self) -> bool:
         """Whether a module or parameter is no longer the one it was."""
-        return self._in_tables() != self._parts
+        return self._in_tables() != self.parts
 
     def _in_tables(self):
         return list(map(id, itertools.chain.from_iterable(map(dict.values, self._tables))))
@@ -263,8 +268,10 @@ class KeptState:
     def _copied(self) -> Copy:
         self._look_up()
         copy = self._spare = self._spare or Copy(self._tensors, self._kinds)
-        if self._tensors:
+        if self._flags.late is None and self._tensors:
             torch._foreach_copy_(copy.views, self._tensors)
+        for views, members in () if self._flags.late is None else copy.parts:  # on a device fast for one dtype only
+            torch._foreach_copy_(views, [self._tensors[i] for i in members])
         return copy
 
     def save(self) -> None:
