@@ -22,10 +22,10 @@ _ALL = 1 - 1e-6  # a mean of ones, summed in float32
 class ActivationStats(Callback):
     """Record mean, standard deviation, share near zero and histogram of what modules return in training steps.
 
-    Read afterwards `.steps` (list of `n_iter`), `.names`, `.means`, `.stds`, `.near_zero` (share of all values), `.dead`
-    (share of channels, dimension 1, that are near zero throughout the batch): float32 tensors on the host of shape
-    (steps, names), NaN where a module was not called; and `.hists`, of shape (steps, names, bins). Numbers come to the
-    host once an epoch; reading them during the fit waits for the device.
+    Read afterwards `.steps` (list of `n_iter`), `.names`, `.means`, `.stds`, `.near_zero` (share of all values),
+    `.dead` (share of channels, dimension 1, that are near zero throughout the batch): float32 tensors on the host of
+    shape (steps, names), NaN where a module was not called; and `.hists`, of shape (steps, names, bins). Numbers come
+    to the host once an epoch; reading them during the fit waits for the device.
 
     Parameters
     ----------
@@ -54,8 +54,8 @@ class ActivationStats(Callback):
     Notes
     -----
     Of an output that is a tuple, list or dictionary the first floating-point tensor counts; of several calls in a step
-    the last one. Statistics are float32 for half precision. An output with NaN or Inf has no finite mean, its shares are
-    NaN, and its histogram is that of the rest. A module that replaces another is looked at from the next epoch on.
+    the last one. Statistics are float32 for half precision. An output with NaN or Inf has no finite mean, its shares
+    are NaN, and its histogram is that of the rest. A module that replaces another is looked at from the next epoch on.
 
     References
     ----------

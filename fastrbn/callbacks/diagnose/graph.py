@@ -99,21 +99,17 @@ class GraphReport:
         for c in self.changed:
             lines += [f"  {c}", f"    {_ADVICE_CHANGED[c.kind == 'parameter']}"]
         if not self.holders and self.made_in is not None:
-            lines.append(
-                "  they are held by something other than attributes of model, loss, callbacks, run, learner and optimiser"
-            )
+            lines.append("  no attribute of model, loss, callbacks, run, learner or optimiser holds them")
         if not self.holders and self.made_in is None and not self.changed:
-            lines.append(
-                "  it reaches nothing from earlier steps: the model does more now (allow that with max_growth)"
-            )
+            lines.append("  nothing of earlier steps is reached: the model does more now (allow that with max_growth)")
         return "\n".join(lines)
 
 
 class GraphMonitor(Callback):
     """Count the nodes of each training step's graph, and find what holds on to graphs of earlier steps.
 
-    The first finding of a fit is printed through `run.logger` and stays in `.report` (None if all was well). `.steps` and
-    `.counts` are lists of int: the number of nodes of each step.
+    The first finding of a fit is printed through `run.logger` and stays in `.report` (None if all was well). `.steps`
+    and `.counts` are lists of int: the number of nodes of each step.
 
     Parameters
     ----------
@@ -130,14 +126,14 @@ class GraphMonitor(Callback):
 
     Notes
     -----
-    Reported are: a loss whose graph grows or reaches nodes made in an earlier step; a buffer or attribute whose own graph
-    spans several steps; a list or dictionary with graphs of three or more steps, such as a callback's
-    `self.losses.append(self.loss)`; losses or predictions that are kept elsewhere. A tensor of the last step alone, as in
-    `run.loss`, is normal. When the backward pass fails because a saved tensor was changed in place, the report names the
-    buffer, attribute or parameter.
+    Reported are: a loss whose graph grows or reaches nodes made in an earlier step; a buffer or attribute whose own
+    graph spans several steps; a list or dictionary with graphs of three or more steps, such as a callback's
+    `self.losses.append(self.loss)`; losses or predictions that are kept elsewhere. A tensor of the last step alone, as
+    in `run.loss`, is normal. When the backward pass fails because a saved tensor was changed in place, the report names
+    the buffer, attribute or parameter.
 
-    Attributes of modules, callbacks, loss function, run, learner and optimiser are found by name, also inside containers
-    and objects, and so are global variables; local variables of functions are not.
+    Attributes of modules, callbacks, loss function, run, learner and optimiser are found by name, also inside
+    containers and objects, and so are global variables; local variables of functions are not.
 
     It costs about 1 µs a node and 0.02 ms in each step: 0.06 ms for the course's net (38 nodes, one CPU thread), 3 % of
     its step at batch 8; and 0.4 ms for each search of all attributes (`benchmarks/graph.py`). It never waits for the

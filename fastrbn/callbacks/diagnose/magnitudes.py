@@ -61,8 +61,8 @@ class ParamMagnitudes(Callback):
     parameter is recorded from the next step on, that of a new module from the next epoch on, with NaN in the rows
     before; a removed one has NaN after. The rms of values beyond 1e19 is inf, for their squares overflow in float32.
 
-    Small models (copies of 4 MiB on a CPU, 64 MiB elsewhere) cost a copy of the parameters on their device, and one more
-    each for "update" and `grads`; large models a copy for "update" only.
+    Small models (copies of 4 MiB on a CPU, 64 MiB elsewhere) cost a copy of the parameters on their device, and one
+    more each for "update" and `grads`; large models a copy for "update" only.
 
     Examples
     --------
@@ -179,8 +179,9 @@ class ParamMagnitudes(Callback):
     def load_state_dict(self, state: dict) -> None:
         if list(state["values"]) != list(self.stats):
             raise ValueError(
-                f"ParamMagnitudes can continue only with the same stats; the saved ones are {', '.join(state['values'])}, "
-                f"here they are {', '.join(self.stats)}: give stats and grads as in the first fit"
+                f"ParamMagnitudes can continue only with the same stats; the saved ones are "
+                f"{', '.join(state['values'])}, here they are {', '.join(self.stats)}: give stats and grads as in the "
+                f"first fit"
             )
         self._meter, self._known, self._gone, self._absent = None, None, set(), set()
         self.names = list(state["names"])
@@ -310,9 +311,8 @@ class ParamMagnitudes(Callback):
     def _of(self, stat):
         stat = stat or self._default()
         if stat not in self.stats:
-            raise ValueError(
-                f"stat must be one of {', '.join(self.stats)}; got {stat!r}: record it with ParamMagnitudes(stats=…)"
-            )
+            known = ", ".join(self.stats)
+            raise ValueError(f"stat must be one of {known}; got {stat!r}: record it with ParamMagnitudes(stats=…)")
         return self.values[stat]
 
     def __getstate__(self):

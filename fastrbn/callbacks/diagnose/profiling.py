@@ -18,9 +18,9 @@ _SUFFIXES = (".json", ".gz")
 class Profiler(Callback):
     """Profile some training steps with `torch.profiler`: a table of operators, and a trace to look at.
 
-    `.table` is the table, a string, which is also printed through `run.logger` after the epoch. `.recorded` is the number
-    of steps in it, smaller than `steps` if the fit ends early. Other callbacks' work is included, and a window that
-    reaches past the end of an epoch includes the validation. The fit is slower only while it records.
+    `.table` is the table, a string, which is also printed through `run.logger` after the epoch. `.recorded` is the
+    number of steps in it, smaller than `steps` if the fit ends early. Other callbacks' work is included, and a window
+    that reaches past the end of an epoch includes the validation. The fit is slower only while it records.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class Profiler(Callback):
             )
 
     def averages(self) -> Any:
-        """Return the operators with their times, `torch.profiler`'s key averages. ValueError if nothing was recorded."""
+        """Return the operators with their times (`torch.profiler`'s key averages). ValueError before a recording."""
         if self._averages is None:
             raise ValueError("Profiler has recorded nothing: run a fit of more than wait + warmup steps first")
         return self._averages

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrbn.callbacks import HaltOnNaN, NonFiniteError
+from fastrbn.callbacks import HaltOnNaN, Hooks, NonFiniteError, append_stats
 from fastrbn.callbacks.diagnose.nonfinite import halt as nonfinite
 from fastrbn.callbacks.diagnose.nonfinite.state import Flags
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
@@ -224,6 +224,14 @@ def test_the_replay_leaves_no_trace_in_random_streams(make_learn, kind):
         fit_with(fault, make_learn, "sgd", halt, stop=None if halt else 4)
         ends.append((torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()))
     assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1:] == ends[1][1:]
+
+
+def test_hooks_of_other_callbacks_do_not_see_the_replay(make_learn):
+    halt, learn = HaltOnNaN(), make_learn(model=model_of(Hurts(2)))
+    with Hooks(learn.model, append_stats) as hooks:
+        Runner([halt]).fit(1, learn)
+    assert halt.report.step == 2
+    assert [len(hook.stats[0]) for hook in hooks] == [3, 3, 3]
 
 
 class Counts(nn.Module):

@@ -220,6 +220,17 @@ def test_an_optimisers_plain_counters_are_put_back_and_its_first_state_is_taken_
     assert opt.state[p]["count"] == 1 and torch.equal(opt.state[p]["sum"], torch.ones(2))
 
 
+@pytest.mark.parametrize("bad", [1.0, math.nan])
+def test_a_gradient_that_cannot_be_written_to_is_looked_at(make_learn, bad):
+    class Expands(Callback):
+        def after_backward(self):
+            self.run.model[3].bias.grad = torch.tensor([bad]).expand(3)
+
+    halt = HaltOnNaN()
+    Runner([Expands(), halt]).fit(1, make_learn())
+    assert (halt.report and halt.report.where) == (None if bad == 1 else "3.bias")
+
+
 MOVES = {
     "data": lambda m: setattr(m.conv.weight, "data", torch.randn(4, 3, 3, 3)),
     "size": lambda m: setattr(m.conv.bias, "data", torch.randn(70)),

@@ -54,11 +54,11 @@ class HaltOnNaN(Callback):
     Notes
     -----
     Modules whose code is not PyTorch's or this package's, and the prediction, are looked at in every look. PyTorch's
-    own layers can only overflow, which nearly always shows in the loss or a gradient of the same step; theirs are looked
-    at in every 32nd look, in the first batch of validation and, on a CPU, while weights are very large or anything is
-    in half precision. On CUDA and XPU no step waits for the device: the halt comes some steps late, and the report is of
-    the first bad step all the same. Steps that a GradScaler skips are no reason to halt. Buffers that hold NaN or Inf
-    when the fit begins (masks of -inf) are ignored. More in docs/halt-on-nan.md.
+    own layers can only overflow, which nearly always shows in the loss or a gradient of the same step; theirs are
+    looked at in every 32nd look, in the first batch of validation and, on a CPU, while weights are very large or
+    anything is in half precision. On CUDA and XPU no step waits for the device: the halt comes some steps late, and the
+    report is of the first bad step all the same. Steps that a GradScaler skips are no reason to halt. Buffers that hold
+    NaN or Inf when the fit begins (masks of -inf) are ignored. More in docs/halt-on-nan.md.
 
     Examples
     --------
@@ -147,8 +147,6 @@ class HaltOnNaN(Callback):
     def after_step(self):
         if self._batch is not None:
             self._batch.stepped |= self._hook is None
-            if not self._batch.stepped:
-                self._suspect = None  # a GradScaler has found it too, and skipped the step
             self._end_of_batch()
 
     def after_batch(self):
@@ -200,12 +198,9 @@ class HaltOnNaN(Callback):
 
     def _history(self):
         """The last losses, rates and norms as numbers. Waits for the device."""
-        losses = [
-            (i, loss.double().mean().item() if isinstance(loss, torch.Tensor) else loss, lrs)
-            for i, loss, lrs in self._losses
-        ]
+        losses = [(i, float(torch.as_tensor(x).double().mean()), list(map(float, lrs))) for i, x, lrs in self._losses]
         norms = [(i, n if isinstance(n, float) else math.sqrt(sum(map(float, n)))) for i, n in self._norms]
-        return {"losses": [(i, loss, list(map(float, lrs))) for i, loss, lrs in losses], "norms": norms}
+        return {"losses": losses, "norms": norms}
 
     @property
     def _late(self):
@@ -220,6 +215,7 @@ class HaltOnNaN(Callback):
                     kept.restore()
                 self._found(*(self._suspect or (batch, "backward", bad)))
             self._step_failed(batch)
+        self._suspect = None  # if there was one, a GradScaler has found it too and skipped the step
         self._norms.append((batch.step, kept.squares))
         self._poll()
 

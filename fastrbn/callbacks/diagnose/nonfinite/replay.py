@@ -247,9 +247,8 @@ def locate(
 def _first_spoilt(trace, phase, evidence, spoilt) -> str | None:
     """The first of the `spoilt` buffers, unless the fault came before its layer, which then only passed it on."""
     order = [name for kind, name in trace.seen if kind == "module"]
-    order, absent = (
-        (order, -1) if phase == "forward" else (order[::-1], len(order))
-    )  # backward, the last layer is first
+    # backward, the last layer comes first
+    order, absent = (order, -1) if phase == "forward" else (order[::-1], len(order))
     place = {name: i for i, name in enumerate(order)}
     at, name = min(((place.get(_owner(name), absent), name) for name in spoilt), default=(-1, None))
     owners = evidence if phase == "forward" else map(_owner, evidence)

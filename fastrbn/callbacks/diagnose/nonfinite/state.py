@@ -1,7 +1,8 @@
-"""`KeptState`: the last finite state of a model and its optimiser, and the flags that say whether something was not finite."""
+"""`KeptState`: the last finite state of a model and its optimiser. `Flags`: whether something was not finite."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -67,14 +68,17 @@ class Flags:
         for device, dtype in kinds:
             same = tensors if len(kinds) == 1 else [t for t in tensors if (t.device, t.dtype) == (device, dtype)]
             same = [torch.view_as_real(t) for t in same] if dtype.is_complex else same
-            torch._amp_foreach_non_finite_check_and_unscale_(same, *self._on(device))  # one pass over all of them
+            try:
+                torch._amp_foreach_non_finite_check_and_unscale_(same, *self._on(device))  # one pass over all of them
+            except RuntimeError:  # a gradient that cannot be written to, such as an expanded one
+                torch._amp_foreach_non_finite_check_and_unscale_([t.clone() for t in same], *self._on(device))
 
     def see(self, named: list[tuple[str, Tensor]]) -> list[str]:
-        """Read tensors that must not be written to. Returns the names of those not finite, unless flags are read late."""
+        """Read tensors that must not be written to. Returns those not finite, unless flags are read late."""
         tensors = [t.detach() for _, t in named]
-        if self.late is not None:
+        if self.late is not None and tensors:
             self.add([norm.to(self.late) for norm in torch._foreach_norm(tensors, math.inf)])
-        elif not all(math.isfinite(abs(t.sum(dtype=_wide(t)).item())) for t in tensors):
+        elif not all(math.isfinite(abs((t if t.dim() == 0 else t.sum(dtype=_wide(t))).item())) for t in tensors):
             return not_finite(named)  # nothing if only a sum has overflowed
         return []
 
@@ -86,7 +90,7 @@ class Flags:
         return found
 
     def close(self, batch: Any, device: torch.device) -> Tensor:
-        """Note the flag as that of `batch`. Returns it: a bool tensor on the device, True from the first bad batch on."""
+        """Note the flag of `batch`. Returns it, a bool tensor on the device: True from the first bad batch on."""
         if not self.open:
             size = sum(t.nbytes for t in float_tensors([batch.xb, batch.yb]))
             self._most = max(2, min(_OPEN, _OPEN_BYTES // max(size, 1)))
@@ -130,11 +134,13 @@ class Copy:
             groups.setdefault((t.device, t.dtype, kind), []).append(i)
         self.views: list[Tensor] = list(tensors)
         self.flats: dict[tuple, Tensor] = {}
+        self.parts: list[tuple[list[Tensor], list[int]]] = []
         for key, members in groups.items():
             self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
+            self.parts.append((views, members))
             for i, view in zip(members, views):
                 self.views[i] = view
-        self.examined = [flat for (_, _, kind), flat in self.flats.items() if kind]
+        self.others = [flat for (_, _, kind), flat in self.flats.items() if kind == "other"]
         self.params = [flat for (_, _, kind), flat in self.flats.items() if kind == "param"]
 
 
@@ -172,7 +178,7 @@ class KeptState:
         self._modules = dict(self._model.named_modules())
         self._buffers = [m._buffers for m in self._modules.values()]
         self._tables = [t for m in self._modules.values() for t in (m._parameters, m._modules)]
-        self._parts = self._in_tables()
+        self.parts = self._in_tables()
         self._look_up()
         self._exempt |= {key for key in self._bad() if key not in known}
         self._memory, self._layout = None, None  # what is exempt is of another kind
@@ -184,10 +190,10 @@ class KeptState:
 
     def replaced(self) -> bool:
         """Whether a module or parameter is no longer the one it was."""
-        return self._in_tables() != self._parts
+        return self._in_tables() != self.parts
 
     def _in_tables(self):
-        return [id(part) for table in self._tables for part in table.values()]
+        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._tables))))
 
     def _take_made(self, module, args):
         self._hooks.pop(module).remove()
@@ -262,8 +268,10 @@ class KeptState:
     def _copied(self) -> Copy:
         self._look_up()
         copy = self._spare = self._spare or Copy(self._tensors, self._kinds)
-        if self._tensors:
+        if self._flags.late is None and self._tensors:
             torch._foreach_copy_(copy.views, self._tensors)
+        for views, members in () if self._flags.late is None else copy.parts:  # on a device fast for one dtype only
+            torch._foreach_copy_(views, [self._tensors[i] for i in members])
         return copy
 
     def save(self) -> None:
@@ -279,12 +287,14 @@ class KeptState:
         """
         copy, late = self._copied(), self._flags.late
         self.squares = [_square(flat) for flat in copy.params]
-        self._flags.add([*grads, *(flat for flat in copy.examined if late in (None, flat.device))])
         if late is None or batch is None:
-            if self._flags.raised():
+            self._flags.add([*grads, *copy.others, *self.squares])
+            # a square that has overflowed is no fault
+            if self._flags.raised() and (self._bad() or not is_finite(list(grads))):
                 return False
             self._keep(copy)
             return True
+        self._flags.add([*grads, *(flat for flat in (*copy.params, *copy.others) if flat.device == late)])
         bad = self._flags.close(batch, late)
         if self._saved[0] is self._layout:
             for key, old in self._saved[1].flats.items():
