@@ -36,9 +36,7 @@ from fastrbn.plots import figure
 NORMS = ("batch", "group", "running")
 WAYS = ("plain", "compiled", "reduce-overhead", "graph")
 LENGTHS = {512: [6, 12, 24], 32: [6, 12], 8: [4]}  # epochs: the smaller the batch, the longer each
-RECIPE = (
-    "--sched 1cycle --momentum 0.9 --weight-decay 5e-4 --label-smoothing 0.1 --cutout 8 --amp bf16 --channels-last"
-)
+RECIPE = "--sched 1cycle --momentum 0.9 --weight-decay 5e-4 --label-smoothing 0.1 --cutout 8 --amp bf16 --channels-last"
 FLAT = 0.5  # points of accuracy
 CHECKED, WARM, LR = 8, 4, 0.01  # steps that must agree, of which so many are before a capture; small, so that they do
 RESULTS = Path(__file__).parent / "results"
@@ -72,7 +70,9 @@ class Step:
     def __init__(self, way, model, xb, yb):
         self.model, self.xb, self.yb = model, xb, yb
         self.opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, nesterov=True)
-        self.call = model if way in ("plain", "graph") else torch.compile(model, mode=None if way == "compiled" else way)
+        self.call = (
+            model if way in ("plain", "graph") else torch.compile(model, mode=None if way == "compiled" else way)
+        )
         self.marks = way == "reduce-overhead"
 
     def __call__(self):
@@ -168,7 +168,9 @@ def time_steps(norm, bs, images, args):
 def train(norm, bs, epochs, seed, args):
     """The row, alone in a list, of one run of the command line."""
     with tempfile.TemporaryDirectory() as folder:
-        command = f"train cifar10 --model resnet9 --norm {norm} --bs {bs} --epochs {epochs} --seed {seed} {RECIPE}".split()
+        command = (
+            f"train cifar10 --model resnet9 --norm {norm} --bs {bs} --epochs {epochs} --seed {seed} {RECIPE}".split()
+        )
         command += ["--width", str(args.width), "--device", args.device, "--out", f"{folder}/run"]
         command += ["--compile", args.compile] if args.compile else []
         command += ["--limit", str(args.limit)] if args.limit else []
@@ -179,7 +181,10 @@ def train(norm, bs, epochs, seed, args):
             raise KeyboardInterrupt
         if not Path(f"{folder}/run/config.json").is_file():
             raise SystemExit(f"fastrbn {' '.join(command)} ended with {status} and nothing trained")
-        config, history = json.loads(Path(f"{folder}/run/config.json").read_text()), rows_of(Path(f"{folder}/run/history.csv"))
+        config, history = (
+            json.loads(Path(f"{folder}/run/config.json").read_text()),
+            rows_of(Path(f"{folder}/run/history.csv")),
+        )
     accuracy = [float(row["valid_accuracy"]) * 100 for row in history if row["valid_accuracy"]]
     seconds = [float(row["time"]) for row in history if row["time"]]
     row = {
@@ -223,8 +228,11 @@ def training_table(rows):
 def flat(rows):
     """A sentence a norm and batch size: the shortest length within FLAT points of the longest."""
     for norm, bs in dict.fromkeys((r["norm"], r["bs"]) for r in rows):
-        lengths = sorted((int(r["epochs"]), float(r["accuracy"]), float(r["seconds"])) for r in rows
-                         if (r["norm"], r["bs"]) == (norm, bs) and r["accuracy"] != "")
+        lengths = sorted(
+            (int(r["epochs"]), float(r["accuracy"]), float(r["seconds"]))
+            for r in rows
+            if (r["norm"], r["bs"]) == (norm, bs) and r["accuracy"] != ""
+        )
         if len(lengths) > 1:
             epochs, accuracy, seconds = next(row for row in lengths if row[1] >= lengths[-1][1] - FLAT)
             yield f"{norm} at batch {bs} flattens at {epochs} epochs: {accuracy:.2f} % in {seconds:.0f} s"
@@ -271,8 +279,10 @@ def arguments():
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("this question is one for a GPU, and there is none here; the last line of --help's examples tries "
-                     "the script out on a CPU")
+        parser.error(
+            "this question is one for a GPU, and there is none here; the last line of --help's examples tries "
+            "the script out on a CPU"
+        )
     return args
 
 

@@ -339,7 +339,9 @@ def fit_one_cycle(
         if not _is_number(value) or not least <= value < math.inf:
             raise ValueError(f"fit_one_cycle: {name} divides lr_max and must be finite, 1 or more; got {value!r}")
     if not _is_number(pct_start) or not 0 < pct_start < 1:
-        raise ValueError(f"fit_one_cycle: pct_start must be a share of the steps, above 0 and below 1; got {pct_start!r}")
+        raise ValueError(
+            f"fit_one_cycle: pct_start must be a share of the steps, above 0 and below 1; got {pct_start!r}"
+        )
     if any(isinstance(cb, ParamScheduler) and cb.pname == "lr" for cb in run.cbs):
         raise ValueError("fit_one_cycle schedules 'lr', but the run has a ParamScheduler for it: leave one of them out")
     shares = [pct_start, 1 - pct_start]

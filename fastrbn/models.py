@@ -164,7 +164,12 @@ def _group_norm(nf: int, groups: int = 8, eps: float = 1e-5, affine: bool = True
     return nn.GroupNorm(max(g for g in range(1, groups + 1) if nf % g == 0), nf, eps=eps, affine=affine)
 
 
-_NORMS: dict[str, Callable[..., nn.Module] | None] = {"batch": nn.BatchNorm2d, "running": RunningBatchNorm, "group": _group_norm, "none": None}
+_NORMS: dict[str, Callable[..., nn.Module] | None] = {
+    "batch": nn.BatchNorm2d,
+    "running": RunningBatchNorm,
+    "group": _group_norm,
+    "none": None,
+}
 _RELU = ("leak", "sub", "maxv")
 
 
@@ -274,7 +279,9 @@ def conv_layer(
     made = make_norm("none" if not bn else "batch" if norm is None else norm, nf, **(kwargs if bn else {}))
     conv = nn.Conv2d(ni, nf, ks, stride=stride, padding=ks // 2, bias=made is None)
     if _activates(made) and relu.extra_repr():
-        raise ValueError(f"{type(made).__name__} is the activation too and replaces GeneralRelu; got {relu}: leave it out")
+        raise ValueError(
+            f"{type(made).__name__} is the activation too and replaces GeneralRelu; got {relu}: leave it out"
+        )
     layers: list[nn.Module] = [conv] if _activates(made) else [conv, relu]
     return nn.Sequential(*layers) if made is None else nn.Sequential(*layers, made)
 
@@ -386,7 +393,9 @@ def get_cnn_layers(data: Any, nfs: Iterable[int], layer: Callable[..., nn.Module
             f"{f'one {type(layer).__name__}' if isinstance(layer, nn.Module) else repr(layer)}: pass the function "
             f"itself, unquoted and not called"
         )
-    classes = whole("data.c, the number of classes, as in DataBunch(train_dl, valid_dl, c=10),", getattr(data, "c", None))
+    classes = whole(
+        "data.c, the number of classes, as in DataBunch(train_dl, valid_dl, c=10),", getattr(data, "c", None)
+    )
     c_in = getattr(data, "c_in", None)
     ins = [1 if c_in is None else whole("data.c_in, the number of input channels,", c_in), *sizes]
     convs = [layer(ni, nf, 3 if i else 5, **kwargs) for i, (ni, nf) in enumerate(zip(ins, sizes))]

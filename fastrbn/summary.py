@@ -150,7 +150,9 @@ def model_summary(model: nn.Module, xb: Any) -> Summary:
         trainable=sum(p.numel() for p in params if p.requires_grad),
         buffers=sum(b.numel() for b in buffers),
         bytes=sum(t.numel() * t.element_size() for t in (*params, *buffers)),
-        notes=[f"lazy, as this batch would initialise them: {', '.join(n or 'the model' for n in lazy)}"] if lazy else [],
+        notes=[f"lazy, as this batch would initialise them: {', '.join(n or 'the model' for n in lazy)}"]
+        if lazy
+        else [],
     )
 
 

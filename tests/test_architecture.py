@@ -150,7 +150,10 @@ def test_the_rule_catches(module, source):
     [
         ("norm.layers", "import torch\nfrom .recipes import Recipe\nfrom . import reference"),
         ("data.glyphs", "from matplotlib import font_manager"),
-        ("callbacks.track.record", "from fastrbn.learn.callback import Callback\nfrom fastrbn.learn.events import CancelTrainException"),
+        (
+            "callbacks.track.record",
+            "from fastrbn.learn.callback import Callback\nfrom fastrbn.learn.events import CancelTrainException",
+        ),
         ("callbacks.track.record", "def plot():\n    from fastrbn import plots\n    from fastrbn.plots import lines"),
         ("callbacks.track.record", "from .metrics import accuracy"),
         ("callbacks.track.record", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
@@ -183,7 +186,11 @@ def edges(modules: dict[str, Path]) -> dict[str, set[str]]:
     found = {}
     for module, file in modules.items():
         names = imports(file.read_text(), module, file.name == "__init__.py")
-        inner = {module_of(name.removeprefix("fastrbn").removeprefix(".")) for name, _ in names if _is_or_under(name, "fastrbn")}
+        inner = {
+            module_of(name.removeprefix("fastrbn").removeprefix("."))
+            for name, _ in names
+            if _is_or_under(name, "fastrbn")
+        }
         found[module] = {other for other in inner - {module} if (module, other) not in UPWARD}
     return found
 
@@ -225,7 +232,9 @@ def test_exceptions_are_in_use():
 
 def test_close_matches_are_looked_for_in_one_place():
     """`util.suggestion` and `util.nearest` have one cutoff and one wording."""
-    users = [m for m, f in MODULES.items() if any(_is_or_under(name, "difflib") for name, _ in imports(f.read_text(), m))]
+    users = [
+        m for m, f in MODULES.items() if any(_is_or_under(name, "difflib") for name, _ in imports(f.read_text(), m))
+    ]
     assert users == ["util"]
 
 
@@ -284,7 +293,11 @@ def test_text_files_are_utf_8_on_every_machine(file):
 
 
 def test_the_rule_of_encodings_catches():
-    assert texts_of_no_encoding("open(p)\np.read_text()\nopen(p, 'w')\nopen(p, 'rb')\nopen(p, encoding='utf-8')") == [1, 2, 3]
+    assert texts_of_no_encoding("open(p)\np.read_text()\nopen(p, 'w')\nopen(p, 'rb')\nopen(p, encoding='utf-8')") == [
+        1,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("name", ["", *SUBPACKAGES, "basics"])

@@ -381,6 +381,8 @@ def test_a_cycle_over_a_loader_without_length_warns():
     pairs = learn.data.train_dl
     learn.data.train_dl = type("NoLength", (), {"__iter__": lambda self: iter(pairs)})()
     run = Runner(Recorder())
-    with pytest.warns(UserWarning, match="the training loader has no length.* give the loader or its data set a __len__"):
+    with pytest.warns(
+        UserWarning, match="the training loader has no length.* give the loader or its data set a __len__"
+    ):
         fit_one_cycle(run, learn, 1, 0.1)
     assert run.recorder.lrs[0] == pytest.approx([0.004] * 10)

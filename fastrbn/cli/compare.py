@@ -44,7 +44,9 @@ def compare(args: Namespace) -> int:
     except (DataError, BlockingIOError) as e:
         raise CliError(str(e)) from e
     except OSError as e:
-        raise CliError(f"{e.filename or args.out}: {e.strerror or e}; once that is mended, the same command goes on") from e
+        raise CliError(
+            f"{e.filename or args.out}: {e.strerror or e}; once that is mended, the same command goes on"
+        ) from e
     except ValueError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
     if result.rows:

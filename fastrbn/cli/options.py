@@ -245,4 +245,6 @@ def _add_compare(commands) -> None:
         metavar="K",
         help="record the norms of the convolutions' weights every K steps, and draw weight_norms.png",
     )
-    p.add_argument("--table", type=Path, metavar="DIR", help="train nothing; redraw table and pictures of DIR/cells.csv")
+    p.add_argument(
+        "--table", type=Path, metavar="DIR", help="train nothing; redraw table and pictures of DIR/cells.csv"
+    )

@@ -37,7 +37,16 @@ from .settings import NFS, Settings, of_config, split_norm, wrong
 
 CHECKPOINTS = "checkpoints"  # a folder
 REPORT = "nan_report.txt"
-RESULTS = ("config.json", "model.pt", "history.csv", "curves.png", "params.png", REPORT, "nan_report.json", "nan_batch.pt")
+RESULTS = (
+    "config.json",
+    "model.pt",
+    "history.csv",
+    "curves.png",
+    "params.png",
+    REPORT,
+    "nan_report.json",
+    "nan_batch.pt",
+)
 
 _MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir")  # training goes on from the same place all the same
 _DATA = ("data", "size", "limit", "data_dir")  # described apart in config.json
@@ -299,7 +308,9 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
     settings = dataclasses.replace(settings, **{name: asked[name] for name in _MAY_CHANGE if name in asked})
     root = settings.data_dir
     if "data_dir" not in asked and root is not None and not root.is_dir():
-        raise CliError(f"the run's --data-dir {root} is not here: say where the data are with --data-dir", BAD_ARGUMENTS)
+        raise CliError(
+            f"the run's --data-dir {root} is not here: say where the data are with --data-dir", BAD_ARGUMENTS
+        )
     check_folder(folder, force=True)
     return Plan(settings, command, folder, config=config)
 

@@ -18,7 +18,11 @@ from fastrbn.util import suggestion
 
 Rule = Callable[[str], Any]  # reads the value out of text; ValueError with the rule and what came
 
-NORMS = {"running": "conv_rbn", "batch": "conv_bn", "group": "conv_gn"}  # and their layers, which are other names for them
+NORMS = {
+    "running": "conv_rbn",
+    "batch": "conv_bn",
+    "group": "conv_gn",
+}  # and their layers, which are other names for them
 MODELS = ("cnn", "resnet9")
 NFS = [8, 16, 32, 64, 64]  # channels of the cnn, the course's net
 SCHEDULES = ("none", "lin", "cos", "1cycle")

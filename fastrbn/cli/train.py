@@ -108,9 +108,7 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
     run.add_cbs(_callbacks(settings, folder, len(data.train_dl) // ranks.world, added))
     if ranks.world > 1 and not any(type(cb) is Distributed for cb in added):
         run.add_cbs(Distributed())
-    config = run_folder.configuration(
-        plan, images, data, learn, run, processes=ranks.world, launch=processes.launch()
-    )
+    config = run_folder.configuration(plan, images, data, learn, run, processes=ranks.world, launch=processes.launch())
     if ranks.rank == 0:
         if plan.config is None:
             run_folder.drop_results(folder)
@@ -156,7 +154,10 @@ def _fit(plan: Plan, learn: Learner, run: Runner, folder: Path, config: dict[str
         print(f"fastrbn train: error: {failure}", file=sys.stderr)
     goes_on = status == INTERRUPTED and settings.checkpoint_every
     onward = f"; go on with: fastrbn train --resume {folder}" if goes_on else ""
-    print(f"{sentence}; {'other ' if failures else ''}results in {folder}{onward}", file=sys.stderr if status else sys.stdout)
+    print(
+        f"{sentence}; {'other ' if failures else ''}results in {folder}{onward}",
+        file=sys.stderr if status else sys.stdout,
+    )
     return status
 
 
@@ -230,7 +231,9 @@ def _databunch(settings: Settings, images: ImageData, world: int) -> DataBunch:
     compiled once more (unless there is no whole one)."""
     side, cutout = min(images.train.x.shape[2:]), settings.cutout
     if cutout is not None and cutout >= side:
-        raise CliError(f"--cutout must leave some of the images, whose shorter side is {side}; got {cutout}", BAD_ARGUMENTS)
+        raise CliError(
+            f"--cutout must leave some of the images, whose shorter side is {side}; got {cutout}", BAD_ARGUMENTS
+        )
     n = min(len(images.train), settings.limit or len(images.train))
     try:
         return image_databunch(

@@ -198,9 +198,7 @@ def norms_figure(rows: list[Row], path: str | Path) -> Any:
     return plots.plot_weight_norms(panels, _dashed(rows)) if panels else None
 
 
-def write_report(
-    path: str | Path, name: str | None = None, rows: list[Row] | None = None
-) -> tuple[str, list[Path]]:
+def write_report(path: str | Path, name: str | None = None, rows: list[Row] | None = None) -> tuple[str, list[Path]]:
     """Write the tables and pictures of a grid next to its CSV.
 
     Parameters

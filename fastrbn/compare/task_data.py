@@ -40,9 +40,7 @@ def _standardised(x: Tensor) -> Tensor:
     return (x - x.mean()) / x.std()
 
 
-def shapes(
-    root: Root = None, gain: bool = False, n: int = 3000, n_valid: int = 400, size: int = 24
-) -> Tensors:
+def shapes(root: Root = None, gain: bool = False, n: int = 3000, n_valid: int = 400, size: int = 24) -> Tensors:
     """Three discs or squares on waves and noise, (N, 1, size, size); y is 1 inside a shape.
 
     With `gain` each image has its own gain (log-normal, σ 0.7) and offset (normal).

@@ -17,9 +17,7 @@ _CONVS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def block(
-    layer: Callable[..., nn.Module], norm: Norm, nf: int, dims: int, relu_first: bool = False
-) -> nn.Sequential:
+def block(layer: Callable[..., nn.Module], norm: Norm, nf: int, dims: int, relu_first: bool = False) -> nn.Sequential:
     """`layer`, norm and ReLU, or ReLU before the norm. `layer(bias)` makes the convolution or linear layer."""
     made = norm(nf, dims)
     relu: list[nn.Module] = [] if getattr(made, "activates", False) else [nn.ReLU()]
@@ -31,6 +29,7 @@ def conv(
     ni: int, nf: int, norm: Norm, dims: int = 2, ks: int = 3, stride: int = 1, relu_first: bool = False
 ) -> nn.Sequential:
     """A `block` with a convolution of `dims` dimensions."""
+
     def layer(bias: bool) -> nn.Module:
         return _CONVS[dims](ni, nf, ks, stride, ks // 2, bias=bias)
 
@@ -75,9 +74,7 @@ def course(norm: Norm, relu_first: bool = True) -> nn.Sequential:
 
 def mlp(norm: Norm, ni: int, classes: int, width: int = 64, layers: int = 4) -> nn.Sequential:
     """Dense blocks and a linear layer."""
-    return nn.Sequential(
-        *(dense(width if i else ni, width, norm) for i in range(layers)), nn.Linear(width, classes)
-    )
+    return nn.Sequential(*(dense(width if i else ni, width, norm) for i in range(layers)), nn.Linear(width, classes))
 
 
 def table_net(norm: Norm, features: int = 16) -> nn.Sequential:
@@ -151,6 +148,7 @@ def vgg(norm: Norm) -> nn.Sequential:
 
 def resnet(norm: Norm, width: int = 12) -> nn.Sequential:
     """A small ResNet for CIFAR-10."""
+
     def residual(nf: int) -> nn.Module:
         return Residual(conv(nf, nf, norm), conv(nf, nf, norm))
 

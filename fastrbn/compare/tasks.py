@@ -221,9 +221,7 @@ TASKS = {
         cap=0.4,
         after="course-norm-first",
     ),
-    "recurrent": Task(
-        data.small_digits, nets.Recurrent, {1: 1500, 8: 1000, 32: 500, 256: 150}, rate=0.01, cap=0.5
-    ),
+    "recurrent": Task(data.small_digits, nets.Recurrent, {1: 1500, 8: 1000, 32: 500, 256: 150}, rate=0.01, cap=0.5),
     "two-passes": Task(
         data.real_and_fake,
         lambda norm: nets.TwoPasses(nets.conv_net(norm, [16, 32, 48], 1)),

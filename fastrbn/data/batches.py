@@ -48,8 +48,10 @@ class Dataset(torch.utils.data.Dataset):
 
     def __init__(self, x: Any, y: Any) -> None:
         if len(x) != len(y):
-            raise ValueError(f"Dataset needs as many targets as inputs; got {len(x)} inputs and {len(y)} targets. "
-                             "Slice both in the same way.")
+            raise ValueError(
+                f"Dataset needs as many targets as inputs; got {len(x)} inputs and {len(y)} targets. "
+                "Slice both in the same way."
+            )
         self.x, self.y = x, y
 
     def __len__(self) -> int:
@@ -132,8 +134,10 @@ class BatchLoader:
         self.x, self.y, self.bs = x, y, whole("the batch size", bs)
         self.shuffle, self.drop_last, self.tfms = bool(shuffle), bool(drop_last), _check_tfms(tfms)
         if self.drop_last and len(x) < bs:
-            raise ValueError(f"drop_last leaves no batch: there are {len(x)} samples and bs={bs}. "
-                             "Use a smaller bs or drop_last=False.")
+            raise ValueError(
+                f"drop_last leaves no batch: there are {len(x)} samples and bs={bs}. "
+                "Use a smaller bs or drop_last=False."
+            )
         self.normalize = None if normalize is None else _check_normalize(x, *normalize)
         self._random = any(getattr(t, "takes_generator", False) for t in self.tfms)
         if seed is None:
@@ -198,11 +202,16 @@ class BatchLoader:
             raise ValueError(f"shard needs a rank from 0 to world - 1; got rank {rank} with world {world}.")
         least, left = self.bs * world if self.drop_last else world, len(self.x) % (self.bs * world)
         if even and len(self.x) < least:
-            raise ValueError(f"a batch for {world} processes needs {least} samples; there are {len(self.x)}. "
-                             "Start fewer processes or use a smaller bs.")
+            raise ValueError(
+                f"a batch for {world} processes needs {least} samples; there are {len(self.x)}. "
+                "Start fewer processes or use a smaller bs."
+            )
         if even and 0 < left < world and not self.drop_last and rank == 0:
-            warnings.warn(f"the last {left} samples of each epoch are not trained on: there are fewer of them than the "
-                          f"{world} processes, which step together", stacklevel=2)
+            warnings.warn(
+                f"the last {left} samples of each epoch are not trained on: there are fewer of them than the "
+                f"{world} processes, which step together",
+                stacklevel=2,
+            )
         self.rank, self.world, self._even = rank, world, bool(even)
         return self
 
@@ -236,8 +245,10 @@ class BatchLoader:
             If the epoch has no such batch.
         """
         if not 0 <= batch_index <= len(self):
-            raise ValueError(f"iter_from needs a batch number from 0 to {len(self)}, the number of batches; "
-                             f"got {batch_index}. Was the checkpoint made with another batch size?")
+            raise ValueError(
+                f"iter_from needs a batch number from 0 to {len(self)}, the number of batches; "
+                f"got {batch_index}. Was the checkpoint made with another batch size?"
+            )
         epoch, self.epoch = self.epoch, self.epoch + 1
         batches = self._cut(epoch, batch_index)
         if self._scale is None and not self.tfms:
@@ -270,8 +281,10 @@ class BatchLoader:
         try:
             seed, epoch = operator.index(state["seed"]), operator.index(state["epoch"])
         except (KeyError, TypeError) as e:
-            raise ValueError(f"a BatchLoader's state must hold the integers 'seed' and 'epoch'; got {state!r}. "
-                             "Pass what state_dict() returned.") from e
+            raise ValueError(
+                f"a BatchLoader's state must hold the integers 'seed' and 'epoch'; got {state!r}. "
+                "Pass what state_dict() returned."
+            ) from e
         self.set_epoch(epoch)
         self.seed = seed
 
@@ -323,8 +336,10 @@ class BatchLoader:
             extra += f", tfms=({', '.join(getattr(t, '__name__', None) or repr(t) for t in self.tfms)})"
         if self.normalize:
             extra += ", normalize=({}, {})".format(*([round(n, 4) for n in v] for v in self.normalize))
-        return (f"BatchLoader({self.dataset}, bs={self.bs}, shuffle={self.shuffle}, seed={self.seed}, "
-                f"drop_last={self.drop_last}, device={str(self.device)!r}{extra})")
+        return (
+            f"BatchLoader({self.dataset}, bs={self.bs}, shuffle={self.shuffle}, seed={self.seed}, "
+            f"drop_last={self.drop_last}, device={str(self.device)!r}{extra})"
+        )
 
 
 def mix(*numbers: int) -> int:
@@ -356,13 +371,17 @@ def _affine(x: Tensor, normalize: Any) -> tuple[Tensor | None, Tensor | None]:
 def _check_pair(x: Tensor, y: Tensor) -> None:
     for name, t in (("x", x), ("y", y)):
         if not isinstance(t, torch.Tensor):
-            raise TypeError(f"BatchLoader cuts batches from tensors; {name} is a {type(t).__name__}. "
-                            f"Pass torch.as_tensor({name}), or use torch's DataLoader for other data.")
+            raise TypeError(
+                f"BatchLoader cuts batches from tensors; {name} is a {type(t).__name__}. "
+                f"Pass torch.as_tensor({name}), or use torch's DataLoader for other data."
+            )
         if t.dim() == 0:
             raise ValueError(f"BatchLoader needs one row per sample; {name} is a tensor without dimensions.")
     if len(x) != len(y):
-        raise ValueError(f"BatchLoader needs as many targets as inputs; x has {len(x)} rows and y has {len(y)}. "
-                         "Slice both in the same way.")
+        raise ValueError(
+            f"BatchLoader needs as many targets as inputs; x has {len(x)} rows and y has {len(y)}. "
+            "Slice both in the same way."
+        )
     if len(x) == 0:
         raise ValueError(f"BatchLoader needs at least one sample; got x of shape {tuple(x.shape)}.")
 
@@ -379,11 +398,15 @@ def _check_normalize(x: Tensor, mean: Any, std: Any) -> tuple[list[float], list[
     mean, std = (torch.as_tensor(v, dtype=torch.float64).reshape(-1).tolist() for v in (mean, std))
     channels = x.shape[1] if x.dim() > 1 else 1
     if len(mean) != len(std) or len(mean) not in (1, channels):
-        raise ValueError(f"normalize needs (mean, std) with 1 or {channels} numbers each for x of shape "
-                         f"{tuple(x.shape)}; got {len(mean)} and {len(std)}.")
+        raise ValueError(
+            f"normalize needs (mean, std) with 1 or {channels} numbers each for x of shape "
+            f"{tuple(x.shape)}; got {len(mean)} and {len(std)}."
+        )
     if not all(abs(m) < float("inf") for m in mean) or not all(0 < s < float("inf") for s in std):
-        raise ValueError(f"normalize needs finite means and positive, finite standard deviations; got mean={mean}, "
-                         f"std={std}. A constant channel cannot be normalised: drop it.")
+        raise ValueError(
+            f"normalize needs finite means and positive, finite standard deviations; got mean={mean}, "
+            f"std={std}. A constant channel cannot be normalised: drop it."
+        )
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"normalize needs uint8 or floating-point x; got {x.dtype}. Convert it with x.float().")
     return mean, std

@@ -117,18 +117,26 @@ def get_dls(
     bs = whole("the batch size", bs)
     train, valid = _tensors(train_ds), _tensors(valid_ds)
     if train and valid and not kwargs:
-        return (BatchLoader(*train, bs, True, seed, drop_last, device, normalize, tfms),
-                BatchLoader(*valid, 2 * bs, device=device, normalize=normalize))
+        return (
+            BatchLoader(*train, bs, True, seed, drop_last, device, normalize, tfms),
+            BatchLoader(*valid, 2 * bs, device=device, normalize=normalize),
+        )
     if normalize is not None or tfms is not None:
-        raise ValueError("normalize and tfms need tensors in memory, but this call makes torch DataLoaders "
-                         f"({_why(train, valid, kwargs)}). Normalise in the data set or in a callback.")
+        raise ValueError(
+            "normalize and tfms need tensors in memory, but this call makes torch DataLoaders "
+            f"({_why(train, valid, kwargs)}). Normalise in the data set or in a callback."
+        )
     if device is not None and torch.device(device).type != "cpu":
-        raise ValueError(f"torch DataLoaders ({_why(train, valid, kwargs)}) cannot keep data on {device}. "
-                         "Leave device out and move batches with CudaCallback.")
+        raise ValueError(
+            f"torch DataLoaders ({_why(train, valid, kwargs)}) cannot keep data on {device}. "
+            "Leave device out and move batches with CudaCallback."
+        )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     shuffle = None if isinstance(train_ds, IterableDataset) else True
-    return (DataLoader(train_ds, bs, shuffle=shuffle, drop_last=drop_last, generator=generator, **kwargs),
-            DataLoader(valid_ds, 2 * bs, **kwargs))
+    return (
+        DataLoader(train_ds, bs, shuffle=shuffle, drop_last=drop_last, generator=generator, **kwargs),
+        DataLoader(valid_ds, 2 * bs, **kwargs),
+    )
 
 
 def _why(train: Any, valid: Any, kwargs: dict[str, Any]) -> str:
@@ -154,9 +162,14 @@ def _tensors(ds: Any) -> tuple[Tensor, Tensor] | None:
 def _is_plain(ds: Any, x: Tensor, y: Tensor) -> bool:
     # a subclass may change its items when they are read (augmentation, subset); slicing x would skip that
     item = ds[0]
-    return (isinstance(item, tuple) and len(item) == 2 and len(ds) == len(x)
-            and all(isinstance(a, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-                    for a, b in zip(item, (x[0], y[0]))))
+    return (
+        isinstance(item, tuple)
+        and len(item) == 2
+        and len(ds) == len(x)
+        and all(
+            isinstance(a, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(item, (x[0], y[0]))
+        )
+    )
 
 
 def _classes(*dls: Any) -> int | None:

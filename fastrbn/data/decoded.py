@@ -43,8 +43,9 @@ def decode_once(
         with whole_file(path) as f:
             torch.save({"key": key, "x": x, "crc32": zlib.crc32(x.numpy().data)}, f)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        warnings.warn(f"the decoded images cannot be cached in {path}, so every run decodes them again: {e}",
-                      stacklevel=3)
+        warnings.warn(
+            f"the decoded images cannot be cached in {path}, so every run decodes them again: {e}", stacklevel=3
+        )
     return x
 
 

@@ -58,12 +58,15 @@ def data_root(root: str | Path | None = None) -> Path:
     try:
         path = path.expanduser()
     except RuntimeError as e:
-        raise DataNotFoundError(f"there is no home directory for {path} (HOME is not set, and the user has no entry in "
-                                "the password file). Give the folder of the data sets with root, --data-dir or "
-                                "FASTRBN_DATA.") from e
+        raise DataNotFoundError(
+            f"there is no home directory for {path} (HOME is not set, and the user has no entry in "
+            "the password file). Give the folder of the data sets with root, --data-dir or "
+            "FASTRBN_DATA."
+        ) from e
     if path.exists() and not path.is_dir():
-        raise BadDataError(f"the data root must be a folder; {path} is a file. Pass another root "
-                           "(--data-dir, or FASTRBN_DATA).")
+        raise BadDataError(
+            f"the data root must be a folder; {path} is a file. Pass another root (--data-dir, or FASTRBN_DATA)."
+        )
     return path
 
 
@@ -84,6 +87,7 @@ def torchvision_set(cls: Any, root: Path, train: bool, download: bool) -> Any:
 @dataclass
 class _Files:
     """The files of a torchvision data set."""
+
     wanted: dict[Path, str | None]  # path -> md5, or None for idx files, which contain their own sizes
     archives: dict[Path, str]  # path -> md5
     urls: list[str]
@@ -93,8 +97,11 @@ class _Files:
         if hasattr(tv, "resources"):
             folder, names = root / tv.__name__ / "raw", dict(tv.resources)
             first = next(iter(names))
-            return cls({folder / Path(n).stem: None for n in names}, {folder / n: m for n, m in names.items()},
-                       [mirror + first for mirror in tv.mirrors])
+            return cls(
+                {folder / Path(n).stem: None for n in names},
+                {folder / n: m for n, m in names.items()},
+                [mirror + first for mirror in tv.mirrors],
+            )
         folder = root / tv.base_folder
         wanted = dict(tv.train_list + tv.test_list + [[tv.meta["filename"], tv.meta["md5"]]])
         return cls({folder / n: m for n, m in wanted.items()}, {root / tv.filename: tv.tgz_md5}, [tv.url])
@@ -108,8 +115,10 @@ def _fetch(cls: Any, files: _Files, root: Path, download: bool) -> None:
     if len(here) < len(files.archives):
         if not download:
             missing = [str(f) for f in files.wanted if not f.is_file()]
-            raise DataNotFoundError(f"{cls.__name__} was not found in {root}: there is no file {missing[0]}. Allow the "
-                                    "download, or pass the folder that has it (root, --data-dir or FASTRBN_DATA).")
+            raise DataNotFoundError(
+                f"{cls.__name__} was not found in {root}: there is no file {missing[0]}. Allow the "
+                "download, or pass the folder that has it (root, --data-dir or FASTRBN_DATA)."
+            )
         _probe(cls.__name__, files.urls)
         print(f"downloading {cls.__name__} to {root}", file=sys.stderr)
     try:
@@ -126,8 +135,10 @@ def _fetch(cls: Any, files: _Files, root: Path, download: bool) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(tmp / path.relative_to(root), path)
     except (OSError, RuntimeError, ValueError, EOFError, HTTPException, tarfile.TarError, zlib.error) as e:
-        raise DownloadError(f"{cls.__name__} could not be downloaded to {root}: {e or type(e).__name__}. Nothing was "
-                            "kept; run again, or put the files there yourself in torchvision's layout.") from e
+        raise DownloadError(
+            f"{cls.__name__} could not be downloaded to {root}: {e or type(e).__name__}. Nothing was "
+            "kept; run again, or put the files there yourself in torchvision's layout."
+        ) from e
 
 
 def _probe(name: str, urls: list[str]) -> None:
@@ -153,8 +164,10 @@ def _probe(name: str, urls: list[str]) -> None:
         if failure is None:
             return
         failures.append(failure)
-    raise DownloadError(f"{name} could not be downloaded: {'; '.join(failures)}. Check the network, or pass a folder "
-                        "that has it (root, --data-dir or FASTRBN_DATA).")
+    raise DownloadError(
+        f"{name} could not be downloaded: {'; '.join(failures)}. Check the network, or pass a folder "
+        "that has it (root, --data-dir or FASTRBN_DATA)."
+    )
 
 
 @contextlib.contextmanager
@@ -186,15 +199,19 @@ def _check_idx(path: Path) -> None:
     rank = 3 if "idx3" in path.name else 1
     with open(path, "rb") as f:
         header = f.read(4 + 4 * rank)
-    size, shape = path.stat().st_size, [int.from_bytes(header[4 * i:4 * i + 4], "big") for i in range(1, rank + 1)]
+    size, shape = path.stat().st_size, [int.from_bytes(header[4 * i : 4 * i + 4], "big") for i in range(1, rank + 1)]
     expected = [60000 if path.name.startswith("train") else 10000, 28, 28][:rank]
     if header[:4] != bytes([0, 0, 8, rank]) or shape != expected:
-        raise BadDataError(f"{path} must be an idx file of unsigned bytes with shape {expected}; it begins "
-                           f"with {header.hex(' ', 4) or 'nothing'}. Delete it and run again to download it.")
+        raise BadDataError(
+            f"{path} must be an idx file of unsigned bytes with shape {expected}; it begins "
+            f"with {header.hex(' ', 4) or 'nothing'}. Delete it and run again to download it."
+        )
     wanted = len(header) + math.prod(shape)
     if size != wanted:
-        raise BadDataError(f"{path} is {'truncated' if size < wanted else 'too long'}: {size} bytes, but its header "
-                           f"promises {wanted}. Delete it and run again to download it.")
+        raise BadDataError(
+            f"{path} is {'truncated' if size < wanted else 'too long'}: {size} bytes, but its header "
+            f"promises {wanted}. Delete it and run again to download it."
+        )
 
 
 def _check_md5(path: Path, md5: str) -> None:
@@ -202,5 +219,6 @@ def _check_md5(path: Path, md5: str) -> None:
 
     came = calculate_md5(path)
     if came != md5:
-        raise BadDataError(f"{path} is damaged: its md5 sum is {came}, not {md5}. Delete it and run again to "
-                           "download it.")
+        raise BadDataError(
+            f"{path} is damaged: its md5 sum is {came}, not {md5}. Delete it and run again to download it."
+        )

@@ -23,8 +23,20 @@ from .split import check_valid, split
 __all__ = ["load_folder"]
 
 VALID_NAMES = ("valid", "val", "test")
-BYTE_MODES = {"1": "L", "L": "L", "LA": "RGB", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB", "RGBX": "RGB",
-              "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "LAB": "RGB"}
+BYTE_MODES = {
+    "1": "L",
+    "L": "L",
+    "LA": "RGB",
+    "P": "RGB",
+    "PA": "RGB",
+    "RGB": "RGB",
+    "RGBA": "RGB",
+    "RGBX": "RGB",
+    "CMYK": "RGB",
+    "YCbCr": "RGB",
+    "HSV": "RGB",
+    "LAB": "RGB",
+}
 CHUNK = 256  # images per task of a thread; passing single ones costs as much as decoding a small image
 
 
@@ -97,11 +109,13 @@ def load_folder(
         valid_files, valid_y, valid_classes = _listing(held, seen)
         if valid_classes != classes:
             odd = sorted(set(classes) ^ set(valid_classes))
-            raise BadDataError(f"{path / 'train'} and {held} must have the same class folders; {', '.join(odd[:5])} "
-                               f"{'is' if len(odd) == 1 else 'are'} in only one of them.")
+            raise BadDataError(
+                f"{path / 'train'} and {held} must have the same class folders; {', '.join(odd[:5])} "
+                f"{'is' if len(odd) == 1 else 'are'} in only one of them."
+            )
         x = _images(files + valid_files, shape, workers, cache)
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-        sets = Dataset(x[order], y[order]), Dataset(x[len(y):], valid_y)
+        sets = Dataset(x[order], y[order]), Dataset(x[len(y) :], valid_y)
     return ImageData(_shown(path.resolve().name), *sets, tuple(map(_shown, classes)))
 
 
@@ -114,17 +128,23 @@ def _validation_folder(path: Path, valid: str | float) -> Path | None:
     """The folder of validation images, or None if `path` itself is to be split."""
     if not (path / "train").is_dir():
         if valid == "test":
-            raise DataNotFoundError(f"valid='test' needs the folders train and test; {path} has no train. "
-                                    "Use valid='auto' or a share to split it.")
+            raise DataNotFoundError(
+                f"valid='test' needs the folders train and test; {path} has no train. "
+                "Use valid='auto' or a share to split it."
+            )
         return None
     if valid not in ("auto", "test"):
-        raise ValueError(f"{path} has a train folder, which is not split; got valid={valid}. "
-                         f"Load {path / 'train'} to split that folder.")
+        raise ValueError(
+            f"{path} has a train folder, which is not split; got valid={valid}. "
+            f"Load {path / 'train'} to split that folder."
+        )
     names = VALID_NAMES if valid == "auto" else (valid,)
     found = [path / n for n in names if (path / n).is_dir()]
     if not found:
-        raise DataNotFoundError(f"next to {path / 'train'} there must be a folder of validation images: "
-                                f"{' or '.join(names)}. Add one, or load {path / 'train'} to split that folder.")
+        raise DataNotFoundError(
+            f"next to {path / 'train'} there must be a folder of validation images: "
+            f"{' or '.join(names)}. Add one, or load {path / 'train'} to split that folder."
+        )
     return found[0]
 
 
@@ -132,13 +152,17 @@ def _listing(folder: Path, seen: dict[str, str]) -> tuple[list[str], Tensor, tup
     """(files, labels, class names) under `folder`; for `seen` see `_found`."""
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
     if not classes:
-        raise BadDataError(f"{folder} must contain a folder of images for each class; it has no folders. "
-                           "Move the images into folders named after their classes.")
+        raise BadDataError(
+            f"{folder} must contain a folder of images for each class; it has no folders. "
+            "Move the images into folders named after their classes."
+        )
     found = [_found(folder / c, seen) for c in classes]
     empty = [str(folder / c) for c, files in zip(classes, found) if not files]
     if empty:
-        raise BadDataError(f"every class folder must contain images; there are none in {', '.join(empty[:5])}"
-                           f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}. Remove it, or add images.")
+        raise BadDataError(
+            f"every class folder must contain images; there are none in {', '.join(empty[:5])}"
+            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}. Remove it, or add images."
+        )
     y = torch.repeat_interleave(torch.tensor([len(files) for files in found]))
     return [file for files in found for file in files], y, tuple(classes)
 
@@ -155,20 +179,22 @@ def _found(folder: Path, seen: dict[str, str]) -> list[str]:
     for inner, _, names in os.walk(folder, followlinks=True, onerror=_unreadable):
         first = seen.setdefault(os.path.realpath(inner), inner)
         if first is not inner:
-            raise BadDataError(f"each folder of images must be found only once; {inner} is {first} again, "
-                               "through a link. Remove the link.")
+            raise BadDataError(
+                f"each folder of images must be found only once; {inner} is {first} again, "
+                "through a link. Remove the link."
+            )
         files.append((inner, sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))))
     return [os.path.join(inner, name) for inner, names in sorted(files) for name in names]
 
 
 def _unreadable(error: OSError) -> None:
-    raise BadDataError(f"every folder must be readable; {error.filename} is not: {error.strerror}. Change its "
-                       "permissions, or remove it.") from error
+    raise BadDataError(
+        f"every folder must be readable; {error.filename} is not: {error.strerror}. Change its "
+        "permissions, or remove it."
+    ) from error
 
 
-def _images(
-    files: list[str], size: tuple[int, int] | None, workers: int | None, cache: str | Path | None
-) -> Tensor:
+def _images(files: list[str], size: tuple[int, int] | None, workers: int | None, cache: str | Path | None) -> Tensor:
     if cache is None:
         return _decode(files, size, workers)
     return decode_once(cache, files, size, lambda: _decode(files, size, workers))
@@ -176,7 +202,7 @@ def _images(
 
 def _decode(files: list[str], size: tuple[int, int] | None, workers: int | None) -> Tensor:
     """All files as uint8 (N, C, H, W), in order."""
-    chunks = [files[i:i + CHUNK] for i in range(0, len(files), CHUNK)]
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         images: list[Any] = []
         bad: list[str] = []
@@ -184,14 +210,18 @@ def _decode(files: list[str], size: tuple[int, int] | None, workers: int | None)
             images += good
             bad += failed
     if bad:
-        raise BadDataError(f"every image must be readable; {len(bad)} of {len(files)} are not: {'; '.join(bad[:3])}"
-                           f"{' ...' if len(bad) > 3 else ''}. Replace or delete {'them' if len(bad) > 1 else 'it'}.")
+        raise BadDataError(
+            f"every image must be readable; {len(bad)} of {len(files)} are not: {'; '.join(bad[:3])}"
+            f"{' ...' if len(bad) > 3 else ''}. Replace or delete {'them' if len(bad) > 1 else 'it'}."
+        )
     first = images[0].shape[:2]
     for file, im in zip(files, images):
         if im.shape[:2] != first:
-            raise BadDataError(f"images must have one size; {files[0]} is {first[0]} by {first[1]} and {file} is "
-                               f"{im.shape[0]} by {im.shape[1]} (height by width). Bring them to one: size=N, or "
-                               "`fastrbn train --size N`.")
+            raise BadDataError(
+                f"images must have one size; {files[0]} is {first[0]} by {first[1]} and {file} is "
+                f"{im.shape[0]} by {im.shape[1]} (height by width). Bring them to one: size=N, or "
+                "`fastrbn train --size N`."
+            )
     depth = max(im.shape[2] for im in images)
     out = np.empty((len(images), depth, *first), np.uint8)
     for i, im in enumerate(images):

@@ -26,11 +26,23 @@ __all__ = ["glyphs"]
 # Chosen by eye among matplotlib's files: cmmi10 has old-style digits whose 0 looks like an o; the symbol and size
 # variants (cmex, cmsy, STIXSiz…, …Display) have no digits; only matplotlib 3.11 has cmti10.
 TRAIN_FONTS = (
-    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique",
-    "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique",
-    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic", "DejaVuSerif-Italic",
-    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-    "cmb10", "cmr10", "cmtt10",
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-BoldItalic",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "cmb10",
+    "cmr10",
+    "cmtt10",
 )
 UNSEEN_FONTS = ("DejaVuSansMono-Oblique", "STIXGeneralBolIta", "cmss10")
 UNSEEN_SHARE = 0.25  # of the validation images
@@ -120,8 +132,10 @@ def _atlas(fonts: Sequence[str]) -> Tensor:
     for cell, name in zip(cells, fonts):
         path = folder / f"{name}.ttf"
         if not path.is_file():
-            raise DataNotFoundError(f"glyphs needs the fonts that come with matplotlib {matplotlib.__version__}; "
-                                    f"there is no {path}. Reinstall matplotlib from PyPI.")
+            raise DataNotFoundError(
+                f"glyphs needs the fonts that come with matplotlib {matplotlib.__version__}; "
+                f"there is no {path}. Reinstall matplotlib from PyPI."
+            )
         font = FT2Font(str(path))
         font.set_size(POINTS, 72)
         for digit in range(10):
@@ -130,7 +144,7 @@ def _atlas(fonts: Sequence[str]) -> Tensor:
             bitmap = np.asarray(font.get_image())
             h, w = bitmap.shape
             top, left = (CELL - h) // 2, (CELL - w) // 2
-            cell[digit, top:top + h, left:left + w] = bitmap
+            cell[digit, top : top + h, left : left + w] = bitmap
     x = torch.from_numpy(cells).float().div_(255).view(-1, 1, CELL, CELL)
     tap = torch.tensor([0.25, 0.5, 0.25])  # cells are read at about half their resolution; without blur, edges alias
     return F.conv2d(x, (tap[:, None] * tap)[None, None], padding=1).view(-1, CELL, CELL)

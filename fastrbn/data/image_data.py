@@ -84,8 +84,10 @@ class ImageData:
         return self._mean_std[1]
 
     def __repr__(self) -> str:
-        return (f"ImageData({self.name!r}, {len(self.train)} training and {len(self.valid)} validation images of "
-                f"{tuple(self.train.x.shape[1:])}, {self.c} classes)")
+        return (
+            f"ImageData({self.name!r}, {len(self.train)} training and {len(self.valid)} validation images of "
+            f"{tuple(self.train.x.shape[1:])}, {self.c} classes)"
+        )
 
 
 def image_databunch(
@@ -149,8 +151,10 @@ def image_databunch(
     train, valid = data.train, data.valid
     if limit is not None:
         if limit < 1:
-            raise ValueError(f"limit must be at least 1, the number of training images to keep; got {limit}. "
-                             "Leave it out to keep all.")
+            raise ValueError(
+                f"limit must be at least 1, the number of training images to keep; got {limit}. "
+                "Leave it out to keep all."
+            )
         keep = max(LEAST_VALID, round(len(valid) * limit / len(train)))
         if keep < len(valid):  # spread over the whole set, since a folder's images are ordered by class
             rows = torch.arange(keep) * len(valid) // keep

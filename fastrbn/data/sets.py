@@ -136,8 +136,10 @@ def load_dataset(
         return _jpeg(data_root(root) / name, valid, seed, workers)
     if name == "glyphs":
         if not isinstance(valid, str):
-            raise ValueError("glyphs draws its own validation set; pass n_train and n_valid to fastrbn.glyphs "
-                             f"instead of valid={valid}.")
+            raise ValueError(
+                "glyphs draws its own validation set; pass n_train and n_valid to fastrbn.glyphs "
+                f"instead of valid={valid}."
+            )
         return glyphs(seed=seed)
     return _named(name, data_root(root), download, valid, seed, workers)
 
@@ -150,9 +152,7 @@ def _jpeg(folder: Path, valid: str | float, seed: int, workers: int | None) -> I
     return load_folder(folder, valid=valid, seed=seed, workers=workers, cache=cache)
 
 
-def _named(
-    name: str, root: Path, download: bool, valid: str | float, seed: int, workers: int | None
-) -> ImageData:
+def _named(name: str, root: Path, download: bool, valid: str | float, seed: int, workers: int | None) -> ImageData:
     import torchvision
 
     cls = getattr(torchvision.datasets, _CLASSES[name])
@@ -180,8 +180,10 @@ def _bytes(tv: Any, root: Path) -> tuple[Tensor, Tensor]:
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
     y = torch.as_tensor(tv.targets, dtype=torch.int64)
     if not 0 <= int(y.min()) <= int(y.max()) < len(tv.classes):
-        raise BadDataError(f"the labels of {type(tv).__name__} in {root} must be 0 to {len(tv.classes) - 1}; found "
-                           f"{int(y.min())} to {int(y.max())}. Delete its label files and run again.")
+        raise BadDataError(
+            f"the labels of {type(tv).__name__} in {root} must be 0 to {len(tv.classes) - 1}; found "
+            f"{int(y.min())} to {int(y.max())}. Delete its label files and run again."
+        )
     return x, y
 
 

@@ -16,8 +16,9 @@ def check_valid(valid: str | float) -> None:
     """Raise ValueError unless `valid` is "auto", "test" or a share between 0 and 1."""
     if valid in ("auto", "test") or isinstance(valid, float) and 0 < valid < 1:
         return
-    raise ValueError(f"valid must be 'auto', 'test', or the share of training images to hold out, between 0 and 1; "
-                     f"got {valid!r}.")
+    raise ValueError(
+        f"valid must be 'auto', 'test', or the share of training images to hold out, between 0 and 1; got {valid!r}."
+    )
 
 
 def split(y: Tensor, share: float, seed: int, classes: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
@@ -32,8 +33,10 @@ def split(y: Tensor, share: float, seed: int, classes: Sequence[str] | None = No
     for label in y.unique().tolist():
         rows = order[y[order] == label]
         if len(rows) < 2:
-            raise BadDataError(f"a split needs at least two samples of each class; class "
-                               f"{label if classes is None else repr(classes[label])} has {len(rows)}. "
-                               "Add samples, remove the class, or use separate train and valid folders.")
-        held[rows[:min(max(round(len(rows) * share), 1), len(rows) - 1)]] = True
+            raise BadDataError(
+                f"a split needs at least two samples of each class; class "
+                f"{label if classes is None else repr(classes[label])} has {len(rows)}. "
+                "Add samples, remove the class, or use separate train and valid folders."
+            )
+        held[rows[: min(max(round(len(rows) * share), 1), len(rows) - 1)]] = True
     return order[~held[order]], order[held[order]]

@@ -50,16 +50,20 @@ def view_tfm(*size: int) -> Callable[[Tensor], Tensor]:
     if len(size) == 1 and isinstance(size[0], (tuple, list)):
         size = tuple(size[0])
     if not size or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"view_tfm needs positive integers, the shape of one sample; got {size}. "
-                         "Use view_tfm(1, 28, 28) for one-channel images of 28 by 28 pixels.")
+        raise ValueError(
+            f"view_tfm needs positive integers, the shape of one sample; got {size}. "
+            "Use view_tfm(1, 28, 28) for one-channel images of 28 by 28 pixels."
+        )
     return partial(_view, size=size)
 
 
 def _view(x: Tensor, size: tuple[int, ...]) -> Tensor:
     wanted = math.prod(size)
     if x.numel() % wanted:
-        raise ValueError(f"view_tfm{size} needs a multiple of {wanted} elements; got shape {tuple(x.shape)}, "
-                         f"{x.numel()} elements. Use a size whose product is {math.prod(x.shape[1:])}.")
+        raise ValueError(
+            f"view_tfm{size} needs a multiple of {wanted} elements; got shape {tuple(x.shape)}, "
+            f"{x.numel()} elements. Use a size whose product is {math.prod(x.shape[1:])}."
+        )
     return x.reshape(-1, *size)
 
 
@@ -95,12 +99,16 @@ def normalize_to(train: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """
     for name, x in (("train", train), ("valid", valid)):
         if not x.is_floating_point():
-            raise ValueError(f"normalize_to needs floating-point tensors; {name} is {x.dtype}. "
-                             "Convert first: x.float() / 255 for uint8 images.")
+            raise ValueError(
+                f"normalize_to needs floating-point tensors; {name} is {x.dtype}. "
+                "Convert first: x.float() / 255 for uint8 images."
+            )
     mean, std = train.mean(), train.std()
     if not std > 0:
-        raise ValueError(f"normalize_to divides by train's standard deviation, which is {std.item()} for shape "
-                         f"{tuple(train.shape)}. Pass data that varies and has no NaN.")
+        raise ValueError(
+            f"normalize_to divides by train's standard deviation, which is {std.item()} for shape "
+            f"{tuple(train.shape)}. Pass data that varies and has no NaN."
+        )
     return (train - mean) / std, (valid - mean) / std
 
 
@@ -132,8 +140,10 @@ class RandomCrop:
 
     def __init__(self, padding: int = 4, fill: float = 0.0) -> None:
         if not isinstance(padding, int) or padding < 1:
-            raise ValueError(f"RandomCrop's padding must be a positive number of pixels; got {padding!r}. "
-                             "Leave the transform out if you want no crop.")
+            raise ValueError(
+                f"RandomCrop's padding must be a positive number of pixels; got {padding!r}. "
+                "Leave the transform out if you want no crop."
+            )
         self.padding, self.fill = padding, fill
 
     def __call__(self, xb: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -218,8 +228,10 @@ class Cutout:
 
     def __init__(self, size: int = 8, fill: float = 0.0) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"Cutout's size must be a positive number of pixels; got {size!r}. "
-                             "Leave the transform out to blank nothing.")
+            raise ValueError(
+                f"Cutout's size must be a positive number of pixels; got {size!r}. "
+                "Leave the transform out to blank nothing."
+            )
         self.size, self.fill = size, fill
 
     def __call__(self, xb: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -266,5 +278,7 @@ def to_channels_last(xb: Tensor) -> Tensor:
 
 def _check_images(who: str, xb: Tensor) -> None:
     if xb.dim() != 4:
-        raise ValueError(f"{who} needs batches of images (N, C, H, W); got shape {tuple(xb.shape)}. "
-                         "Load images, or leave the transform out.")
+        raise ValueError(
+            f"{who} needs batches of images (N, C, H, W); got shape {tuple(xb.shape)}. "
+            "Load images, or leave the transform out."
+        )

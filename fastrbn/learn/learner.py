@@ -37,9 +37,7 @@ class Learner:
     fast.ai course, part 2 (2019), notebook 04.
     """
 
-    def __init__(
-        self, model: nn.Module, opt: torch.optim.Optimizer, loss_func: Callable[..., torch.Tensor], data: Any
-    ):
+    def __init__(self, model: nn.Module, opt: torch.optim.Optimizer, loss_func: Callable[..., torch.Tensor], data: Any):
         check_instances(model, opt, loss_func)
         self.model, self.opt, self.loss_func, self.data = model, opt, loss_func, data
 

@@ -15,7 +15,10 @@ NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "step": ("step()", lambda opt: callable(getattr(opt, "step", None))),
     "zero_grad": ("zero_grad()", lambda opt: callable(getattr(opt, "zero_grad", None))),
     "param_groups": ("param_groups, a list of dictionaries with 'params'", _groups),
-    "lr": ("an 'lr' in each of its param_groups", lambda opt: _groups(opt) and all("lr" in g for g in opt.param_groups)),
+    "lr": (
+        "an 'lr' in each of its param_groups",
+        lambda opt: _groups(opt) and all("lr" in g for g in opt.param_groups),
+    ),
     "state": ("state, a dictionary by parameter", lambda opt: hasattr(opt, "state")),
     "state_dict": (
         "state_dict() and load_state_dict()",

@@ -240,7 +240,10 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     try:  # an ended process stays in the table until its parent asks for its exit status
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            not in "ZX"
+        )
     except OSError:
         return True
 

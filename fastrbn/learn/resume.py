@@ -187,9 +187,13 @@ def _warn_of_callbacks(run: Any, saved: dict[str, Any]) -> None:
     known = {n for n, entry in saved.items() if here.get(n) == entry["class"]}
     fresh = [n for n, cb in _callbacks(run).items() if n not in known and has_state(cb)]
     if lost:
-        warnings.warn(f"the checkpoint has state of callbacks that this run does not have: {', '.join(lost)}", stacklevel=5)
+        warnings.warn(
+            f"the checkpoint has state of callbacks that this run does not have: {', '.join(lost)}", stacklevel=5
+        )
     if fresh:
-        warnings.warn(f"the checkpoint has no state for these callbacks, which start fresh: {', '.join(fresh)}", stacklevel=5)
+        warnings.warn(
+            f"the checkpoint has no state for these callbacks, which start fresh: {', '.join(fresh)}", stacklevel=5
+        )
 
 
 def has_state(cb: Callback) -> bool:

@@ -283,7 +283,9 @@ class Runner:
                 f"{', '.join(missing)}: write run.fit(epochs, learn)"
             )
         check_instances(learn.model, learn.opt, learn.loss_func)
-        optimiser.check(learn.opt, {"the loop": ("step", "zero_grad"), **{_owner(cb): cb._needs_opt for cb in self.cbs}})
+        optimiser.check(
+            learn.opt, {"the loop": ("step", "zero_grad"), **{_owner(cb): cb._needs_opt for cb in self.cbs}}
+        )
         self.__dict__.update(RUN_STATE, logger=self.logger, epochs=epochs, learn=learn)
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
         self.epoch, self.n_iter, self.n_epochs, self.loss = 0, 0, 0.0, torch.tensor(0.0)

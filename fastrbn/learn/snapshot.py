@@ -55,7 +55,9 @@ class Snapshot:
         If a module is lazy and not initialised yet.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], opt: Any = None, loaders: Iterable[Any] = (), parameters: bool = True):
+    def __init__(
+        self, modules: Iterable[nn.Module], opt: Any = None, loaders: Iterable[Any] = (), parameters: bool = True
+    ):
         modules = list(modules)
         lazy = [n for m in modules for n, t in (*m.named_parameters(), *m.named_buffers()) if is_lazy(t)]
         if lazy:

@@ -117,4 +117,3 @@ def _why_not_triton(x: Tensor, state: NormState) -> str | None:
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-

@@ -24,7 +24,11 @@ _RUNNING = {
     nn.BatchNorm3d: RunningBatchNorm3d,
     nn.SyncBatchNorm: RunningBatchNorm,
 }
-_BATCH: dict[type, type] = {RunningBatchNorm1d: nn.BatchNorm1d, RunningBatchNorm2d: nn.BatchNorm2d, RunningBatchNorm3d: nn.BatchNorm3d}
+_BATCH: dict[type, type] = {
+    RunningBatchNorm1d: nn.BatchNorm1d,
+    RunningBatchNorm2d: nn.BatchNorm2d,
+    RunningBatchNorm3d: nn.BatchNorm3d,
+}
 _ANY_RANK = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -98,7 +102,13 @@ def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.
         if isinstance(old, nn.SyncBatchNorm) and group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         bias = not old.affine or old.bias is not None
-        settings: dict[str, Any] = {"mom": mom, "affine": old.affine, "bias": bias, "recipe": recipe, "process_group": group}
+        settings: dict[str, Any] = {
+            "mom": mom,
+            "affine": old.affine,
+            "bias": bias,
+            "recipe": recipe,
+            "process_group": group,
+        }
         new = kind(old.num_features, eps=old.eps, **settings, **where)
         if old.running_mean is not None:
             tensors = {**old._parameters, **old._buffers}
@@ -205,9 +215,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 rate = 1.0 / float(self.num_batches_tracked)
-        x = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, rate, self.eps
-        )
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, rate, self.eps)
         return self.act(self.drop(x))
 
 

@@ -212,7 +212,9 @@ class RunningBatchNorm(_BatchNorm):
         before = mean_n * state.num_batches_tracked
         share = torch.where(moves, n / (before + n), 0.0)
         off = torch.where(moves, m - state.running_mean, 0.0)
-        state.running_var.add_(share * torch.where(moves, v - state.running_var, 0.0) + share * (1 - share) * off.square())
+        state.running_var.add_(
+            share * torch.where(moves, v - state.running_var, 0.0) + share * (1 - share) * off.square()
+        )
         state.running_mean.add_(share * off)
         state.num_samples_tracked.add_((moves * bs).to(torch.int64))
         state.num_batches_tracked.add_(moves)

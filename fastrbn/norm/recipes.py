@@ -83,7 +83,9 @@ class Memory:
 
     def __post_init__(self) -> None:
         inf, numbers = float("inf"), (self.least, self.most, self.share)
-        if not all(map(_is_number, numbers)) or not (0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf):
+        if not all(map(_is_number, numbers)) or not (
+            0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf
+        ):
             raise ValueError(
                 f"Memory needs numbers: `least` above 0, `most` at least `least`, `share` 0 or more, and only `most` may be "
                 f"infinite; got {self}"

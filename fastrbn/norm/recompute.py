@@ -123,7 +123,9 @@ def _inputs(batch: Any, device: torch.device | str | int | None) -> list:
     """The model's arguments: x for a batch (x, y, …), x and z for ((x, z), y)."""
     if isinstance(batch, (tuple, list)):
         if not batch:
-            raise ValueError("a batch must be a tensor, or a tuple or list whose first item is the input; got an empty one")
+            raise ValueError(
+                "a batch must be a tensor, or a tuple or list whose first item is the input; got an empty one"
+            )
         batch = batch[0]
     several = batch if isinstance(batch, (tuple, list)) else [batch]
     return [x.to(device) if isinstance(x, Tensor) else x for x in several]

@@ -147,7 +147,14 @@ def take_step(state: NormState, m: Tensor, v: Tensor, n: int | Tensor, bs: int |
 
 
 def normalize_by(
-    step: Step, x: Tensor, weight: Tensor | None, bias: Tensor | None, m: Tensor, v: Tensor, state: NormState, plan: Plan
+    step: Step,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    state: NormState,
+    plan: Plan,
 ) -> Tensor:
     """Normalise x with the statistics of a step that was already taken.
 
@@ -233,7 +240,9 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n: int | Tensor, bs: int | 
     state.num_samples_tracked.add_((seen * bs).to(torch.int64))
     state.num_batches_tracked.add_(seen)
     young = None if recipe.clamp is None else state.num_samples_tracked < recipe.clamp.samples
-    if recipe.statistics == "batch":  # nn.BatchNorm's rule: starts from mean 0 and variance 1, unbiased variance if n > 1
+    if (
+        recipe.statistics == "batch"
+    ):  # nn.BatchNorm's rule: starts from mean 0 and variance 1, unbiased variance if n > 1
         a, moved = torch.ones_like(count), torch.zeros_like(count) + n
         mean, var = old_mean + rate * shift, old_var + rate * (spread - old_var)
     else:
@@ -274,7 +283,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):  # separate from `forward`, for torch.func
         _, x, weight, inv_std, ctx.state, ctx.group, *step = inputs
-        ctx.save_for_backward(x, weight, inv_std, *step)  # tracers take tensors that are not saved this way for constants
+        ctx.save_for_backward(
+            x, weight, inv_std, *step
+        )  # tracers take tensors that are not saved this way for constants
 
     @staticmethod
     def backward(ctx, dy):

@@ -86,7 +86,9 @@ every_callback = pytest.mark.parametrize("cls", MAKERS, ids=lambda c: c.__name__
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    writer = type("SummaryWriter", (), dict.fromkeys(("__init__", "add_scalar", "flush", "close"), lambda *a, **k: None))
+    writer = type(
+        "SummaryWriter", (), dict.fromkeys(("__init__", "add_scalar", "flush", "close"), lambda *a, **k: None)
+    )
     # TensorBoardLogger's package is an extra
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
 

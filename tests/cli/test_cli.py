@@ -45,7 +45,9 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
     real = cli_train.load_dataset
-    monkeypatch.setattr(cli_train, "load_dataset", lambda name, *a, **kw: real(name, *a, **kw) if kw or name != "glyphs" else small())
+    monkeypatch.setattr(
+        cli_train, "load_dataset", lambda name, *a, **kw: real(name, *a, **kw) if kw or name != "glyphs" else small()
+    )
     monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
 
     def run(*args):
@@ -320,11 +322,19 @@ def test_a_folder_of_names_that_are_not_utf8_can_be_trained_on(cli, tmp_path):
         ("a", (9, 10), "", 1, "training needs images of two classes or more; set has one, a: add a folder of other"),
         ("ab", (9, 10), "--cutout 9", 2, "--cutout must leave some of the images, whose shorter side is 9; got 9"),
         ("ab", (3, 4), "--model resnet9 --width 8", 1, "resnet9 of conv_rbn cannot be trained on ImageData('set', "),
-        ("ab", (9, 10), "--layer conv_bn --bs 5", 1, "cnn of conv_bn cannot be trained on … Expected more than 1 value"),
+        (
+            "ab",
+            (9, 10),
+            "--layer conv_bn --bs 5",
+            1,
+            "cnn of conv_bn cannot be trained on … Expected more than 1 value",
+        ),
         ("ab", (9, 10), "--limit 5 --layer conv_bn --bs 1", 1, "Expected more than 1 value per channel"),
     ],
 )
-def test_settings_that_do_not_suit_the_data_are_refused_before_training(cli, tmp_path, classes, sides, args, status, words):
+def test_settings_that_do_not_suit_the_data_are_refused_before_training(
+    cli, tmp_path, classes, sides, args, status, words
+):
     photos(tmp_path / "set", classes, sides=sides)
     got, out, err = cli("train", "set", *args.split(), "--out", "r")
     assert (got, out) == (status, "") and err.startswith("fastrbn train: error: ")
@@ -405,7 +415,10 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--cutout 100", "--cutout must leave some of the images, whose shorter side is 28; got 100"),
         ("--limit 0", "--limit: must be a whole number, 1 or more; got '0'"),
         ("--seed -3", "--seed: must be a whole number, 0 or more"),
-        ("--layer conv_rnb", "--norm must be one of running, batch, group … conv_gn; got 'conv_rnb'. Did you mean 'conv_rbn'?"),
+        (
+            "--layer conv_rnb",
+            "--norm must be one of running, batch, group … conv_gn; got 'conv_rnb'. Did you mean 'conv_rbn'?",
+        ),
         ("--model resnet", "must be one of cnn, resnet9; got 'resnet'. Did you mean 'resnet9'?"),
         ("--sched cosine", "none, lin, cos, 1cycle; got 'cosine'"),
         ("--recipe corse", "must be one of default … got 'corse'. Did you mean 'course'?"),
@@ -452,7 +465,11 @@ def test_wrong_commands_end_with_2_and_help_and_version_with_0(cli):
 def test_help_and_wrong_arguments_need_no_torch(args):
     code = f"import sys; from fastrbn.cli import main; main({args.split()}); print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -537,7 +554,9 @@ def test_a_result_that_cannot_be_written_costs_only_itself(cli, monkeypatch):
     monkeypatch.setattr(run_folder, "_png", no_room)
     status, _, err = cli("train", "glyphs", "--limit", 16, "--out", "r")
     assert status == 1
-    assert err.count("could not be written: No space left on device; make room, or choose another folder with --out") == 2
+    assert (
+        err.count("could not be written: No space left on device; make room, or choose another folder with --out") == 2
+    )
     assert err.splitlines()[-1].startswith("done: 1 epoch") and err.endswith("; other results in r\n")
     assert set(os.listdir("r")) == RESULTS - {"curves.png", "params.png"}
 
@@ -825,8 +844,8 @@ def printing_to(monkeypatch, file, encoding="utf-8"):
 
 
 @pytest.mark.parametrize(
-    "encoding, shape, rate", [("ascii", "1x28x28", "0.4 -> 0.04"), ("cp1252", "1×28×28", "0.4 -> 0.04"),
-                              ("utf-8", "1×28×28", "0.4 → 0.04")],
+    "encoding, shape, rate",
+    [("ascii", "1x28x28", "0.4 -> 0.04"), ("cp1252", "1×28×28", "0.4 -> 0.04"), ("utf-8", "1×28×28", "0.4 → 0.04")],
 )
 def test_characters_that_the_encoding_of_stdout_lacks_are_spelt_out(cli, monkeypatch, encoding, shape, rate):
     file = io.BytesIO()

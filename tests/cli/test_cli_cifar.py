@@ -65,7 +65,9 @@ def cifar(tmp_path):
 
 
 def test_a_short_training_on_cifar_with_every_option_ends_well(cli, cifar):
-    status, out, err = cli("train", "cifar10", "--model", "resnet9", *ALL, "--bs", 32, "--data-dir", cifar, "--out", "r")
+    status, out, err = cli(
+        "train", "cifar10", "--model", "resnet9", *ALL, "--bs", 32, "--data-dir", cifar, "--out", "r"
+    )
     assert (status, err) == (0, "")
     first, second, third = out.splitlines()[:3]
     assert first == "cifar10 is not here in its own format: training on the JPEG images in cifar10-jpeg"
@@ -137,18 +139,25 @@ def test_compile_takes_a_mode_or_none(cli, args, mode):
 @pytest.mark.parametrize("norm", ["batch", "group", "running"])
 def test_a_compiled_training_with_cuda_graphs_ends_well_on_a_gpu(cli, cifar, norm):
     recipe = (*ALL, "--norm", norm, "--compile", "reduce-overhead", "--device", "cuda")
-    status, _, err = cli("train", "cifar10", "--model", "resnet9", *recipe, "--data-dir", cifar, "--epochs", 2, "--out", "r")
+    status, _, err = cli(
+        "train", "cifar10", "--model", "resnet9", *recipe, "--data-dir", cifar, "--epochs", 2, "--out", "r"
+    )
     assert (status, err) == (0, "") and cli.built[0][0].data.train_ds.x.device.type == "cuda"
 
 
-@pytest.mark.parametrize("args, batches", [((), [7, 7, 2]), (("--compile",), [7, 7]), (("--compile", "--bs", 20), [16])])
+@pytest.mark.parametrize(
+    "args, batches", [((), [7, 7, 2]), (("--compile",), [7, 7]), (("--compile", "--bs", 20), [16])]
+)
 def test_a_compiled_model_gets_no_smaller_last_batch_unless_it_is_the_only_one(cli, args, batches):
     assert cli("train", "glyphs", "--bs", 7, *args, "--epochs", 0, "--out", "r")[0] == 0
     assert [len(xb) for xb, _ in cli.built[0][0].data.train_dl] == batches
 
 
 def test_an_added_callback_replaces_that_of_an_option(cli):
-    assert cli("train", "glyphs", "--amp", "bf16", "--cb", "MixedPrecision:dtype=fp16", "--epochs", 0, "--out", "r")[0] == 0
+    assert (
+        cli("train", "glyphs", "--amp", "bf16", "--cb", "MixedPrecision:dtype=fp16", "--epochs", 0, "--out", "r")[0]
+        == 0
+    )
     assert [cb.dtype for cb in cli.built[0][1].cbs if type(cb).__name__ == "MixedPrecision"] == [torch.float16]
 
 

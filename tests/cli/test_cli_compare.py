@@ -116,7 +116,10 @@ def test_a_failed_cell_is_named_its_traceback_kept_and_tried_again_by_the_next_c
     "args, words",
     [
         ("--norms defalt", "got 'defalt'. Did you mean 'default'?"),
-        ("--norms default:elements=0", "elements must be a whole number of elements per channel, 1 or more, or None for all; got 0"),
+        (
+            "--norms default:elements=0",
+            "elements must be a whole number of elements per channel, 1 or more, or None for all; got 0",
+        ),
         ("--bs 0", "--bs: must be a whole number, 1 or more; got '0'"),
         ("--bs 8,8", "--bs: must name each value once; got '8,8'"),
         ("--seeds a", "--seeds: must be a whole number, 0 or more; got 'a'"),

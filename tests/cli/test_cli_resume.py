@@ -222,7 +222,9 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(c
     data = bytearray(newest.read_bytes())
     data[data.rindex(b"/data.pkl") - 1] ^= 128
     newest.write_bytes(data)
-    with pytest.warns(UserWarning, match="damaged .its checksum does not match.*resuming from .*0002-step-8.pt instead"):
+    with pytest.warns(
+        UserWarning, match="damaged .its checksum does not match.*resuming from .*0002-step-8.pt instead"
+    ):
         assert cli("train", "--resume", "a")[0] == 0
     assert Path("a/model.pt").read_bytes() == model and config("a")["result"]["steps"] == 10
 
@@ -320,7 +322,15 @@ def test_a_mistyped_configuration_gets_one_line_that_names_file_and_key(cli):
                     assert value == "missing" or kept[key] == value or kept[key] == float(value), (key, value)
         owner.clear()
         owner.update(before)
-    typed = {"bs": int, "epochs": int, "checkpoint_every": int, "threads": int, "seed": int, "no_halt": bool, "cb": list}
+    typed = {
+        "bs": int,
+        "epochs": int,
+        "checkpoint_every": int,
+        "threads": int,
+        "seed": int,
+        "no_halt": bool,
+        "cb": list,
+    }
     for key, value in accepted:
         assert key not in typed or value == "missing" or type(value) is typed[key], (key, value)
     assert ("bs", "missing") not in accepted
@@ -388,14 +398,20 @@ OLD = {  # as they were kept when layer and norm were two settings
         ({}, []),
         ({"layer": "conv_gn", "norm": None}, ["--norm", "group"]),
         ({"layer": "conv_gn", "norm": "group"}, ["--layer", "conv_gn"]),
-        ({"norm": "course", "recipe": "course", "width": None, "momentum": 0.5}, ["--norm", "course", "--momentum", 0.5]),
+        (
+            {"norm": "course", "recipe": "course", "width": None, "momentum": 0.5},
+            ["--norm", "course", "--momentum", 0.5],
+        ),
         ({"recipe": "detached", "size": None, "cutout": 7}, ["--recipe", "detached", "--cutout", 7]),
     ],
     ids=str,
 )
 def test_a_run_of_an_earlier_version_goes_on_as_a_new_one(old, options, cli):
     for folder in "ab":
-        assert cli("train", "glyphs", "--limit", 80, "--checkpoint-every", 4, *options, "--lr", 0.4, "--out", folder)[0] == 0
+        assert (
+            cli("train", "glyphs", "--limit", 80, "--checkpoint-every", 4, *options, "--lr", 0.4, "--out", folder)[0]
+            == 0
+        )
     rewrite(lambda made: made.update(arguments={**OLD, **old}))
     for folder in "ab":
         assert cli("train", "--resume", folder, "--epochs", 2)[0] == 0

@@ -112,7 +112,10 @@ def test_batch_renorms_warm_up_and_memory_scale_with_the_run():
 
 
 def test_mabns_warm_up_scales_with_the_run():
-    assert get_norm("mabn", steps=320)(4).warmup == (3.2, 32) and get_norm("mabn", steps=160_000)(4).warmup == (100, 1000)
+    assert get_norm("mabn", steps=320)(4).warmup == (3.2, 32) and get_norm("mabn", steps=160_000)(4).warmup == (
+        100,
+        1000,
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,9 +244,7 @@ def test_recorded_norms_are_those_of_the_convolutions(monkeypatch):
 
 @pytest.mark.parametrize("net", ["cnn", "resnet-small"])
 @pytest.mark.parametrize("norm", ["groupnorm-ws", "mabn"])
-def test_norms_that_change_weights_start_from_the_same_parameters_and_record_them(
-    norm, net, monkeypatch
-):
+def test_norms_that_change_weights_start_from_the_same_parameters_and_record_them(norm, net, monkeypatch):
     cell = Cell(norm, 24, net=net, n_train=48)
     data, steps = cell_module._loaders(cell, small(), "cpu")
     trained = cell_module.weights(cell_module._model(cell, data, steps), nn.Conv2d)
@@ -454,7 +455,9 @@ def test_jpeg_images_replace_a_missing_set_under_their_own_name(here, monkeypatc
     for module in (grid, workers):
         monkeypatch.setattr(module, "load_images", lambda *_: jpeg)
     result, lines = run(cells_of(["default"], [8], data=["cifar10"]), here)
-    assert result.rows[0]["data"] == "cifar10-jpeg" and lines[0].startswith("cifar10 was not found in its original format")
+    assert result.rows[0]["data"] == "cifar10-jpeg" and lines[0].startswith(
+        "cifar10 was not found in its original format"
+    )
 
 
 def test_the_jpeg_folder_is_found_under_the_data_root(tmp_path):

@@ -86,7 +86,10 @@ def test_each_task_trains_and_scores_and_every_norm_has_the_same_weights_and_bat
         assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(seen[norm], seen["default"]))
     assert len(seen["default"]) == 2 and len(seen["default"][0][0]) == 8
     other = tasks.build(TASKS[name], data, get_norm("default"), seed=4)
-    changed = [not torch.equal(a, b) for a, b in zip((w for _, w in task_nets.weights(other).values()), starts["default"].values())]
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip((w for _, w in task_nets.weights(other).values()), starts["default"].values())
+    ]
     assert changed[-1] and all(changed) == (data.state is None)
     assert not torch.equal(next(iter(tasks.Batches(TASKS[name], data, 8, seed=4)))[0], seen["default"][0][0])
 

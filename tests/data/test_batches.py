@@ -307,7 +307,9 @@ def test_parts_make_the_batches_of_one_loader_with_world_times_the_size(n, shuff
         batches, cut = list(whole), [list(p) for p in parts]
         assert [len(p) for p in parts] == [len(c) for c in cut] == [len(batches)] * world
         for i, (xb, yb) in enumerate(batches):
-            assert torch.equal(torch.cat([c[i][0] for c in cut]), xb) and torch.equal(torch.cat([c[i][1] for c in cut]), yb)
+            assert torch.equal(torch.cat([c[i][0] for c in cut]), xb) and torch.equal(
+                torch.cat([c[i][1] for c in cut]), yb
+            )
             assert {len(c[i][0]) for c in cut} <= {len(xb) // world, -(-len(xb) // world)}
     for p in parts:
         p.set_epoch(1)
@@ -318,7 +320,9 @@ def test_parts_make_the_batches_of_one_loader_with_world_times_the_size(n, shuff
 
 def test_a_last_batch_with_fewer_samples_than_parts_is_left_out_of_training_only():
     x = torch.arange(26).float()
-    with pytest.warns(UserWarning, match="the last 2 samples of each epoch are not trained on: there are fewer of them than the 3"):
+    with pytest.warns(
+        UserWarning, match="the last 2 samples of each epoch are not trained on: there are fewer of them than the 3"
+    ):
         first = BatchLoader(x, x, 4).shard(0, 3)
     parts = [first, BatchLoader(x, x, 4).shard(1, 3), BatchLoader(x, x, 4).shard(2, 3)]
     assert [len(p) for p in parts] == [len(list(p)) for p in parts] == [2, 2, 2]
@@ -343,7 +347,10 @@ def test_parts_draw_different_transforms_and_the_first_those_of_one_loader():
 
 @pytest.mark.parametrize(
     "args, text",
-    [((2, 2), "shard needs a rank from 0 to world - 1; got rank 2 with world 2"), ((0, 9), "needs 9 samples; there are 8")],
+    [
+        ((2, 2), "shard needs a rank from 0 to world - 1; got rank 2 with world 2"),
+        ((0, 9), "needs 9 samples; there are 8"),
+    ],
 )
 def test_impossible_parts_are_refused_and_change_nothing(args, text):
     loader = BatchLoader(torch.rand(8, 2), torch.rand(8), 4)

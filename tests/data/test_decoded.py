@@ -35,8 +35,12 @@ def images(tmp_path):
 
 
 def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip((*vars(a.train).values(), *vars(a.valid).values()),
-                                                 (*vars(b.train).values(), *vars(b.valid).values())))
+    return all(
+        torch.equal(p, q)
+        for p, q in zip(
+            (*vars(a.train).values(), *vars(a.valid).values()), (*vars(b.train).values(), *vars(b.valid).values())
+        )
+    )
 
 
 def test_images_in_place_of_a_set_are_decoded_once(images, decodings):
@@ -95,7 +99,9 @@ def test_a_damaged_cache_is_reported_and_rewritten(images, decodings, content):
         torch.save(content, path)
     else:
         path.write_bytes(content)
-    with pytest.warns(UserWarning, match="cifar10-jpeg.decoded.pt is not a valid cache of decoded images and is rewritten"):
+    with pytest.warns(
+        UserWarning, match="cifar10-jpeg.decoded.pt is not a valid cache of decoded images and is rewritten"
+    ):
         again = load_dataset("cifar10", images)
     assert same(again, whole) and len(decodings) == 2
     assert same(load_dataset("cifar10", images), whole) and len(decodings) == 2
@@ -139,7 +145,10 @@ def test_decoding_many_images_is_announced(images, monkeypatch, capsys):
     monkeypatch.setattr(decoded, "MANY", 16)
     (images / "cifar10-jpeg.decoded.pt").unlink()
     load_dataset("cifar10", images)
-    assert capsys.readouterr().err == f"decoding 16 images once; the result is cached in {images}/cifar10-jpeg.decoded.pt\n"
+    assert (
+        capsys.readouterr().err
+        == f"decoding 16 images once; the result is cached in {images}/cifar10-jpeg.decoded.pt\n"
+    )
 
 
 def test_a_share_of_the_training_images_may_be_held_out_instead_of_the_test_images(images):

@@ -122,7 +122,9 @@ def test_resizing_cuts_at_the_centre(tmp_path):
 def test_different_sizes_without_resizing_name_two_files(tmp_path):
     write(tmp_path / "a", 2)
     write(tmp_path / "a", 1, start=7, size=(9, 5))
-    with pytest.raises(BadDataError, match=r"a/000.png is 4 by 6 .*a/007.png is 5 by 9 .*size=N, or `fastrbn train --size N`"):
+    with pytest.raises(
+        BadDataError, match=r"a/000.png is 4 by 6 .*a/007.png is 5 by 9 .*size=N, or `fastrbn train --size N`"
+    ):
         load_folder(tmp_path)
 
 
@@ -174,12 +176,15 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
         load_folder(tmp_path)
 
 
-@pytest.mark.parametrize("link, target, again", [
-    ("train/cat/up", "train", "train/cat/up/cat is .*train/cat again"),
-    ("train/cat/self", "train/cat", "train/cat/self is .*train/cat again"),
-    ("train/emu", "train/cat", "train/emu is .*train/cat again"),
-    ("valid/dog/more", "train/dog", "valid/dog/more is .*train/dog again"),
-])
+@pytest.mark.parametrize(
+    "link, target, again",
+    [
+        ("train/cat/up", "train", "train/cat/up/cat is .*train/cat again"),
+        ("train/cat/self", "train/cat", "train/cat/self is .*train/cat again"),
+        ("train/emu", "train/cat", "train/emu is .*train/cat again"),
+        ("valid/dog/more", "train/dog", "valid/dog/more is .*train/dog again"),
+    ],
+)
 def test_a_link_that_leads_to_a_folder_twice_is_refused(link, target, again, tmp_path):
     make(tmp_path)
     (tmp_path / link).symlink_to(tmp_path / target)
@@ -236,15 +241,18 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path):
         load_folder(tmp_path)
 
 
-@pytest.mark.parametrize("parts, kwargs, error, words", [
-    (("train",), {}, DataNotFoundError, "valid or val or test"),
-    (("train", "valid"), {"valid": "test"}, DataNotFoundError, "validation images: test"),
-    (("train", "valid"), {"valid": 0.5}, ValueError, "train folder, which is not split; got valid=0.5"),
-    (("a", "b"), {"valid": "test"}, DataNotFoundError, "has no train"),
-    (("train", "valid"), {"size": 0}, ValueError, "size must be a side"),
-    (("train", "valid"), {"size": (1, 2, 3)}, ValueError, "size must be a side"),
-    (("train", "valid"), {"valid": -0.5}, ValueError, "-0.5"),
-])
+@pytest.mark.parametrize(
+    "parts, kwargs, error, words",
+    [
+        (("train",), {}, DataNotFoundError, "valid or val or test"),
+        (("train", "valid"), {"valid": "test"}, DataNotFoundError, "validation images: test"),
+        (("train", "valid"), {"valid": 0.5}, ValueError, "train folder, which is not split; got valid=0.5"),
+        (("a", "b"), {"valid": "test"}, DataNotFoundError, "has no train"),
+        (("train", "valid"), {"size": 0}, ValueError, "size must be a side"),
+        (("train", "valid"), {"size": (1, 2, 3)}, ValueError, "size must be a side"),
+        (("train", "valid"), {"valid": -0.5}, ValueError, "-0.5"),
+    ],
+)
 def test_layouts_that_do_not_fit_the_request_are_refused(parts, kwargs, error, words, tmp_path):
     make(tmp_path, parts)
     with pytest.raises(error, match=words):

@@ -51,7 +51,9 @@ def test_one_seed_gives_one_set_and_another_gives_another():
 
 def test_a_quarter_of_the_validation_images_use_unseen_fonts(monkeypatch):
     module, drawn = sys.modules["fastrbn.data.glyphs"], []
-    monkeypatch.setattr(module, "_draw", lambda atlas, cell, *_: drawn.append(cell) or cell.new_zeros(len(cell), 1, 28, 28))
+    monkeypatch.setattr(
+        module, "_draw", lambda atlas, cell, *_: drawn.append(cell) or cell.new_zeros(len(cell), 1, 28, 28)
+    )
     data = glyphs(2000, 2000)
     train, valid = drawn
     assert not torch.equal(train, valid)

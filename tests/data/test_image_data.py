@@ -39,11 +39,18 @@ def test_a_bunch_is_normalised_per_channel_with_training_statistics():
     assert (data.c, data.c_in, data.train_dl.bs, data.valid_dl.bs) == (5, 3, 100, 200)
 
 
-@pytest.mark.parametrize("name, augment, kinds", [
-    ("cifar10", None, [RandomCrop, RandomFlip]), ("cifar100", None, [RandomCrop, RandomFlip]),
-    ("mnist", None, []), ("glyphs", None, []), ("cifar10", False, []), ("mnist", True, [RandomCrop, RandomFlip]),
-    ("mnist", [RandomCrop(2)], [RandomCrop]),
-])
+@pytest.mark.parametrize(
+    "name, augment, kinds",
+    [
+        ("cifar10", None, [RandomCrop, RandomFlip]),
+        ("cifar100", None, [RandomCrop, RandomFlip]),
+        ("mnist", None, []),
+        ("glyphs", None, []),
+        ("cifar10", False, []),
+        ("mnist", True, [RandomCrop, RandomFlip]),
+        ("mnist", [RandomCrop(2)], [RandomCrop]),
+    ],
+)
 def test_augmentation_depends_on_the_set_unless_given(name, augment, kinds):
     data = image_databunch(some_images(name), 8, augment=augment)
     assert [type(t) for t in data.train_dl.tfms] == kinds and data.valid_dl.tfms == ()

@@ -20,8 +20,10 @@ from fastrbn.data import BadDataError, DataNotFoundError, DownloadError, data_ro
 from fastrbn.data import download as download_module
 
 REAL = Path(os.environ.get("FASTRBN_DATA") or "/nowhere")
-needs_mnist = pytest.mark.skipif(not (REAL / "MNIST/raw/train-images-idx3-ubyte").is_file(),
-                                 reason="real MNIST: FASTRBN_DATA is not a folder that holds MNIST/raw")
+needs_mnist = pytest.mark.skipif(
+    not (REAL / "MNIST/raw/train-images-idx3-ubyte").is_file(),
+    reason="real MNIST: FASTRBN_DATA is not a folder that holds MNIST/raw",
+)
 
 
 def md5(path):
@@ -211,14 +213,12 @@ def test_a_silent_network_times_out(monkeypatch, tmp_path):
             thread.join()
 
 
-def test_an_interrupted_download_leaves_no_file_and_is_repeated(
-    fake_mnist, mirror, serve, monkeypatch, tmp_path
-):
+def test_an_interrupted_download_leaves_no_file_and_is_repeated(fake_mnist, mirror, serve, monkeypatch, tmp_path):
     real = fake_mnist.resources
     broken = tmp_path / "broken"
     broken.mkdir()
     for archive in mirror.iterdir():
-        (broken / archive.name).write_bytes(archive.read_bytes()[:20000 if "t10k-images" in archive.name else None])
+        (broken / archive.name).write_bytes(archive.read_bytes()[: 20000 if "t10k-images" in archive.name else None])
     monkeypatch.setattr(fake_mnist, "mirrors", [serve(broken)])
     with pytest.raises(DownloadError, match="Nothing was kept"):
         load_dataset("mnist", tmp_path / "data")
@@ -241,14 +241,27 @@ def test_a_missing_set_is_not_downloaded_if_forbidden(tmp_path):
 
 def damage(path, how):
     whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[:-1], "empty": b"", "too long": whole + b"x", "zeros": bytes(len(whole)),
-                      "other": whole[:4] + (5).to_bytes(4, "big") + whole[8:]}[how])
+    path.write_bytes(
+        {
+            "truncated": whole[:-1],
+            "empty": b"",
+            "too long": whole + b"x",
+            "zeros": bytes(len(whole)),
+            "other": whole[:4] + (5).to_bytes(4, "big") + whole[8:],
+        }[how]
+    )
 
 
-@pytest.mark.parametrize("how, words", [
-    ("truncated", "is truncated: 47040015 bytes, but its header promises 47040016"),
-    ("too long", "is too long"), ("empty", "nothing"), ("zeros", "must be an idx file"), ("other", "begins with"),
-])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("truncated", "is truncated: 47040015 bytes, but its header promises 47040016"),
+        ("too long", "is too long"),
+        ("empty", "nothing"),
+        ("zeros", "must be an idx file"),
+        ("other", "begins with"),
+    ],
+)
 def test_a_damaged_image_file_is_named_with_what_to_do(how, words, fake_mnist, mirror, tmp_path):
     path = lay_out(mirror, tmp_path) / "train-images-idx3-ubyte"
     damage(path, how)
@@ -273,8 +286,11 @@ def fake_cifar(tmp_path, serve, monkeypatch):
         folder.mkdir(parents=True)
         meta = {cls.meta["key"]: ["cat", "dog"]}
         x = np.arange(6 * 3072, dtype=np.uint32).reshape(6, 3072).astype(np.uint8)
-        for name, content in (("batch", {"data": x, key: [0, 1] * 3}), ("held", {"data": x[:2], key: [1, 0]}),
-                              (cls.meta["filename"], meta)):
+        for name, content in (
+            ("batch", {"data": x, key: [0, 1] * 3}),
+            ("held", {"data": x[:2], key: [1, 0]}),
+            (cls.meta["filename"], meta),
+        ):
             (folder / name).write_bytes(pickle.dumps(content))
         archive = tmp_path / "source" / cls.filename
         with tarfile.open(archive, "w:gz") as tar:
@@ -296,7 +312,8 @@ def test_cifar_is_downloaded_checked_and_split_as_published(name, fake_cifar, tm
     monkeypatch.setattr("urllib.request.urlopen", None)
     assert torch.equal(load_dataset(name, tmp_path / "data").valid.x, data.valid.x)
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
-        {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]]
+        {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+    ]
 
 
 def test_a_damaged_cifar_file_is_named(fake_cifar, tmp_path):
@@ -308,16 +325,19 @@ def test_a_damaged_cifar_file_is_named(fake_cifar, tmp_path):
     assert str(path) in str(e.value)
 
 
-@pytest.mark.parametrize("args, kwargs, error, words", [
-    (("mnits",), {}, DataNotFoundError, "known data sets are mnist.*Did you mean 'mnist'"),
-    (("/no/such/folder",), {}, DataNotFoundError, "neither the name of a data set nor a folder"),
-    ((__file__,), {}, DataNotFoundError, "a file, not a folder"),
-    (("mnist",), {"valid": "train"}, ValueError, "'auto', 'test', or the share.*'train'"),
-    (("mnist",), {"valid": 1.5}, ValueError, "1.5"),
-    (("mnist",), {"valid": 1}, ValueError, "got 1"),
-    (("mnist",), {"size": 32}, ValueError, "size is only for folders"),
-    (("glyphs",), {"valid": 0.5}, ValueError, "n_valid"),
-])
+@pytest.mark.parametrize(
+    "args, kwargs, error, words",
+    [
+        (("mnits",), {}, DataNotFoundError, "known data sets are mnist.*Did you mean 'mnist'"),
+        (("/no/such/folder",), {}, DataNotFoundError, "neither the name of a data set nor a folder"),
+        ((__file__,), {}, DataNotFoundError, "a file, not a folder"),
+        (("mnist",), {"valid": "train"}, ValueError, "'auto', 'test', or the share.*'train'"),
+        (("mnist",), {"valid": 1.5}, ValueError, "1.5"),
+        (("mnist",), {"valid": 1}, ValueError, "got 1"),
+        (("mnist",), {"size": 32}, ValueError, "size is only for folders"),
+        (("glyphs",), {"valid": 0.5}, ValueError, "n_valid"),
+    ],
+)
 def test_bad_arguments_are_refused(args, kwargs, error, words):
     with pytest.raises(error, match=words):
         load_dataset(*args, **kwargs)

@@ -15,7 +15,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("tfm", [view_tfm(1, 28, 28), view_tfm((1, 28, 28)), pickle.loads(pickle.dumps(view_tfm(1, 28, 28)))])
+@pytest.mark.parametrize(
+    "tfm", [view_tfm(1, 28, 28), view_tfm((1, 28, 28)), pickle.loads(pickle.dumps(view_tfm(1, 28, 28)))]
+)
 def test_view_tfm_makes_images_of_rows(tfm):
     x = torch.arange(2 * 784).view(2, 784)
     assert torch.equal(tfm(x), x.view(2, 1, 28, 28))
@@ -40,12 +42,15 @@ def test_normalize_to_uses_the_training_statistics_for_both():
     torch.testing.assert_close(b, (valid - train.mean()) / train.std())
 
 
-@pytest.mark.parametrize("train, valid, words", [
-    (torch.ones(5), torch.ones(5), "which is 0"),
-    (torch.ones(5, dtype=torch.uint8), torch.ones(5), "train is torch.uint8"),
-    (torch.arange(5.0), torch.arange(5), "valid is torch.int64"),
-    (torch.tensor([1.0, float("nan")]), torch.ones(5), "which is nan"),
-])
+@pytest.mark.parametrize(
+    "train, valid, words",
+    [
+        (torch.ones(5), torch.ones(5), "which is 0"),
+        (torch.ones(5, dtype=torch.uint8), torch.ones(5), "train is torch.uint8"),
+        (torch.arange(5.0), torch.arange(5), "valid is torch.int64"),
+        (torch.tensor([1.0, float("nan")]), torch.ones(5), "which is nan"),
+    ],
+)
 def test_normalize_to_refuses_what_it_cannot_divide(train, valid, words):
     with pytest.raises(ValueError, match=words):
         normalize_to(train, valid)

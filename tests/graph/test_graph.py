@@ -352,9 +352,21 @@ def test_graphviz_places_the_boxes_and_its_absence_is_an_error(monkeypatch, tmp_
         (lambda: autograd_graph(3), TypeError, "needs a tensor, several in a list, or a function.*got int"),
         (lambda: autograd_graph(torch.ones(1, requires_grad=True), "model"), TypeError, "nn.Module or None; got str"),
         (lambda: record_modules(3).__enter__(), TypeError, "needs an nn.Module; got int"),
-        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).by_module(0), ValueError, "depth must be a whole number, 1 or more; got 0"),
-        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(0), ValueError, "columns must be a whole number, 1 or more; got 0"),
-        (lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(engine="x"), ValueError, "engine must be one of fastrbn, dot; got 'x'"),
+        (
+            lambda: autograd_graph(torch.ones(1, requires_grad=True)).by_module(0),
+            ValueError,
+            "depth must be a whole number, 1 or more; got 0",
+        ),
+        (
+            lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(0),
+            ValueError,
+            "columns must be a whole number, 1 or more; got 0",
+        ),
+        (
+            lambda: autograd_graph(torch.ones(1, requires_grad=True)).plot(engine="x"),
+            ValueError,
+            "engine must be one of fastrbn, dot; got 'x'",
+        ),
     ],
 )
 def test_wrong_input_is_refused(call, error, words):

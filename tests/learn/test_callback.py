@@ -63,7 +63,9 @@ def test_attributes_that_the_callback_lacks_are_read_from_the_run():
     assert reader.read[2] is False  # the last batch is one of validation
 
 
-@pytest.mark.parametrize("name", ["loss", "xb", "yb", "pred", "model", "n_iter", "stop_reason", "logger", "accumulating", "averaged"])
+@pytest.mark.parametrize(
+    "name", ["loss", "xb", "yb", "pred", "model", "n_iter", "stop_reason", "logger", "accumulating", "averaged"]
+)
 def test_assigning_an_attribute_of_the_run_raises_and_shows_the_right_form(name):
     with pytest.raises(AttributeError, match=rf"Keeper may not set self\.{name}.*self\.run\.{name} = "):
         setattr(Keeper(), name, 1)

@@ -181,11 +181,16 @@ PLAIN += [recipe for recipe in RECIPES.values() if recipe.plain_only]
 @pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.name)
 def test_plain_recipes_run_only_on_the_reference_backend(recipe):
     x = torch.randn(4, 3, 2, 2)
-    assert RunningBatchNorm(3, recipe=recipe).explain(x) == f"reference: only the plain formulas implement the recipe '{recipe.name}'"
+    assert (
+        RunningBatchNorm(3, recipe=recipe).explain(x)
+        == f"reference: only the plain formulas implement the recipe '{recipe.name}'"
+    )
     for backend in ("fused", "native"):
         layer = layer_of(recipe=recipe, backend=backend)
         before = buffers(layer)
-        with pytest.raises(ValueError, match=f"'{backend}' cannot be used here: only the plain.*'{recipe.name}'.*'auto'"):
+        with pytest.raises(
+            ValueError, match=f"'{backend}' cannot be used here: only the plain.*'{recipe.name}'.*'auto'"
+        ):
             layer(x)
         assert_unmoved(layer, before)
         want = torch.nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)

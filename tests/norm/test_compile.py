@@ -275,7 +275,9 @@ def test_functional_derivatives_of_a_training_step_take_the_state_as_an_argument
         got, dx = derivative(loss, argnums=(0, 1))(params, x, dict(state))
         assert_same({f"d{k}": g for k, g in got.items()}, grads(layer), 1e-5)
         assert relative_error(dx, want["dx"]) < 1e-5
-        assert_same({"running_mean": state["running_mean"]}, {"running_mean": layer.running_mean}, 1e-6)  # the given buffers
+        assert_same(
+            {"running_mean": state["running_mean"]}, {"running_mean": layer.running_mean}, 1e-6
+        )  # the given buffers
 
 
 # torch's own rules for them are scripted

@@ -227,7 +227,9 @@ class NormAct(nn.BatchNorm2d):
 
 
 def test_a_norm_with_dropout_and_activation_inside_keeps_both_there_and_back():
-    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4, nn.SiLU, nn.Dropout), nn.Conv2d(4, 4, 1), NormAct(4)))
+    model = randomize(
+        nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4, nn.SiLU, nn.Dropout), nn.Conv2d(4, 4, 1), NormAct(4))
+    )
     x, keys, act = torch.randn(2, 3, 6, 6), list(model.state_dict()), model[1].act
     want = model(x)
     ours = convert_batchnorm(model)
@@ -310,7 +312,9 @@ def test_hooks_are_kept_and_their_handles_remove_them(there):
 
     handles = [
         norm.register_forward_pre_hook(lambda m, args: (calls.append(("pre", m)), (args[0] * 2,))[1]),
-        norm.register_forward_hook(lambda m, args, kwargs, y: (calls.append(("forward", m)), y + 1)[1], with_kwargs=True),
+        norm.register_forward_hook(
+            lambda m, args, kwargs, y: (calls.append(("forward", m)), y + 1)[1], with_kwargs=True
+        ),
         norm.register_full_backward_pre_hook(say("backward pre")),
         norm.register_full_backward_hook(say("backward")),
         norm.register_state_dict_pre_hook(say("state_dict pre")),
@@ -440,7 +444,9 @@ class Deciding(nn.Module):
 
 def test_a_model_that_cannot_be_traced_is_folded_within_its_sequentials_with_a_warning():
     model, x = Deciding().eval(), torch.randn(2, 3, 5)
-    with pytest.warns(UserWarning, match=r"could not trace Deciding \(TraceError.*neighbours within each nn.Sequential") as seen:
+    with pytest.warns(
+        UserWarning, match=r"could not trace Deciding \(TraceError.*neighbours within each nn.Sequential"
+    ) as seen:
         fused = fuse_conv_rbn(model)
     assert seen[0].filename == __file__
     assert len(norms(fused)) == 1 and isinstance(fused.body[1], nn.Identity)

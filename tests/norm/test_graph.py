@@ -77,7 +77,9 @@ def test_forwards_before_backwards_in_any_order_use_statistics_and_rate_of_their
     assert_holds_no_graph(layer)
 
 
-@pytest.mark.parametrize(("recipe", "backend"), with_backends(["default", "course", "batch", "skip-alternate", "detached"]))
+@pytest.mark.parametrize(
+    ("recipe", "backend"), with_backends(["default", "course", "batch", "skip-alternate", "detached"])
+)
 def test_one_backward_through_a_shared_layer_is_the_sum_of_its_uses(recipe, backend):
     layer, x, dy = trained(recipe, backend), data(5, 3, 4), data(5, 3, 4, seed=1)
     other = copy.deepcopy(layer)

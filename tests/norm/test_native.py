@@ -42,7 +42,9 @@ def assert_native_is_reference(shape, dtype=torch.float32, last=False, steps=3, 
 def test_sizes_at_the_edges_of_the_loops_equal_the_float64_reference(shape, last):
     for dtype in ORACLES:
         for order, elements in (("first", None), ("first", 40), ("strided", 40)):
-            assert_native_is_reference(shape, dtype, last, recipe=RECIPES["default"].but(elements=elements, order=order))
+            assert_native_is_reference(
+                shape, dtype, last, recipe=RECIPES["default"].but(elements=elements, order=order)
+            )
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
@@ -113,7 +115,9 @@ def test_parameters_and_states_of_another_size_never_reach_c():
     for name, bad in (("weight", torch.ones(2)), ("bias", torch.zeros(4))):
         with pytest.raises(ValueError, match=f"{name} must have one value for each of 3 channels; got shape"):
             running_batch_norm(x, NormState.new(3), **{name: bad})
-    with pytest.raises(ValueError, match="'native' cannot be used here: weight or bias is not a contiguous CPU tensor of 3"):
+    with pytest.raises(
+        ValueError, match="'native' cannot be used here: weight or bias is not a contiguous CPU tensor of 3"
+    ):
         running_batch_norm(x, NormState.new(3), torch.ones(3).double(), backend="native")
     short = NormState.new(3)._replace(running_grad=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="a tensor of the state is not contiguous, not on the CPU"):

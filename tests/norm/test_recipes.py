@@ -103,7 +103,14 @@ def test_a_memory_grows_with_the_samples_seen_between_bounds_set_by_mom():
     assert Memory(least=4, most=40, share=0.02)(0.1, 8, 10_000) == 8 / 208
     assert Memory(least=3, most=3, share=0)(0.1, 1, 10**6) == 1 / 31
     inf = float("inf")  # a rate of 0 leaves the first batch 0/0
-    wrong = [{"least": 0}, {"least": 9, "most": 8}, {"share": -1}, {"most": float("nan")}, {"least": "3"}, {"most": None}]
+    wrong = [
+        {"least": 0},
+        {"least": 9, "most": 8},
+        {"share": -1},
+        {"most": float("nan")},
+        {"least": "3"},
+        {"most": None},
+    ]
     for numbers in (*wrong, {"least": inf, "most": inf}, {"share": inf}):
         with pytest.raises(ValueError, match="`most` at least `least`.*got Memory"):
             Memory(**numbers)

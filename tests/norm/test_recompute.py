@@ -154,7 +154,15 @@ def test_batches_may_be_tensors_or_sequences_and_inputs_may_be_nested():
     x = samples()
     wants = mlp(RunningBatchNorm1d)
     recompute_statistics(wants, [x[:30]])
-    for loader in ([x[:30]], [(x[:30], 1)], [[x[:30]]], [{"x": x[:30]}], [((x[:30], 0.0), 1)], iter([x[:30]]), [x[:30], x]):
+    for loader in (
+        [x[:30]],
+        [(x[:30], 1)],
+        [[x[:30]]],
+        [{"x": x[:30]}],
+        [((x[:30], 0.0), 1)],
+        iter([x[:30]]),
+        [x[:30], x],
+    ):
 
         class Takes(nn.Sequential):
             def forward(self, x, add=0.0):
@@ -197,11 +205,15 @@ def test_an_error_restores_the_old_statistics(kind, what):
 
 def test_wrong_arguments_are_refused():
     x = samples()
-    with pytest.warns(UserWarning, match="no batch norm with running statistics.*in Linear; nothing was changed") as seen:
+    with pytest.warns(
+        UserWarning, match="no batch norm with running statistics.*in Linear; nothing was changed"
+    ) as seen:
         recompute_statistics(nn.Linear(6, 3), [x])
     assert seen[0].filename == __file__
     for wrong in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match=r"batches to use \(None for all\), must be a whole number, 1 or more; got"):
+        with pytest.raises(
+            ValueError, match=r"batches to use \(None for all\), must be a whole number, 1 or more; got"
+        ):
             recompute_statistics(mlp(RunningBatchNorm1d), [x], batches=wrong)
     with pytest.raises(ValueError, match="number of channels.*got LazyBatchNorm1d at '1'"):
         recompute_statistics(nn.Sequential(nn.Linear(6, 3), nn.LazyBatchNorm1d()), [x])

@@ -20,7 +20,9 @@ class Replica(DistributedDataParallel):
 
     def __init__(self, model: nn.Module, find_unused_parameters: bool):
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
-        keep: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}  # buffers are sent once an epoch
+        keep: dict[str, Any] = {
+            "forward_sync_buffers" if new else "broadcast_buffers": False
+        }  # buffers are sent once an epoch
         super().__init__(model, find_unused_parameters=find_unused_parameters, **keep)
         self._pending: dict[int, Tensor] = {}  # gradients of earlier batches, by id of their parameter
         self.apart = False

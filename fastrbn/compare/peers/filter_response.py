@@ -39,9 +39,7 @@ class FilterResponseNorm2d(nn.Module):
     Neural Networks", CVPR 2020, section 3. The learning rate warm-up recommended there is not part of the layer.
     """
 
-    def __init__(
-        self, nf: int, eps: float = 1e-6, learn_eps: float | None = 1e-4, activate: bool = True
-    ) -> None:
+    def __init__(self, nf: int, eps: float = 1e-6, learn_eps: float | None = 1e-4, activate: bool = True) -> None:
         super().__init__()
         if not eps > 0 or (learn_eps is not None and not learn_eps > 0):
             raise ValueError(

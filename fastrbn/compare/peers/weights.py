@@ -98,6 +98,7 @@ class _Centralized(nn.Module):
 
 class _Standardized(_Centralized):
     """V standardised for each output of a layer."""
+
     def __init__(self, layer: nn.Module, eps: float) -> None:
         super().__init__(layer)
         self.eps = eps

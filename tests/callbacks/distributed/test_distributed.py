@@ -225,7 +225,9 @@ def test_the_parts_of_a_batch_sampler_have_equal_lengths_and_make_the_whole(n, d
 
 
 def test_batches_are_dealt_out_in_turn():
-    with pytest.warns(UserWarning, match=r"last batches are left out of training \(1\): there is not one for each of the 2 processes"):
+    with pytest.warns(
+        UserWarning, match=r"last batches are left out of training \(1\): there is not one for each of the 2 processes"
+    ):
         assert list(Dealt(range(7), 0, 2, True)) == [0, 2, 4]
     assert list(Dealt(range(7), 1, 2, True)) == [1, 3, 5] and len(Dealt(range(7), 1, 2, True)) == 3
     valid = [Dealt(range(7), r, 2, False) for r in range(2)]

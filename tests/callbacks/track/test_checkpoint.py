@@ -371,7 +371,7 @@ def test_after_ctrl_c_nothing_is_lost(event, loader, tmp_path, capfd):
     (name,) = files(tmp_path / "c")
     again, fresh = make_run(tmp_path), make_learn(loader)
     again.fit(2, fresh, resume=tmp_path / "c")
-    assert f"step-{ {'begin_epoch': 6, 'after_backward': 6, 'after_batch': 6}.get(event, 10)}." in name
+    assert f"step-{ {'begin_epoch': 6, 'after_backward': 6, 'after_batch': 6}.get(event, 10) }." in name
     check_same(everything(learn, whole, tmp_path / "whole"), everything(fresh, again, tmp_path))
 
 
@@ -591,7 +591,9 @@ def test_a_scheduler_made_too_late_to_be_restored_is_an_error(tmp_path):
                 self.sched = torch.optim.lr_scheduler.ConstantLR(self.run.opt)
 
     Runner([Late(), Checkpoint(tmp_path)]).fit(1, make_learn())
-    with pytest.raises(ValueError, match="the scheduler Late.sched, which does not exist here: .* in __init__ or begin_fit"):
+    with pytest.raises(
+        ValueError, match="the scheduler Late.sched, which does not exist here: .* in __init__ or begin_fit"
+    ):
         Runner([Late()]).fit(2, make_learn(), resume=tmp_path)
 
 
@@ -613,7 +615,9 @@ def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp
         assert (now["label"], now["decoupled_weight_decay"], now["lr"]) == ("body", False, 0.125)
         if known:
             del state["opt_class"]
-    with pytest.raises(CheckpointError, match="another optimiser than SGD: these settings exist on one side only: amsgrad, betas"):
+    with pytest.raises(
+        CheckpointError, match="another optimiser than SGD: these settings exist on one side only: amsgrad, betas"
+    ):
         Runner().fit(1, make_learn(opt=torch.optim.SGD), resume=tmp_path / "old.pt")
 
 
@@ -646,7 +650,9 @@ def test_parameters_of_the_loss_function_are_restored(tmp_path):
     Runner().fit(3, learn, resume=tmp_path)
     check_same(dict(learn.loss_func.named_parameters()), dict(whole.loss_func.named_parameters()))
     check_same(learn.loss_func.calls, whole.loss_func.calls)
-    with pytest.raises(CheckpointError, match=r"another loss function: temperature \(float32 \[\] there, nothing here\)"):
+    with pytest.raises(
+        CheckpointError, match=r"another loss function: temperature \(float32 \[\] there, nothing here\)"
+    ):
         learn = tempered_learn()
         learn.loss_func = F.cross_entropy
         Runner().fit(3, learn, resume=tmp_path)
@@ -663,4 +669,6 @@ def test_a_compiled_model_has_plain_names_in_the_file(tmp_path):
     assert list(saved) == list(make_learn().model.state_dict())
     for learn in (compiled(make_learn()), make_learn()):
         Runner().fit(1, learn, resume=tmp_path)
-        check_same([p.detach() for p in learn.model.parameters()], [saved[n] for n, _ in make_model().named_parameters()])
+        check_same(
+            [p.detach() for p in learn.model.parameters()], [saved[n] for n, _ in make_model().named_parameters()]
+        )

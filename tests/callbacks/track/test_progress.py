@@ -98,7 +98,10 @@ def test_an_epoch_has_one_number_in_lines_table_and_history(make_learn, capsys, 
     run.fit(2, make_learn(n_train=1, n_valid=0))
     _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] if "batches" in line else int(line.split()[0]) for line in lines] == [
-        "epoch 0 (1 of 2) train", 0, "epoch 1 (2 of 2) train", 1,
+        "epoch 0 (1 of 2) train",
+        0,
+        "epoch 1 (2 of 2) train",
+        1,
     ]
     assert [row["epoch"] for row in run.avg_stats.history] == [0, 1]
 
