@@ -16,7 +16,7 @@ from fastrbn.util import whole
 
 from .replay import Batch, Outputs, locate
 from .report import BUFFER, NonFiniteError, NonFiniteReport
-from .state import Flags, KeptState, float_tensors, is_finite, late_device, not_finite
+from .state import Flags, KeptState, float_tensors, is_finite, late_device
 
 _FULL = 32  # every 32nd look sees all modules' outputs: hooks on all of them cost a twelfth of a small CPU step
 _WARY = 1e8  # from this norm of all parameters on, PyTorch's own layers may overflow: every look is a full one
@@ -155,7 +155,7 @@ class HaltOnNaN(Callback):
             return
         if self._batch is not None:
             if self._late is None:  # a batch that was cut short may have left gradients to accumulate
-                bad = not_finite(self._kept.grads())
+                bad = self._kept.bad_grads()
                 self._suspect = (self._suspect or (self._batch, "backward", bad)) if bad else None
             if not self._suspect:
                 self._end_of_batch()
@@ -209,8 +209,8 @@ class HaltOnNaN(Callback):
     def _end_of_batch(self):
         batch, kept = self._batch, self._kept
         self._batch, grads = None, kept.grads() if batch.stepped else []
-        if not kept.advance(batch, [g for _, g in grads]):
-            if bad := not_finite(grads):  # the step has been taken on them
+        if not kept.advance(batch, grads):
+            if batch.stepped and (bad := kept.bad_grads()):  # the step has been taken on them
                 if self.every > 1:
                     kept.restore()
                 self._found(*(self._suspect or (batch, "backward", bad)))

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from fastrbn.util import items_of
 
-from ..flat import room_for
+from ..flat import in_memory, room_for
 
 Key = tuple[str, ...]  # ("param", name), ("buffer", name), ("state", parameter's name, key)
 _OPEN, _OPEN_BYTES = 16, 2**28  # most batches, and memory for them, that wait for the device's answer; two in any case
@@ -134,10 +134,10 @@ class Copy:
             groups.setdefault((t.device, t.dtype, kind), []).append(i)
         self.views: list[Tensor] = list(tensors)
         self.flats: dict[tuple, Tensor] = {}
-        self.parts: list[tuple[list[Tensor], list[int]]] = []
+        self.parts: list[tuple[Tensor, list[int]]] = []
         for key, members in groups.items():
             self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
-            self.parts.append((views, members))
+            self.parts.append((self.flats[key], members))
             for i, view in zip(members, views):
                 self.views[i] = view
         self.others = [flat for (_, _, kind), flat in self.flats.items() if kind == "other"]
@@ -156,6 +156,7 @@ class KeptState:
         self._model, self._opt, self._flags = model, opt, flags
         self._keys: list[Key] = []
         self._tensors: list[Tensor] = []
+        self._sources: list | None = None  # their memory as vectors where it has no gaps, for each part of a copy
         self._now: list = []  # all live values
         self._others: list = []  # those that are no dense tensors
         self._memory: Any = None
@@ -219,7 +220,8 @@ class KeptState:
         self._keys, self._kinds = self._names(now, states)
         self._tensors, self._others = [t for t in now if _dense(t)], [t for t in now if not _dense(t)]
         self._now, self._memory = now, self._in_memory()
-        layout = self._keys, [(t.shape, t.dtype) for t in self._tensors]
+        self._sources = None
+        layout = self._keys, [(t.shape, t.stride(), t.dtype) for t in self._tensors]
         if layout != self._layout:
             self._layout, self._spare = layout, None
 
@@ -256,24 +258,29 @@ class KeptState:
     def is_buffer(self, name: str) -> bool:
         return ("buffer", name) in self._keys
 
-    def grads(self) -> list[tuple[str, Tensor]]:
-        grads = zip(self.params, map(_grad, self._params))
-        return [(name, g if g.layout is torch.strided else dense(g)) for (name, _), g in grads if g is not None]
+    def grads(self) -> list[Tensor]:
+        """The values of all gradients there are."""
+        return [g if g.layout is torch.strided else dense(g) for g in map(_grad, self._params) if g is not None]
+
+    def bad_grads(self) -> list[str]:
+        """The parameters whose gradients hold NaN or Inf."""
+        return not_finite([(name, dense(p.grad)) for name, p in self.params if p.grad is not None])
 
     def magnitudes(self) -> dict[str, float]:
         """The largest absolute value of each parameter."""
         return {name: p.detach().abs().max().item() for name, p in self.params if _dense(p) and p.numel()}
 
-    @torch.no_grad()
     def _copied(self) -> Copy:
         self._look_up()
         copy = self._spare = self._spare or Copy(self._tensors, self._kinds)
-        if self._flags.late is None and self._tensors:
-            torch._foreach_copy_(copy.views, self._tensors)
-        for views, members in () if self._flags.late is None else copy.parts:  # on a device fast for one dtype only
-            torch._foreach_copy_(views, [self._tensors[i] for i in members])
+        if self._sources is None:
+            vectors = [(in_memory(t), t) for t in self._tensors]
+            self._sources = [[vectors[i] for i in members] for _, members in copy.parts]
+        for (flat, _), sources in zip(copy.parts, self._sources):
+            torch.cat([t.reshape(-1) if vector is None else vector for vector, t in sources], out=flat)
         return copy
 
+    @torch.no_grad()
     def save(self) -> None:
         """Keep the live state, whatever it holds."""
         self._keep(self._copied())
