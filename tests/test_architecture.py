@@ -57,7 +57,7 @@ def module_name(file: Path) -> str:
 
 
 def imports(source: str, module: str, is_package: bool = False):
-    """(absolute name, inside a function?) of everything that `source`, module `fastrbn.<module>`, imports when it runs."""
+    """(absolute name, inside a function?) of all that `source`, module `fastrbn.<module>`, imports when it runs."""
 
     def walk(node, inside):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

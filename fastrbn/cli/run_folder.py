@@ -287,8 +287,8 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
     wrote = result.get("status") == DONE or result.get("steps", 0) >= (settings.checkpoint_every or 0)
     if wrote and not checkpoints.files(saved):
         raise CliError(
-            f"the checkpoints of {folder} are gone (there is no checkpoint-….pt in {saved}): put them back, or train in "
-            f"another folder"
+            f"the checkpoints of {folder} are gone (there is no checkpoint-….pt in {saved}): put them back, or train "
+            f"in another folder"
         )
     asked = dict(given)
     if "norm" in asked:

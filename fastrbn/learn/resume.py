@@ -258,6 +258,6 @@ def _check_opt(opt: torch.optim.Optimizer, saved: dict[str, Any], saved_class: s
             why = f"these settings exist on one side only: {', '.join(sorted(missing | there - here))}"
     if why is not None:
         raise CheckpointError(
-            f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was made "
-            f"then"
+            f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was "
+            f"made then"
         )

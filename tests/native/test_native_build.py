@@ -154,7 +154,10 @@ def test_a_noexec_cache_is_reported(cache, source, monkeypatch):
     monkeypatch.setattr(native_build, "_broken", {})
     monkeypatch.setattr(native_build.ctypes, "CDLL", refuse)
     monkeypatch.setattr(os, "statvfs", lambda path: Noexec)
-    text = "cannot be loaded: .*/cache/fastrbn is on a file system mounted noexec; set XDG_CACHE_HOME to a folder that is not"
+    text = (
+        "cannot be loaded: .*/cache/fastrbn is on a file system mounted noexec; "
+        "set XDG_CACHE_HOME to a folder that is not"
+    )
     with pytest.warns(RuntimeWarning, match=text):
         _, why = native_build.load(source, "-DANSWER=13")
     assert "mounted noexec" in why

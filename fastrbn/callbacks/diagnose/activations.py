@@ -88,7 +88,7 @@ class ActivationStats(Callback):
         self.value_range, self.near = (low, high), near
         self.every, self.keep = whole("every", every), whole("keep", keep, 2)
         self._clear([])
-        self._types = []
+        self._types: list[str] = []
 
     @property
     def _bins(self) -> int:
