@@ -309,7 +309,7 @@ def test_what_only_this_package_holds_is_named_all_the_same(make_learn):
     class Keeps(Recorder):
         pass
 
-    Keeps.__module__ = "fastrbn.callbacks.track.record"
+    Keeps.__module__ = "fastrbn.callbacks.track.recorder"
     recorder = Keeps()
     recorder.kept = []
 
