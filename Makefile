@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with python3, venv and make:
 #   make train    set up .venv when needed, install the package, train   (ARGS="fashion --epochs 3": passed on)
 #   make test     the same with what the tests need, run the tests       (ARGS="-k cli": passed on; WORKERS=8: at once)
-# For contributors: make lint (ruff and mypy), make docs (the site, in build/site).
+# For contributors: make lint (ruff and mypy), make format, make docs (the site, in build/site).
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -9,7 +9,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test lint docs clean
+.PHONY: train test lint format docs clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -20,7 +20,11 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check fastrbn tests benchmarks
+	$(BIN)/ruff format --check fastrbn tests benchmarks
 	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format fastrbn tests benchmarks
 
 # The site's pages link to READMEs, results and sources elsewhere in the repository, so it is built from a copy of these.
 docs: $(VENV)/.installed-docs

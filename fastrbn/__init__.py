@@ -136,8 +136,8 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "model_summary",
 ]
 
-# Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below are
-# for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
+# Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below
+# are for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
 _HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary")
 
 if TYPE_CHECKING:

@@ -310,8 +310,8 @@ def fit_one_cycle(
     div_final : float, default 1e4
         The rate ends at lr_max / div_final.
     moms : three floats or None, default (0.95, 0.85, 0.95)
-        Momentum (the first of `betas` for Adam and its kin) at the start, at the highest rate and at the end. None leaves
-        it as it is, as does an optimiser without momentum or with a momentum of 0.
+        Momentum (the first of `betas` for Adam and its kin) at the start, at the highest rate and at the end. None
+        leaves it as it is, as does an optimiser without momentum or with a momentum of 0.
     resume : optional
         A checkpoint to resume from, as in `run.fit`.
 
@@ -345,7 +345,9 @@ def fit_one_cycle(
     if any(isinstance(cb, ParamScheduler) and cb.pname == "lr" for cb in run.cbs):
         raise ValueError("fit_one_cycle schedules 'lr', but the run has a ParamScheduler for it: leave one of them out")
     shares = [pct_start, 1 - pct_start]
-    cycles = [combine_scheds(shares, cos_1cycle_anneal(lr / div, lr, lr / div_final)) for lr in rates]
+    cycles: list[Callable[[float], float]] = [
+        combine_scheds(shares, cos_1cycle_anneal(lr / div, lr, lr / div_final)) for lr in rates
+    ]
     cbs = [ParamScheduler("lr", cycles)]
     if moms is not None and _has_momentum(groups):
         cbs.append(ParamScheduler("momentum", combine_scheds(shares, cos_1cycle_anneal(*_three(moms)))))
@@ -407,7 +409,8 @@ def _rates(lr_max: Any, n: int) -> list[float]:
     rates = list(lr_max) if isinstance(lr_max, (list, tuple)) else [lr_max] * n
     if len(rates) != n:
         raise ValueError(
-            f"fit_one_cycle: lr_max must be one rate, or one for each of the optimiser's {n} param groups; got {len(rates)}"
+            f"fit_one_cycle: lr_max must be one rate, or one for each of the optimiser's {n} param groups; "
+            f"got {len(rates)}"
         )
     for rate in rates:
         if not _is_number(rate) or not 0 < rate < math.inf:

@@ -183,8 +183,8 @@ def make_norm(norm: Norm, nf: int, **kwargs: Any) -> nn.Module | None:
     nf : int
         Number of channels.
     **kwargs
-        Passed to the norm, such as `recipe="course"` for "running" or `momentum=0.2` for "batch". "group" takes `groups`
-        (default 8); if `nf` is not divisible by it, the largest divisor below it is used.
+        Passed to the norm, such as `recipe="course"` for "running" or `momentum=0.2` for "batch". "group" takes
+        `groups` (default 8); if `nf` is not divisible by it, the largest divisor below it is used.
 
     Returns
     -------
@@ -196,7 +196,7 @@ def make_norm(norm: Norm, nf: int, **kwargs: Any) -> nn.Module | None:
     ValueError
         For an unknown name.
     TypeError
-        For a keyword that the norm does not take, a module in place of a callable, or a callable that returns no module.
+        For a keyword that the norm does not take, a module in place of a callable, or a callable that returns none.
 
     Examples
     --------
@@ -470,8 +470,8 @@ def resnet9(
 ) -> nn.Sequential:
     """Make the nine-layer residual net that is common on CIFAR, initialised by `init_cnn`.
 
-    It consists of prep, layer1 and a residual block, layer2, layer3 and a residual block, max pooling and a linear layer.
-    Each convolution is followed by a norm and a ReLU.
+    It consists of prep, layer1 and a residual block, layer2, layer3 and a residual block, max pooling and a linear
+    layer. Each convolution is followed by a norm and a ReLU.
 
     Parameters
     ----------

@@ -91,7 +91,7 @@ class RandomState:
 
 
 def generators(loader: Any) -> Iterator[torch.Generator]:
-    """The generators that draw the order of `loader`: its own, its sampler's and its batch sampler's; a shared one repeatedly."""
+    """The generators that draw the order of `loader`: its own and those of its samplers; a shared one repeatedly."""
     batches = getattr(loader, "batch_sampler", None)
     holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
     for holder in holders:

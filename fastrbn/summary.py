@@ -100,9 +100,9 @@ class Summary:
 def model_summary(model: nn.Module, xb: Any) -> Summary:
     """Summarise the modules of a model in a table, from one forward pass in evaluation mode without gradients.
 
-    The model is unchanged afterwards: modes, buffers (bit for bit, the same tensors), plain attributes, hooks and random
-    states. Hooks on the model see the pass. A model with lazy modules is copied first, and the summary describes the
-    copy as this batch initialises it.
+    The model is unchanged afterwards: modes, buffers (bit for bit, the same tensors), plain attributes, hooks and
+    random states. Hooks on the model see the pass. A model with lazy modules is copied first, and the summary
+    describes the copy as this batch initialises it.
 
     Parameters
     ----------
@@ -197,11 +197,11 @@ def of_learner(learn: Any, xb: Any = None, cbs: Sequence[Any] = ()) -> Summary:
     learn : Learner
         Its model is left unchanged, see `model_summary`.
     xb : optional
-        A batch, used as it is. By default the first batch of the training loader, whose random state and epoch count are
-        restored.
+        A batch, used as it is. By default the first batch of the training loader, whose random state and epoch count
+        are restored.
     cbs : sequence of Callback, default ()
-        Callbacks that change the default batch without needing a fit (those with a `begin_batch` and no `begin_fit`, such
-        as BatchTransformXCallback) are applied to it.
+        Callbacks that change the default batch without needing a fit (those with a `begin_batch` and no `begin_fit`,
+        such as BatchTransformXCallback) are applied to it.
 
     Returns
     -------
@@ -272,8 +272,8 @@ def _parameters_unchanged(model: nn.Module) -> Iterator[None]:
     changed = [name for name, p in model.named_parameters() if _version(p) != versions[name]]
     if changed:
         raise RuntimeError(
-            f"the model's forward pass writes to its parameters ({', '.join(changed[:3])}) even in evaluation mode, so the "
-            f"summary has changed them: load them again"
+            f"the model's forward pass writes to its parameters ({', '.join(changed[:3])}) even in evaluation mode, so "
+            f"the summary has changed them: load them again"
         )
 
 

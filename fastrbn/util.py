@@ -41,7 +41,7 @@ def one_of(what: str, value: Any, allowed: Iterable[str]) -> Any:
 
 
 def whole(what: str, value: Any, least: int = 1) -> int:
-    """Return `value` if it is an integer of at least `least`; otherwise raise a ValueError. Booleans are no integers."""
+    """Return `value` if it is an integer of at least `least`, else raise a ValueError. Booleans are no integers."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -65,7 +65,7 @@ def items_of(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
 
 
 def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
-    """A copy of nested lists, tuples (named ones too) and dictionaries with `function` applied to each instance of `kind`.
+    """Copy nested lists, tuples (named ones too) and dictionaries with `function` applied to instances of `kind`.
 
     >>> apply_to({"a": 1, "b": [2, ("c",)]}, int, float)
     {'a': 1.0, 'b': [2.0, ('c',)]}
@@ -84,7 +84,8 @@ def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any]
 def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write `content` to `path` whole or not at all; missing folders are made.
 
-    It is written under a temporary name beside `path` and then renamed, so that readers see the old file or the new one.
+    It is written under a temporary name beside `path` and then renamed, so that readers see the old file or the new
+    one.
     """
     with whole_file(path) as f:
         f.write(content.encode() if isinstance(content, str) else content)
@@ -93,7 +94,7 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends without an error; for content too large for `write_whole`."""
+    """A binary file that becomes `path` if the block ends without an error, for what is too large for `write_whole`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -24,7 +24,7 @@ def _known_random_state():
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder of real data sets: FASTRBN_DATA, else the cache that downloads fill; skips where MNIST is not there."""
+    """The folder of real data sets: FASTRBN_DATA, else the cache of downloads; the test is skipped without MNIST."""
     root = Path(os.environ.get("FASTRBN_DATA") or Path.home() / ".cache" / "fastrbn" / "data")
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip(f"no MNIST under {root}: set FASTRBN_DATA to the folder that holds MNIST/raw")

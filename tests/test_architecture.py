@@ -57,7 +57,7 @@ def module_name(file: Path) -> str:
 
 
 def imports(source: str, module: str, is_package: bool = False):
-    """(absolute name, inside a function?) of everything that `source`, module `fastrbn.<module>`, imports when it runs."""
+    """(absolute name, inside a function?) of all that `source`, module `fastrbn.<module>`, imports when it runs."""
 
     def walk(node, inside):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -122,20 +122,20 @@ def test_each_module_imports_only_what_its_place_allows(file):
         ("norm.layers", "def f():\n    from fastrbn import Learner"),
         ("learn.runner", "from ..norm.layers import RunningBatchNorm"),
         ("learn.runner", "from .. import callbacks"),
-        ("data.image", "from ..learn.callback import Callback"),
-        ("data.image", "import matplotlib.font_manager"),
+        ("data.image_data", "from ..learn.callback import Callback"),
+        ("data.image_data", "import matplotlib.font_manager"),
         ("data.glyphs", "import matplotlib.pyplot as plt"),
         ("data.glyphs", "from matplotlib import pyplot"),
-        ("callbacks.track.record", "from fastrbn.learn.runner import Runner"),
-        ("callbacks.track.record", "from fastrbn.learn import Runner"),
-        ("callbacks.track.record", "from ..diagnose.hooks import Hook"),
-        ("callbacks.track.record", "from fastrbn.callbacks import Hook"),
+        ("callbacks.track.recorder", "from fastrbn.learn.runner import Runner"),
+        ("callbacks.track.recorder", "from fastrbn.learn import Runner"),
+        ("callbacks.track.recorder", "from ..diagnose.hooks import Hook"),
+        ("callbacks.track.recorder", "from fastrbn.callbacks import Hook"),
         ("callbacks", "from fastrbn.learn import Callback"),
-        ("callbacks.track.record", "from fastrbn.plots import lines"),
-        ("callbacks.track.record", "class C:\n    import fastrbn.plots"),
-        ("callbacks.track.record", "import matplotlib.pyplot"),
+        ("callbacks.track.recorder", "from fastrbn.plots import lines"),
+        ("callbacks.track.recorder", "class C:\n    import fastrbn.plots"),
+        ("callbacks.track.recorder", "import matplotlib.pyplot"),
         ("models", "from .learn import Learner"),
-        ("plots", "from .callbacks.record import Recorder"),
+        ("plots", "from .callbacks.track.recorder import Recorder"),
         ("graph", "from .norm import RunningBatchNorm"),
         ("build", "from .plots import lines"),
         ("cli", "import matplotlib.pyplot as plt"),
@@ -151,12 +151,12 @@ def test_the_rule_catches(module, source):
         ("norm.layers", "import torch\nfrom .recipes import Recipe\nfrom . import reference"),
         ("data.glyphs", "from matplotlib import font_manager"),
         (
-            "callbacks.track.record",
+            "callbacks.track.recorder",
             "from fastrbn.learn.callback import Callback\nfrom fastrbn.learn.events import CancelTrainException",
         ),
-        ("callbacks.track.record", "def plot():\n    from fastrbn import plots\n    from fastrbn.plots import lines"),
-        ("callbacks.track.record", "from .metrics import accuracy"),
-        ("callbacks.track.record", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
+        ("callbacks.track.recorder", "def plot():\n    from fastrbn import plots\n    from fastrbn.plots import lines"),
+        ("callbacks.track.recorder", "from .metrics import accuracy"),
+        ("callbacks.track.recorder", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
         ("models", "from .norm import RunningBatchNorm"),
         ("plots", "import matplotlib.pyplot as plt"),
         ("cli", "from .learn.runner import Runner"),
@@ -167,7 +167,7 @@ def test_the_rule_allows(module, source):
 
 
 def test_the_packages_own_list_may_import_its_modules():
-    assert forbidden_imports("from .track.record import Recorder", "callbacks", is_package=True) == []
+    assert forbidden_imports("from .track.recorder import Recorder", "callbacks", is_package=True) == []
     assert forbidden_imports("from fastrbn.learn import Runner", "callbacks", is_package=True) != []
 
 

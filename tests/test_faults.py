@@ -2,8 +2,9 @@
 
 Each fault strikes the same fit. Afterwards histories hold the finished steps, the newest checkpoint opens, a fit that
 goes on from it ends bit for bit as the one that nothing struck, and nothing of the struck one is left lying about. The
-command line goes through the same ones. What is elsewhere: kill -9 (callbacks/test_checkpoint.py, test_cli_resume.py),
-ranks that die or fail (callbacks/test_distributed.py).
+command line goes through the same ones. Elsewhere: kill -9
+(callbacks/track/test_checkpoint.py, cli/test_cli_resume.py), ranks that die or fail
+(callbacks/distributed/test_distributed.py).
 """
 
 import csv
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastrbn import util as files
+from fastrbn import util
 from fastrbn.callbacks import (
     EMA,
     AvgStatsCallback,
@@ -42,8 +43,7 @@ from fastrbn.callbacks import (
 from fastrbn.cli import main, run_folder
 from fastrbn.cli import train as cli_train
 from fastrbn.data import BatchLoader, DataBunch, Dataset, glyphs
-from fastrbn.learn import Callback, Learner, Runner
-from fastrbn.learn import checkpoint_file as checkpoints
+from fastrbn.learn import Callback, Learner, Runner, checkpoint_file
 from fastrbn.norm import RunningBatchNorm
 
 STEPS, EPOCHS = 5, 3  # an epoch's, the last batch is smaller; a fit's
@@ -136,8 +136,8 @@ def check_kept(run, learn, folder, whole, losses, epochs, newest):
         assert rows_in(folder) == whole["file"][:epochs]
     steps = run.param_magnitudes.steps
     assert steps == whole["steps"][: len(steps)] and len(steps) in (losses - 1, losses)
-    file = checkpoints.files(folder / "c")[-1][1]
-    state = checkpoints.read(file)
+    file = checkpoint_file.files(folder / "c")[-1][1]
+    state = checkpoint_file.read(file)
     assert state["position"]["n_iter"] in (newest if isinstance(newest, set) else {newest})
     if state["position"]["n_iter"] == run.n_iter == losses:
         now = learn.model.state_dict()
@@ -346,7 +346,7 @@ class Disk:
     def __init__(self, monkeypatch, part, full, what=None):
         self.part, self.full, self.count = part, full, 0
         self.what = what or breaks_full
-        monkeypatch.setattr(files, "open", self.open, raising=False)
+        monkeypatch.setattr(util, "open", self.open, raising=False)
 
     @contextmanager
     def open(self, path, mode):
@@ -575,8 +575,8 @@ def test_the_command_goes_on_after(fault, cli, monkeypatch):
         got, told = cli(*TRAIN, "a")
     assert got == status and text in told, told
     assert ("Traceback" in told) == (fault in ("an exception", "a loader")), "a full disk is no fault of the code"
-    found = checkpoints.files("a/checkpoints")[-1][1]
-    assert checkpoints.read(found)["position"]["n_iter"] == newest
+    found = checkpoint_file.files("a/checkpoints")[-1][1]
+    assert checkpoint_file.read(found)["position"]["n_iter"] == newest
     assert not [p for p in Path("a").rglob("*") if p.name.startswith(".")]
     got, told = cli("train", "--resume", "a")
     assert got == 0 and f"going on from {found}" in told

@@ -78,7 +78,7 @@ class Ranks:
         return next((s, text) for grave in _GRAVER for s, text in every if s == grave)
 
     def leave(self) -> None:
-        """Wait until rank 0 has written everything, since torchrun ends all ranks when one ends in error; then leave."""
+        """Leave after rank 0 has written everything, since torchrun ends all ranks when one ends in error."""
         if self._channel is not None:
             with contextlib.suppress(RuntimeError):
                 self._channel.texts("")

@@ -26,8 +26,7 @@ from fastrbn import plots
 from fastrbn._version import __version__
 from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, ParamMagnitudes, Recorder
 from fastrbn.data import DataBunch, ImageData
-from fastrbn.learn import Learner, Runner
-from fastrbn.learn import checkpoint_file as checkpoints
+from fastrbn.learn import Learner, Runner, checkpoint_file
 from fastrbn.norm import get_recipe
 from fastrbn.util import locked, write_whole
 
@@ -114,7 +113,10 @@ def make_folder(folder: Path, numbered: bool = False) -> Path:
 def drop_results(folder: Path) -> None:
     """Delete the results of an earlier run in `folder`, which would pass for this one's."""
     try:
-        for file in (*(folder / name for name in RESULTS), *(f for _, f in checkpoints.files(folder / CHECKPOINTS))):
+        for file in (
+            *(folder / name for name in RESULTS),
+            *(f for _, f in checkpoint_file.files(folder / CHECKPOINTS)),
+        ):
             file.unlink(missing_ok=True)
     except OSError as e:
         raise _not_there(folder, e) from e
@@ -285,10 +287,10 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
     config, settings = _load(folder)
     result, saved = config.get("result", {}), folder / CHECKPOINTS
     wrote = result.get("status") == DONE or result.get("steps", 0) >= (settings.checkpoint_every or 0)
-    if wrote and not checkpoints.files(saved):
+    if wrote and not checkpoint_file.files(saved):
         raise CliError(
-            f"the checkpoints of {folder} are gone (there is no checkpoint-….pt in {saved}): put them back, or train in "
-            f"another folder"
+            f"the checkpoints of {folder} are gone (there is no checkpoint-….pt in {saved}): put them back, or train "
+            f"in another folder"
         )
     asked = dict(given)
     if "norm" in asked:
@@ -328,7 +330,7 @@ def restarted(folder: Path, settings: Settings, command: str) -> Plan:
 
 def start(folder: Path) -> Path | None:
     """The folder of checkpoints to resume from; None if the run ended before its first. Prints which it is."""
-    there = checkpoints.files(folder / CHECKPOINTS)
+    there = checkpoint_file.files(folder / CHECKPOINTS)
     if not there:
         print(f"{folder} ended before its first checkpoint: training from the start", flush=True)
         return None
@@ -338,7 +340,7 @@ def start(folder: Path) -> Path | None:
 
 def has_learnt(run: Runner) -> bool:
     """Whether a resumed fit has done a step beyond its checkpoint. Until then the run's results are all there is."""
-    return run.resumed_from is not None and run.n_iter > checkpoints.steps_in(run.resumed_from)
+    return run.resumed_from is not None and run.n_iter > checkpoint_file.steps_in(run.resumed_from)
 
 
 def _check_callbacks(specs: tuple[str, ...], folder: Path) -> None:

@@ -192,7 +192,7 @@ def _outcome(epochs: int, run: Runner, error: BaseException | None, report: obje
 def _images(settings: Settings) -> ImageData:
     """The data set; without a name MNIST, or where that cannot be had, glyphs."""
     name, root = settings.data, settings.data_dir
-    size = {} if settings.size is None else {"size": settings.size}
+    size: dict[str, Any] = {} if settings.size is None else {"size": settings.size}
     if root is not None and root.exists() and not root.is_dir():
         raise CliError(f"--data-dir must be a folder; {root} is a file", BAD_ARGUMENTS)
     try:
@@ -252,15 +252,17 @@ def _databunch(settings: Settings, images: ImageData, world: int) -> DataBunch:
 
 def _build(settings: Settings, data: DataBunch) -> tuple[Learner, Runner]:
     """The learner and its runner, on the device."""
-    momentum, recipe = settings.momentum, {} if settings.recipe is None else {"recipe": settings.recipe}
-    how = {
+    momentum = settings.momentum
+    recipe: dict[str, Any] = {} if settings.recipe is None else {"recipe": settings.recipe}
+    how: dict[str, Any] = {
         "opt_func": partial(optim.SGD, momentum=momentum, nesterov=True) if momentum else None,
         "weight_decay": settings.weight_decay or None,
     }
     if settings.model == "cnn":
         learn, run = get_learn_run(NFS, data, settings.lr, BUILDERS[settings.norm], **how, **recipe)
     else:
-        width = {} if settings.width is None else {"width": settings.width}
+        width: dict[str, Any] = {} if settings.width is None else {"width": settings.width}
+        assert data.c_in is not None and data.c is not None  # as always with images
         model = resnet9(c_in=data.c_in, c_out=data.c, norm=settings.norm, **recipe, **width)
         learn, run = get_runner(model, data, lr=settings.lr, **how)
     learn.model.to(settings.device)

@@ -170,7 +170,7 @@ class _Job:
     model: nn.Module
     optimiser: Callable[..., optim.Optimizer]
     loss: Callable[..., Tensor]
-    schedule: Callable[[float], Any]
+    schedule: Callable[[float], float]
     weights: dict[str, tuple[str, nn.Parameter]]  # whose norms are recorded; see `task_nets.weights`
     score: Callable[[], float]  # in percent, over all validation samples
     blind: tuple[float, float]  # a net below this score and above this loss has not learnt

@@ -21,7 +21,7 @@ from .peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centrali
 Make = Callable[..., nn.Module | None]  # takes the number of channels, and `dims` (2) axes after them
 
 
-def _group(nf: int, groups: int = 8, *, dims: int = 2) -> nn.Module:
+def _group(nf: int, groups: int = 8, *, dims: int = 2) -> nn.Module | None:
     return make_norm("group", nf, groups=groups if dims else 1)  # over (N, C) with one group, which is LayerNorm
 
 

@@ -32,7 +32,7 @@ OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
     "Adam": optim.Adam,
     "AdamW with decay 0.05": partial(optim.AdamW, weight_decay=0.05),
 }
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[float], Callable[[float], float]]] = {
     "falling on a line to a tenth": lambda lr: sched_lin(lr, lr / 10),
     "one cycle": lambda lr: combine_scheds([0.3, 0.7], cos_1cycle_anneal(lr / 10, lr, lr / 100)),
 }

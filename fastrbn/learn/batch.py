@@ -41,8 +41,8 @@ def batch_size(xb: Any) -> int:
 
 
 def reduction(loss_func: Any) -> str | None:
-    """How a loss function reduces ("mean", "sum" or "none"), from its attribute or parameter `reduction`; None if it has
-    neither."""
+    """How a loss function reduces ("mean", "sum" or "none"), from its attribute or parameter `reduction`; None if it
+    has neither."""
     said = getattr(loss_func, "reduction", None)
     if not isinstance(said, str) and callable(loss_func):
         try:

@@ -64,10 +64,11 @@ def camel2snake(name: str) -> str:
 class Callback:
     """Base of all callbacks: override the events you need.
 
-    - `_order` (int, default 0): callbacks run by ascending `_order`, equal ones in the order in which they were given. In
-      the events that `_last` names, a callback runs after all others. `fastrbn.callbacks.ORDER` lists the package's own.
-    - `self.run` is the `Runner`. Attributes that the callback does not have are read from the run, so `self.loss` is the
-      run's loss. Writing one of the run's names (`self.loss = …`) raises, because it would only hide the run's.
+    - `_order` (int, default 0): callbacks run by ascending `_order`, equal ones in the order in which they were given.
+      In the events that `_last` names, a callback runs after all others. `fastrbn.callbacks.ORDER` lists the package's
+      own.
+    - `self.run` is the `Runner`. Attributes that the callback does not have are read from the run, so `self.loss` is
+      the run's loss. Writing one of the run's names (`self.loss = …`) raises, because it would only hide the run's.
     - A misspelt event raises when the class is made, with the nearest event.
     - Copies and pickles leave the run behind; attach them to another run.
 
@@ -161,8 +162,8 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
-        Called in a resumed fit after `begin_fit`, and again after `begin_epoch` if it resumes within an epoch; the run's
-        `epoch` and `n_iter` are set after it.
+        Called in a resumed fit after `begin_fit`, and again after `begin_epoch` if it resumes within an epoch; the
+        run's `epoch` and `n_iter` are set after it.
         """
         if type(self).state_dict is not Callback.state_dict:
             return
@@ -170,14 +171,14 @@ class Callback:
             scheduler = vars(self).get(name)
             if not isinstance(scheduler, LRScheduler):
                 raise ValueError(
-                    f"the checkpoint holds the state of the scheduler {type(self).__name__}.{name}, which does not exist "
-                    f"here: make it in __init__ or begin_fit"
+                    f"the checkpoint holds the state of the scheduler {type(self).__name__}.{name}, which does not "
+                    f"exist here: make it in __init__ or begin_fit"
                 )
             scheduler.load_state_dict(copy.deepcopy(saved))
 
     @property
     def name(self) -> str:
-        """The attribute of the run that holds this callback: the class name in snake case without a final 'Callback'."""
+        """The run's attribute that holds this callback: the class name in snake case without a final 'Callback'."""
         name = re.sub(r"Callback$", "", type(self).__name__)
         return camel2snake(name or "callback")
 
@@ -207,9 +208,9 @@ class Callback:
     def __setattr__(self, attr: str, value: Any) -> None:
         if attr in RUN_STATE:
             raise AttributeError(
-                f"{type(self).__name__} may not set self.{attr}: '{attr}' belongs to the run, and an attribute of the "
-                f"callback would hide it. To change the run's, write self.run.{attr} = …; for your own value use another "
-                f"name."
+                f"{type(self).__name__} may not set self.{attr}: '{attr}' belongs to the run, and an attribute of "
+                f"the callback would hide it. To change the run's, write self.run.{attr} = …; for your own value use "
+                f"another name."
             )
         object.__setattr__(self, attr, value)
 
@@ -224,7 +225,7 @@ class Callback:
 
 
 def _plain_counters(value: Any) -> Any:
-    """Dictionaries for Counters: MultiStepLR keeps its milestones in one, checkpoints take dictionaries, it reads both."""
+    """Turn Counters into dictionaries, as checkpoints need: MultiStepLR has its milestones in one and reads both."""
     if isinstance(value, dict):
         return {k: _plain_counters(v) for k, v in value.items()}
     return [_plain_counters(v) for v in value] if isinstance(value, list) else value
@@ -239,8 +240,8 @@ class TrainEvalCallback(Callback):
 
     Modules that were in evaluation mode before the fit, while the model as a whole was in training mode, stay in it:
     `model.train(); model.norm.eval()` freezes a norm's statistics, also for later fits, until `model.norm.train()` or
-    `model.train()`. The evaluation mode that validation leaves behind does not count. A model that is in evaluation mode
-    as a whole trains as a whole.
+    `model.train()`. The evaluation mode that validation leaves behind does not count. A model that is in evaluation
+    mode as a whole trains as a whole.
 
     Examples
     --------

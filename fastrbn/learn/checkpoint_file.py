@@ -55,7 +55,7 @@ def steps_in(path: str | Path) -> int:
 
 
 def write(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`, whole or not at all. TypeError that names the place of anything that is not plain data."""
+    """Write `state` to `path`, whole or not at all. A TypeError names the place of what is not plain data."""
     versions = {"format": FORMAT, "checksum": _CHECKSUM, "fastrbn": __version__, "torch": torch.__version__}
     file = io.BytesIO()
     torch.save(plain({**versions, **state}), file)
@@ -119,7 +119,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint {path} is not whole ({why}): take an earlier one") from e
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(
-            f"{path} is not a checkpoint of a run, as Checkpoint writes them; load weights alone with model.load_state_dict"
+            f"{path} is not a checkpoint of a run, as Checkpoint writes them; load weights alone with "
+            f"model.load_state_dict"
         )
     if state["format"] != FORMAT:
         raise CheckpointError(
@@ -140,8 +141,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _is_sealed(file: BinaryIO, path: Path) -> bool:
-    """True if `file` ends with a checksum. CheckpointError if its content does not match the checksum or, without one, the
-    archive's CRC-32 of each entry. Rewinds `file`."""
+    """True if `file` ends with a checksum. CheckpointError if its content does not match the checksum or, without one,
+    the archive's CRC-32 of each entry. Rewinds `file`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _FOOTER))
     footer = file.read()
@@ -181,8 +182,8 @@ def _check_parts(path: Path, state: dict[str, Any]) -> None:
 def find(path: str | Path, check: Callable[[dict[str, Any]], None] = lambda state: None) -> tuple[Path, dict[str, Any]]:
     """File and state to resume from: `path` itself, or the newest whole file in the folder `path` that passes.
 
-    `check(state)` raises CheckpointError for a state that cannot be used. In a folder the file before is tried then, with a
-    warning that names both; if none will do, the newest one's error is raised.
+    `check(state)` raises CheckpointError for a state that cannot be used. In a folder the file before is tried then,
+    with a warning that names both; if none will do, the newest one's error is raised.
     """
     path = Path(path)
     if not path.is_dir():

@@ -31,7 +31,8 @@ class CancelBatchException(Exception):
 class CancelEpochException(Exception):
     """Raise it in any event to end the current pass over a loader.
 
-    `after_cancel_epoch` follows, then what comes after the pass: validation after training, `after_epoch` after validation.
+    `after_cancel_epoch` follows, then what comes after the pass: validation after training, `after_epoch` after
+    validation.
     """
 
 
@@ -45,8 +46,8 @@ class CancelTrainException(Exception):
 def nearest_event(name: str) -> str | None:
     """The event that `name` probably means, or None.
 
-    A name that begins like an event (`begin_`, `after_`, also fastai v2's `before_`) always means one; any other must be
-    close to one (a missing or swapped letter).
+    A name that begins like an event (`begin_`, `after_`, also fastai v2's `before_`) always means one; any other must
+    be close to one (a missing or swapped letter).
     """
     prefixed = name.startswith(("begin_", "after_", "before_"))
     wanted = name.replace("before_", "begin_", 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +62,7 @@ class Learner:
         return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss})"
 
 
-def summary(learn: Any, xb: Any = None, cbs: Iterable[Any] = ()) -> Summary:
+def summary(learn: Any, xb: Any = None, cbs: Sequence[Any] = ()) -> Summary:
     """`fastrbn.summary.of_learner`. It is above this room, so it is imported only when called."""
     from fastrbn.summary import of_learner
 

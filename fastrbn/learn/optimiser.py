@@ -35,6 +35,6 @@ def check(opt: Any, users: dict[str, Iterable[str]]) -> None:
     who = [user for user, names in users.items() if lacks.intersection(names)]
     what = "; ".join(text for name, (text, _) in NEEDS.items() if name in lacks)
     raise TypeError(
-        f"{', '.join(who)}: the optimiser must have what PyTorch's have, and {type(opt).__name__} lacks {what}: derive it "
-        f"from torch.optim.Optimizer, or remove the callbacks that need it"
+        f"{', '.join(who)}: the optimiser must have what PyTorch's have, and {type(opt).__name__} lacks {what}: derive "
+        f"it from torch.optim.Optimizer, or remove the callbacks that need it"
     )

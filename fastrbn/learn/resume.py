@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint_file as checkpoints
-from . import ranks
+from . import checkpoint_file, ranks
 from .batch import length
 from .callback import Callback
 from .checkpoint_file import CheckpointError
@@ -64,7 +63,7 @@ def find(path: str | Path, run: Any) -> tuple[Path, dict[str, Any]]:
         _check_loss(loss_module(run.learn), state.get("loss"))
         _check_opt(run.learn.opt, state["opt"], state.get("opt_class"))
 
-    file, state = checkpoints.find(path, check)
+    file, state = checkpoint_file.find(path, check)
     place = state["position"]
     if run.epochs < place["epoch"] + 1:
         raise CheckpointError(
@@ -258,6 +257,6 @@ def _check_opt(opt: torch.optim.Optimizer, saved: dict[str, Any], saved_class: s
             why = f"these settings exist on one side only: {', '.join(sorted(missing | there - here))}"
     if why is not None:
         raise CheckpointError(
-            f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was made "
-            f"then"
+            f"the checkpoint is of another optimiser than {type(opt).__name__}: {why}; make the optimiser as it was "
+            f"made then"
         )

@@ -1,4 +1,4 @@
-"""The loop: `fit`, `_all_epochs`, `_all_batches`, `_one_batch`, `update`, in the order in which they call one another."""
+"""The loop: `fit`, `_all_epochs`, `_all_batches`, `_one_batch`, `update`; each calls the next."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _SCOPES: dict[str, tuple[type[Exception], str | None]] = {  # what cancels each,
 class Runner:
     """Run training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
 
-    Every callback is reachable by its name: `run.recorder`, a second one as `run.recorder_2`. During a fit the run holds
-    `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger
+    Every callback is reachable by its name: `run.recorder`, a second one as `run.recorder_2`. During a fit the run
+    holds `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger
     stop_reason`. Callbacks may replace `model opt loss_func data logger`; they are put back after the fit.
 
-    `stop_reason` is None after a fit that ran to its end, otherwise a sentence. `resumed_from` is the checkpoint that the
-    fit continued from, or None.
+    `stop_reason` is None after a fit that ran to its end, otherwise a sentence. `resumed_from` is the checkpoint that
+    the fit continued from, or None.
 
-    To stop something, a callback raises one of the `Cancel…Exception`s. Unlike in the course's notebook 04, `return True`
-    and `run.stop = True` do not end the fit; a warning says so.
+    To stop something, a callback raises one of the `Cancel…Exception`s. Unlike in the course's notebook 04, `return
+    True` and `run.stop = True` do not end the fit; a warning says so.
 
     Parameters
     ----------
@@ -219,8 +219,8 @@ class Runner:
         Parameters
         ----------
         phase : str
-            Where the fit is: "train" in `after_batch`, "valid" in `begin_validate` (all training batches are done), "end"
-            in `after_epoch`. Between these a step is half done, and its state cannot be resumed.
+            Where the fit is: "train" in `after_batch`, "valid" in `begin_validate` (all training batches are done),
+            "end" in `after_epoch`. Between these a step is half done, and its state cannot be resumed.
 
         Returns
         -------

@@ -62,8 +62,8 @@ class Snapshot:
         lazy = [n for m in modules for n, t in (*m.named_parameters(), *m.named_buffers()) if is_lazy(t)]
         if lazy:
             raise ValueError(
-                f"the model must be initialised before its state can be kept; it has lazy modules ({', '.join(lazy[:3])}): "
-                f"give it a batch first, as in learn.model(xb)"
+                f"the model must be initialised before its state can be kept; it has lazy modules "
+                f"({', '.join(lazy[:3])}): give it a batch first, as in learn.model(xb)"
             )
         self._random = RandomState(loaders)
         self._modules = [_Kept(m, parameters) for module in modules for m in module.modules()]

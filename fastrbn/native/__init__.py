@@ -1,7 +1,8 @@
 """Compile the C sources of this package with the machine's C compiler, once per machine, and load them.
 
-Libraries are cached in `$XDG_CACHE_HOME/fastrbn` (default `~/.cache/fastrbn`). A file name hashes everything the library
-depends on: source, compiler, options and processor, so a home directory shared by different machines holds one for each.
+Libraries are cached in `$XDG_CACHE_HOME/fastrbn` (default `~/.cache/fastrbn`). A file name hashes everything the
+library depends on: source, compiler, options and processor, so a home directory shared by different machines holds one
+for each.
 The name ends with a checksum of the file, since loading a truncated or damaged library would crash the process; such a
 file is built again.
 """

@@ -38,9 +38,9 @@ def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.
     """Replace every nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm in `model` by a running batch norm, in place.
 
     Statistics, eps, training mode, device and hooks are kept, so evaluation gives the same output. Parameters stay the
-    same objects, so an optimiser made before keeps working. `momentum` becomes `mom` (None becomes 0.1). A SyncBatchNorm
-    keeps its process group. A batch norm with dropout and activation inside, like timm's `BatchNormAct2d`, keeps both.
-    Any other subclass with its own forward pass is left alone, with everything inside it.
+    same objects, so an optimiser made before keeps working. `momentum` becomes `mom` (None becomes 0.1). A
+    SyncBatchNorm keeps its process group. A batch norm with dropout and activation inside, like timm's
+    `BatchNormAct2d`, keeps both. Any other subclass with its own forward pass is left alone, with everything inside it.
 
     Warns if there was nothing to convert, if a layer had no running statistics, and about subclasses left alone.
 
@@ -76,8 +76,8 @@ def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.
     def running(old: Any, name: str) -> nn.Module | None:
         if isinstance(old, _LAZY):
             raise ValueError(
-                f"a layer must know its number of channels before it is converted; got {type(old).__name__} at '{name}', "
-                f"which has seen no batch: send one through the model first"
+                f"a layer must know its number of channels before it is converted; got {type(old).__name__} at "
+                f"'{name}', which has seen no batch: send one through the model first"
             )
         base: Any = next((base for base in _RUNNING if isinstance(old, base)), None)
         if base is None or any(not outer or name.startswith(f"{outer}.") for outer in left):
@@ -127,8 +127,8 @@ def convert_batchnorm(model: nn.Module, recipe: str | Recipe = "default") -> nn.
     if left:
         kinds = ", ".join(sorted(set(left.values())))
         warnings.warn(
-            f"convert_batchnorm left {_some(list(left))} unchanged: {kinds} has its own forward pass, which running batch "
-            f"norm would not run",
+            f"convert_batchnorm left {_some(list(left))} unchanged: {kinds} has its own forward pass, which running "
+            f"batch norm would not run",
             stacklevel=2,
         )
     elif not found:
@@ -257,9 +257,9 @@ def fuse_conv_rbn(model: nn.Module) -> nn.Module:
     """Return a copy of `model` with running batch norms folded into the convolution or linear layer before them.
 
     A norm is folded if it is the only reader of the output of a convolution (also transposed) or linear layer. It is
-    replaced by `nn.Identity`, or by the activation inside it. Norms after anything else, such as the ReLU of `conv_rbn`,
-    stay. `torch.fx` finds out which layer follows which; in a model that it cannot trace, only neighbours within an
-    `nn.Sequential` are folded. Outputs agree up to rounding. Warns if nothing could be folded.
+    replaced by `nn.Identity`, or by the activation inside it. Norms after anything else, such as the ReLU of
+    `conv_rbn`, stay. `torch.fx` finds out which layer follows which; in a model that it cannot trace, only neighbours
+    within an `nn.Sequential` are folded. Outputs agree up to rounding. Warns if nothing could be folded.
 
     Parameters
     ----------

@@ -65,8 +65,8 @@ def running_batch_norm(
     Raises
     ------
     ValueError
-        If `x` has a wrong rank, number of channels or dtype, if `weight` or `bias` has another size, or if the recipe or
-        backend is unknown or cannot be used here.
+        If `x` has a wrong rank, number of channels or dtype, if `weight` or `bias` has another size, or if the recipe
+        or backend is unknown or cannot be used here.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def running_batch_norm(
 
 
 def check_input(x: Tensor, num_features: int, ranks: tuple[int, ...] = (), name: str = "running_batch_norm") -> None:
-    """Raise ValueError unless x is floating-point, (N, C, *) with `num_features` channels, and of one of `ranks` if any."""
+    """Raise ValueError unless x is floating-point, (N, `num_features`, *), and of one of `ranks` if any are given."""
     if torch.jit.is_tracing():  # under tracing, sizes are tensors and must not be turned into Python numbers
         return
     if ranks and x.dim() not in ranks or x.dim() < 2:

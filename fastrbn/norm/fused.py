@@ -27,7 +27,7 @@ def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormS
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
-    """Same as `reference.normalize`, for non-empty batches without a process group and recipes that are not `plain_only`."""
+    """`reference.normalize` for non-empty batches without a process group; the recipe must not be `plain_only`."""
     return _Normalize.apply(x, weight, bias, state, plan)
 
 
@@ -44,7 +44,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        # PyTorch's operators would treat the statistics as constants in second derivatives; a batched dy is not writable
+        # PyTorch's operators would treat the statistics as constants in second derivatives; a batched dy is read-only
         if torch.is_grad_enabled() or is_batched(dy):
             return *reference.gradients(x, weight, bias, dy, ctx.step, ctx.state, ctx.plan), None, None
         step, var, eps, w = ctx.step, ctx.var, ctx.plan.eps, _as(weight, ctx.var)

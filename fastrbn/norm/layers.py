@@ -38,8 +38,8 @@ class RunningBatchNorm(_BatchNorm):
     running average needs beside them. Checkpoints of nn.BatchNorm load. Statistics stay float32 under any half
     precision and are float64 in a float64 layer.
 
-    The layer is an `nn.modules.batchnorm._BatchNorm`, so code that looks for batch norms, to freeze them, to exclude them
-    from weight decay or to keep them in float32 (FSDP), finds it. Functions that replace batch norms, such as
+    The layer is an `nn.modules.batchnorm._BatchNorm`, so code that looks for batch norms, to freeze them, to exclude
+    them from weight decay or to keep them in float32 (FSDP), finds it. Functions that replace batch norms, such as
     `nn.SyncBatchNorm.convert_sync_batchnorm`, replace it too; set `process_group` instead.
 
     Parameters
@@ -78,9 +78,9 @@ class RunningBatchNorm(_BatchNorm):
 
     Notes
     -----
-    *Gradient accumulation.* Every micro-batch counts as a batch: its forward pass moves the statistics, its backward pass
-    the averages of the gradient. The accumulated gradient is the sum over the micro-batches, as if they had been stepped
-    one after the other with the weights held.
+    *Gradient accumulation.* Every micro-batch counts as a batch: its forward pass moves the statistics, its backward
+    pass the averages of the gradient. The accumulated gradient is the sum over the micro-batches, as if they had been
+    stepped one after the other with the weights held.
 
     *Setting `layer.momentum`.* After `layer.momentum = None` the statistics are the exact ones of all batches since
     `reset_running_stats()`; they also normalise, and the gradient treats them as constants. This is how
@@ -164,8 +164,8 @@ class RunningBatchNorm(_BatchNorm):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "track_running_stats" and value is not True or value is None and name in _STATISTICS:
             raise ValueError(
-                f"{type(self).__name__} normalises with its running statistics, also in training, and cannot do without; "
-                f"got {name}={value!r}: use nn.BatchNorm, or nn.GroupNorm to normalise each sample by itself"
+                f"{type(self).__name__} normalises with its running statistics, also in training, and cannot do "
+                f"without; got {name}={value!r}: use nn.BatchNorm, or nn.GroupNorm to normalise each sample by itself"
             )
         super().__setattr__(name, value)
 
@@ -198,8 +198,8 @@ class RunningBatchNorm(_BatchNorm):
     def _collect(self, x: Tensor) -> None:
         """Merge x into the exact statistics of all batches since `reset_running_stats`.
 
-        `running_count` is here the mean number of elements of the batches so far. With `num_batches_tracked` 0 there were
-        none, whatever the other buffers hold.
+        `running_count` is here the mean number of elements of the batches so far. With `num_batches_tracked` 0 there
+        were none, whatever the other buffers hold.
         """
         bs: int | Tensor
         n: int | Tensor
@@ -266,8 +266,8 @@ class RunningBatchNorm(_BatchNorm):
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}; got {self}: script to_batchnorm(model.eval()), which "
-            "gives the same output, or use torch.jit.trace or torch.export"
+            f"torch.jit.script cannot compile {type(self).__name__}; got {self}: script to_batchnorm(model.eval()), "
+            "which gives the same output, or use torch.jit.trace or torch.export"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -409,8 +409,8 @@ def _check_settings(layer: str, nf: Any, mom: Any, eps: Any, affine: Any, bias: 
         raise ValueError(f"eps is added to the variance and must be above 0; got {eps!r}: use the usual 1e-5")
     if not isinstance(affine, bool):
         raise ValueError(
-            f"affine must be True or False; got {affine!r}: momentum, the third argument of nn.BatchNorm, must be given "
-            f"by name here, as momentum={affine!r}"
+            f"affine must be True or False; got {affine!r}: momentum, the third argument of nn.BatchNorm, must be "
+            f"given by name here, as momentum={affine!r}"
         )
     if not isinstance(bias, bool):
         raise ValueError(f"bias must be True or False; got {bias!r}")

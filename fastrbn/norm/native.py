@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastrbn import native as native_build
+from fastrbn import native
 
 from . import fused, reference
 from .recipes import Plan, Recipe
@@ -39,7 +39,7 @@ evaluate = fused.evaluate
 @lru_cache(maxsize=2)
 def load(real: str) -> tuple[ctypes.CDLL | None, str]:
     """The kernels for `real` ("float" or "double") and "", or None and the reason in words."""
-    library, why = native_build.load(_SOURCE, f"-DREAL={real}")
+    library, why = native.load(_SOURCE, f"-DREAL={real}")
     if library is not None:
         for function in (library.rbn_forward, library.rbn_backward):
             function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int

@@ -15,8 +15,8 @@ import torch
 
 from fastrbn.util import one_of, whole
 
-# (mom, batch size, samples seen before this batch) -> averaging rate in (0, 1]. The two counts may be tensors of shape (),
-# which keeps the host from waiting for the device; a rate is therefore plain arithmetic
+# (mom, batch size, samples seen before this batch) -> averaging rate in (0, 1]. The two counts may be tensors of shape
+# (), which keeps the host from waiting for the device; a rate is therefore plain arithmetic
 Rate = Callable[[float, Any, Any], Any]
 
 _SAMPLES_AT_LEAST = 16  # read even if `elements` asks for fewer: neighbouring positions of a sample are correlated
@@ -87,8 +87,8 @@ class Memory:
             0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf
         ):
             raise ValueError(
-                f"Memory needs numbers: `least` above 0, `most` at least `least`, `share` 0 or more, and only `most` may be "
-                f"infinite; got {self}"
+                f"Memory needs numbers: `least` above 0, `most` at least `least`, `share` 0 or more, and only `most` "
+                f"may be infinite; got {self}"
             )
 
     def bounds(self, mom: float) -> tuple[float, float, float]:
@@ -175,7 +175,8 @@ class Clamp:
     def __post_init__(self) -> None:
         if not (_is_number(self.samples) and self.samples >= 0):
             raise ValueError(
-                f"Clamp: `samples` is the number of samples up to which the floor holds, 0 or more; got {self.samples!r}"
+                f"Clamp: `samples` is the number of samples up to which the floor holds, 0 or more; "
+                f"got {self.samples!r}"
             )
         floors = [floor for floor in (self.variance, self.deviation) if floor is not None]
         if len(floors) != 1 or not (_is_number(floors[0]) and floors[0] >= 0):
@@ -252,12 +253,13 @@ class Recipe:
             )
         if self.skip is not None and self.statistics == "batch":
             raise ValueError(
-                f"a skipped step normalises with the running statistics, which statistics='batch' does not; got both, with "
-                f"{self.skip}: leave one of them out"
+                f"a skipped step normalises with the running statistics, which statistics='batch' does not; got both, "
+                f"with {self.skip}: leave one of them out"
             )
         if self.elements is not None and not (_is_number(self.elements, int) and self.elements >= 1):
             raise ValueError(
-                f"elements must be a whole number of elements per channel, 1 or more, or None for all; got {self.elements!r}"
+                f"elements must be a whole number of elements per channel, 1 or more, or None for all; "
+                f"got {self.elements!r}"
             )
         for kind, value in ((Skip, self.skip), (Clamp, self.clamp)):
             if not isinstance(value, (kind, type(None))):
@@ -282,8 +284,9 @@ class Recipe:
             for rate, seen in zip(rates, (samples, 0), strict=True):
                 if not (isinstance(rate, (torch.Tensor, torch.SymFloat)) or (_is_number(rate) and 0 < rate <= 1)):
                     raise ValueError(
-                        f"a recipe's rate must return a number in (0, 1]; that of '{self.name}' gave {rate!r} at mom {mom}, "
-                        f"batch size {bs}, after {seen} samples. To keep the statistics as they are, freeze() the layer"
+                        f"a recipe's rate must return a number in (0, 1]; that of '{self.name}' gave {rate!r} at mom "
+                        f"{mom}, batch size {bs}, after {seen} samples. To keep the statistics as they are, "
+                        f"freeze() the layer"
                     )
         return rates
 
@@ -326,7 +329,7 @@ class Plan(NamedTuple):
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    """Return the recipe of that name, or `recipe` itself. An unknown name raises ValueError and suggests the closest."""
+    """Return the recipe of that name, or `recipe` itself. ValueError for an unknown name suggests the closest."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:

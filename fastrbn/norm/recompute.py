@@ -168,8 +168,8 @@ class _Gathered:
             return
         if not (self.mean.isfinite().all() and self.var.isfinite().all()):
             raise ValueError(
-                f"statistics need finite values; the input of '{self.name}' contained NaN or Inf: check the data and the "
-                f"weights before that layer"
+                f"statistics need finite values; the input of '{self.name}' contained NaN or Inf: check the data and "
+                f"the weights before that layer"
             )
         ours = isinstance(layer, RunningBatchNorm)
         layer.running_mean.copy_(self.mean)

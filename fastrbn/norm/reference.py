@@ -4,8 +4,8 @@ This is the text to read, and the oracle that the fast backends are tested again
 stated here.
 
 **Notation.** Everything is per channel. n is the number of elements that the statistics read of the batch x (N, C, *);
-m and v are their mean and biased variance; dy is the gradient of the loss with respect to the output y; mean(·) is taken
-over the whole batch; γ and β are the scale and the shift.
+m and v are their mean and biased variance; dy is the gradient of the loss with respect to the output y; mean(·) is
+taken over the whole batch; γ and β are the scale and the shift.
 
 **State.** A running mean M, a running variance V and a running count c of elements. The recipe gives the averaging rate
 λ of this step. Then
@@ -22,9 +22,9 @@ that no two large numbers cancel.
 
     x̂ = (x−M)/σ            y = γ·x̂ + β
 
-**Gradient.** dβ = Σdy and dγ = Σdy·x̂. A recipe chooses one of three forms of dx. `detached` treats M and V as constants:
-dx = γ/σ·dy. `exact` differentiates through m and v, and thus through the batch's share a of M and V; if the statistics
-read all of x,
+**Gradient.** dβ = Σdy and dγ = Σdy·x̂. A recipe chooses one of three forms of dx. `detached` treats M and V as
+constants: dx = γ/σ·dy. `exact` differentiates through m and v, and thus through the batch's share a of M and V; if
+the statistics read all of x,
 
     dx = γ/σ · [ dy − a·mean(dy) − x̂·a·mean(dy·x̂) ]
 
@@ -36,8 +36,8 @@ averages of mean(dy) and mean(dy·x̂) over earlier batches that move at the sam
     dx = γ/σ · [ dy − b·(mean(dy) + ĉ·z) − (1−b)·(A + x̂·B) ]
 
 Where mean(ĉ²) is at least 1, dy − mean(dy) − ĉ·z is orthogonal to 1 and to ĉ; where it is less, less is removed. The
-share b is a, but at least what λ is before the first sample. b = 1 gives the gradient of batch norm, b = 0 that of Moving
-Average Batch Normalization (ICLR 2020).
+share b is a, but at least what λ is before the first sample. b = 1 gives the gradient of batch norm, b = 0 that of
+Moving Average Batch Normalization (ICLR 2020).
 
 A step that leaves the state unchanged, because the batch is not finite or the recipe skips it, has a = b = 0.
 """
@@ -66,7 +66,7 @@ class NormState(NamedTuple):
     running_mean, running_var : Tensor
         M and V, shape (C,).
     running_count : Tensor
-        c in elements per channel, shape (). −1 marks imported statistics, which are treated as having unlimited history.
+        c in elements per channel, shape (). −1 marks imported statistics, which count as having unlimited history.
     num_samples_tracked, num_batches_tracked : Tensor
         Samples and batches seen, int64, shape ().
     running_grad : Tensor
@@ -107,7 +107,7 @@ class NormState(NamedTuple):
 
 
 def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, eps: float) -> Tensor:
-    """Normalise x (N, C, *) with the state as it is, like nn.BatchNorm in evaluation. The result has x's shape and dtype."""
+    """Normalise x (N, C, *) with the state as it is, like nn.BatchNorm in evaluation. Returns x's shape and dtype."""
     wide = torch.promote_types(x.dtype, state.running_mean.dtype)
     # copied, because a training step may move the state before the backward pass of this forward
     mean, inv_std = state.running_mean.to(wide, copy=True), (state.running_var.to(wide) + eps).rsqrt()
@@ -118,8 +118,8 @@ def evaluate(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormS
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
     """One training step: move `state` by the batch x (N, C, *), then normalise x with it. The result is like x.
 
-    A batch leaves the whole state unchanged if what the statistics read of it contains NaN or Inf, or if its variance or
-    its squared distance from the running mean overflows. This needs no sync with the device, and the output shows it.
+    A batch leaves the whole state unchanged if what the statistics read of it contains NaN or Inf, or if its variance
+    or its squared distance from the running mean overflows. This needs no sync with the device; the output shows it.
     """
     n: int | Tensor
     bs: int | Tensor

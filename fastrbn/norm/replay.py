@@ -44,7 +44,7 @@ def moving(state: Any) -> Any:
 
 
 def _new_locks() -> None:
-    """Make the locks. States are spread over a fixed number of them, so layers need not keep, copy or pickle their own."""
+    """Make the locks. States share a fixed number of them, so layers need not keep, copy or pickle their own."""
     global _LOCKS
     _LOCKS = tuple(RLock() for _ in range(64))
 
@@ -75,8 +75,8 @@ def running_again() -> bool:
 def recall(recent: deque | None, m: Tensor, v: Tensor) -> Step | None:
     """Inside a backward pass, the remembered step of the batch with statistics m and v; in a first run, None.
 
-    The nearest step is taken, since a kernel may have summed in another order, and the latest of equal ones. On CUDA the
-    search runs on the device, without a sync.
+    The nearest step is taken, since a kernel may have summed in another order, and the latest of equal ones. On CUDA
+    the search runs on the device, without a sync.
     """
     if not recent or not running_again():
         return None
@@ -95,8 +95,8 @@ def recall(recent: deque | None, m: Tensor, v: Tensor) -> Step | None:
 def _snapshot(t: Tensor) -> Tensor:
     if running_again():
         raise RuntimeError(
-            "a compiled running batch norm cannot run twice for one batch, since its statistics would move twice; it ran "
-            "inside a backward pass, as with torch.utils.checkpoint around a compiled module: compile the function "
+            "a compiled running batch norm cannot run twice for one batch, since its statistics would move twice; it "
+            "ran inside a backward pass, as with torch.utils.checkpoint around a compiled module: compile the function "
             "that calls checkpoint instead"
         )
     return t.clone()

@@ -1,10 +1,10 @@
 """The reference's step in Triton, for CUDA tensors, or CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
 
 There are three launches forward (3 reads or writes of the activations) and three backward (5). In the first, about
-`PROGRAMS` programs share the tensor and write partial sums. In the second, a few programs merge these and move the state
-of each channel. In the third, many programs write y or dx, and one of them moves the numbers that all channels share. So
-no program reads what another one writes in the same launch. Without atomics, two runs agree bit for bit; without host
-reads, a CUDA graph can record a step.
+`PROGRAMS` programs share the tensor and write partial sums. In the second, a few programs merge these and move the
+state of each channel. In the third, many programs write y or dx, and one of them moves the numbers that all channels
+share. So no program reads what another one writes in the same launch. Without atomics, two runs agree bit for bit;
+without host reads, a CUDA graph can record a step.
 
 A tensor x (N, C, *) is read in place as a matrix: for each channel, N rows of its positions (NCHW), or N·positions rows
 of C channels (channels last, (N, C)). A tile has ROWS × COLS elements. Other batch sizes need no new compilation.
@@ -35,15 +35,15 @@ _MERGED = 4  # channels per merging program
 evaluate = fused.evaluate
 
 
-# Compile-time constants, fixed for a layer and a dtype. PLANES: a row belongs to one channel. VEC divides the row length,
-# so loads can be this wide. STRIDED: the statistics read every step-th sample
+# Compile-time constants, fixed for a layer and a dtype. PLANES: a row belongs to one channel. VEC divides the row
+# length, so loads can be this wide. STRIDED: the statistics read every step-th sample
 Cut = namedtuple("Cut", "PLANES ROWS COLS VEC STRIDED")
 # sizes fixed for a layer: units of VEC columns per row, channels, rows per sample
 Shape = namedtuple("Shape", "units channels per_sample")
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: NormState, plan: Plan) -> Tensor:
-    """Same as `reference.normalize`, for non-empty batches without a process group and recipes that are not `plain_only`."""
+    """`reference.normalize` for non-empty batches without a process group; the recipe must not be `plain_only`."""
     if plan.recent and running_again():
         return fused.normalize(x, weight, bias, state, plan)
     if not all(t.is_contiguous() for t in state):

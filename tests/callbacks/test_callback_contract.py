@@ -1,4 +1,4 @@
-"""What every public callback keeps to: known events, copies, and a model, optimiser and process left as they should be."""
+"""The rules for public callbacks: known events, copies, and model, optimiser and process left as they should be."""
 
 import copy
 import inspect

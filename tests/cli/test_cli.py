@@ -366,8 +366,8 @@ def test_without_mnist_and_network_a_bare_train_says_so_in_a_line_and_takes_glyp
     status, out, err = cli("train", "--limit", 16)
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == (
-        "MNIST was not found and could not be downloaded (`fastrbn train mnist` says why); training on generated digits "
-        "(glyphs)"
+        "MNIST was not found and could not be downloaded (`fastrbn train mnist` says why); training on generated "
+        "digits (glyphs)"
     )
     assert "glyphs: 16 training" in out.splitlines()[1]
 

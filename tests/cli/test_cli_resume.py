@@ -18,14 +18,14 @@ import pytest
 import torch
 
 import fastrbn
-from fastrbn import util as files
+from fastrbn import util
 from fastrbn.callbacks import Recorder
 from fastrbn.cli import main, plugins, run_folder
 from fastrbn.cli import train as cli_train
 from fastrbn.cli.options import CliError, parser
 from fastrbn.cli.settings import default_lr, of_config, settle
 from fastrbn.data import glyphs, load_dataset
-from fastrbn.learn import checkpoint_file as checkpoints
+from fastrbn.learn import checkpoint_file
 
 ROOT = Path(fastrbn.__file__).parents[1]
 STEPS = 25  # an epoch
@@ -197,7 +197,7 @@ def fail(event, error):
     [
         (cut_short, 1, "is not whole"),
         (lose_a_name, 1, "is not whole"),
-        (lambda m: m.setattr(checkpoints, "find", lambda *a: 1 / 0), 1, "ZeroDivisionError"),
+        (lambda m: m.setattr(checkpoint_file, "find", lambda *a: 1 / 0), 1, "ZeroDivisionError"),
         (fail("begin_fit", ValueError("no room")), 1, "no room; the results in a are as they were"),
         (fail("load_state_dict", KeyError("losses")), 1, "the results in a are as they were"),
         (fail("begin_batch", OSError("gone")), 1, "gone; the results in a are as they were"),
@@ -453,7 +453,7 @@ def test_a_recipe_that_the_run_does_not_have_is_refused_by_either_option(cli):
 def test_a_second_start_into_a_folder_ends_with_a_clear_line(cli):
     trained(cli)
     before = contents("a")
-    with files.locked(Path("a")):
+    with util.locked(Path("a")):
         for arguments in (["glyphs", "--out", "a", "--force"], ["--resume", "a", "--epochs", 2]):
             status, _, err = cli("train", *arguments)
             assert (status, contents("a")) == (1, before)
@@ -469,10 +469,10 @@ def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"locked\n"
-        with pytest.raises(BlockingIOError, match="another process is at work"), files.locked(tmp_path):
+        with pytest.raises(BlockingIOError, match="another process is at work"), util.locked(tmp_path):
             pass
         process.kill()
-    with files.locked(tmp_path):
+    with util.locked(tmp_path):
         assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 

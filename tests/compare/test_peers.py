@@ -129,7 +129,7 @@ def test_a_loaded_or_copied_batch_renorm_continues_at_its_step():
 
 
 class OnlineOracle:
-    """Equations of section 3, one number at a time: no sums over a batch, no autograd but for layer scaling and γ, β."""
+    """Equations of section 3, one number at a time: no sums over a batch; autograd only for layer scaling and γ, β."""
 
     def __init__(self, layer):
         nf = layer.num_features

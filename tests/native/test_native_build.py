@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fastrbn import native as native_build
+from fastrbn import native
 
-COMPILER = native_build._compiler() if os.name == "posix" else None
+COMPILER = native._compiler() if os.name == "posix" else None
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 
 
@@ -31,35 +31,35 @@ def source(tmp_path):
 
 
 def test_each_set_of_options_has_its_own_library(cache, source):
-    libraries = [native_build.load(source, f"-DANSWER={n}")[0] for n in (7, 8)]
+    libraries = [native.load(source, f"-DANSWER={n}")[0] for n in (7, 8)]
     assert [library.answer() for library in libraries] == [7, 8]
     assert len([*cache.glob("answer_*.so")]) == 2
 
 
 def test_a_library_is_built_once_even_by_several_processes_at_a_time(cache, source):
     code = (
-        "import pathlib, sys; from fastrbn import native as native_build;"
-        "assert native_build.load(pathlib.Path(sys.argv[1]), '-DANSWER=7')[0].answer() == 7"
+        "import pathlib, sys; from fastrbn import native;"
+        "assert native.load(pathlib.Path(sys.argv[1]), '-DANSWER=7')[0].answer() == 7"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, str(source)]) for _ in range(3)]
     assert [run.wait(120) for run in runs] == [0, 0, 0]
     (made,) = [p for p in cache.rglob("*") if p.is_file()]
     before = made.stat().st_mtime_ns
-    assert native_build._built(COMPILER, source, ("-DANSWER=7",)) == made and made.stat().st_mtime_ns == before
+    assert native._built(COMPILER, source, ("-DANSWER=7",)) == made and made.stat().st_mtime_ns == before
 
 
 def test_a_change_of_the_source_or_of_a_header_makes_another_library(cache, source, tmp_path, monkeypatch):
     headers = tmp_path / "headers"
     headers.mkdir()
-    monkeypatch.setattr(native_build, "_HEADERS", headers)
+    monkeypatch.setattr(native, "_HEADERS", headers)
     (headers / "more.h").write_text("#define MORE 1\n")
     source.write_text('#include "more.h"\nint answer(void) { return MORE; }\n')
-    first = native_build._built(COMPILER, source, ())
+    first = native._built(COMPILER, source, ())
     (headers / "more.h").write_text("#define MORE 2\n")
-    second = native_build._built(COMPILER, source, ())
+    second = native._built(COMPILER, source, ())
     assert first != second and ctypes.CDLL(str(second)).answer() == 2
     source.write_text("int answer(void) { return 3; }\n")
-    assert native_build._built(COMPILER, source, ()) not in (first, second)
+    assert native._built(COMPILER, source, ()) not in (first, second)
 
 
 def test_a_failing_compiler_warns_once_and_is_not_tried_again(cache, source, tmp_path, monkeypatch):
@@ -67,10 +67,10 @@ def test_a_failing_compiler_warns_once_and_is_not_tried_again(cache, source, tmp
     fake_compiler(tmp_path, monkeypatch, f"echo called >>{tmp_path}/calls", "echo no room on this planet >&2", "exit 1")
     shutil.copy(source, other)
     with pytest.warns(RuntimeWarning, match="could not be built with .*cc: no room on this planet"):
-        assert native_build.load(source, "-DANSWER=9")[0] is None
+        assert native.load(source, "-DANSWER=9")[0] is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        library, why = native_build.load(other, "-DANSWER=9")
+        library, why = native.load(other, "-DANSWER=9")
     assert library is None and "no room on this planet" in why
     assert (tmp_path / "calls").read_text() == "called\n"
     assert not [*cache.rglob("*.so")]
@@ -87,10 +87,10 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_library_is_built_again_and_never_loaded(damage, cache, source):
     code = (
-        "import pathlib, sys; from fastrbn import native as native_build;"
-        "print(native_build.load(pathlib.Path(sys.argv[1]), '-DANSWER=7')[0].answer())"
+        "import pathlib, sys; from fastrbn import native;"
+        "print(native.load(pathlib.Path(sys.argv[1]), '-DANSWER=7')[0].answer())"
     )
-    whole = native_build._built(COMPILER, source, ("-DANSWER=7",))
+    whole = native._built(COMPILER, source, ("-DANSWER=7",))
     data = whole.read_bytes()
     whole.write_bytes(DAMAGE[damage](data))
     done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=False)
@@ -108,9 +108,9 @@ def test_without_a_home_libraries_go_to_a_temporary_folder(source, monkeypatch):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     monkeypatch.setattr("pwd.getpwuid", no_entry)
-    library, why = native_build.load(source, "-DANSWER=11")
+    library, why = native.load(source, "-DANSWER=11")
     assert (library.answer(), why) == (11, "")
-    assert native_build._cache() == native_build._of_this_process()
+    assert native._cache() == native._of_this_process()
 
 
 def fake_compiler(tmp_path, monkeypatch, *lines):
@@ -118,7 +118,7 @@ def fake_compiler(tmp_path, monkeypatch, *lines):
     file.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     file.chmod(0o755)
     monkeypatch.setenv("CC", str(file))
-    monkeypatch.setattr(native_build, "_broken", {})
+    monkeypatch.setattr(native, "_broken", {})
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def fake_compiler(tmp_path, monkeypatch, *lines):
 )
 def test_every_compiler_failure_is_reported(lines, text, cache, source, tmp_path, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, *lines)
-    monkeypatch.setattr(native_build, "_SECONDS", 1)
+    monkeypatch.setattr(native, "_SECONDS", 1)
     with pytest.warns(RuntimeWarning, match=text):
-        assert native_build.load(source, f"-DANSWER={len(text)}")[0] is None
+        assert native.load(source, f"-DANSWER={len(text)}")[0] is None
     assert not [*cache.rglob("*.so")]
 
 
 def test_a_library_that_cannot_be_loaded_is_reported(cache, source, tmp_path, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, 'while [ "$1" != -o ]; do shift; done; echo no library >"$2"')
     with pytest.warns(RuntimeWarning, match="were built with .*cc but cannot be loaded: .*answer"):
-        assert native_build.load(source, "-DANSWER=12")[0] is None
+        assert native.load(source, "-DANSWER=12")[0] is None
 
 
 def test_a_noexec_cache_is_reported(cache, source, monkeypatch):
@@ -151,31 +151,34 @@ def test_a_noexec_cache_is_reported(cache, source, monkeypatch):
     class Noexec:
         f_flag = os.ST_NOEXEC
 
-    monkeypatch.setattr(native_build, "_broken", {})
-    monkeypatch.setattr(native_build.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(native, "_broken", {})
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
     monkeypatch.setattr(os, "statvfs", lambda path: Noexec)
-    text = "cannot be loaded: .*/cache/fastrbn is on a file system mounted noexec; set XDG_CACHE_HOME to a folder that is not"
+    text = (
+        "cannot be loaded: .*/cache/fastrbn is on a file system mounted noexec; "
+        "set XDG_CACHE_HOME to a folder that is not"
+    )
     with pytest.warns(RuntimeWarning, match=text):
-        _, why = native_build.load(source, "-DANSWER=13")
+        _, why = native.load(source, "-DANSWER=13")
     assert "mounted noexec" in why
 
 
 def test_it_can_be_turned_off(source, monkeypatch):
     monkeypatch.setenv("FASTRBN_NATIVE", "0")
-    library, why = native_build.load(source, "-DANSWER=10")
+    library, why = native.load(source, "-DANSWER=10")
     assert library is None and why == "FASTRBN_NATIVE=0 turns the C kernels off"
 
 
 def test_a_cache_that_others_can_write_to_is_not_used(cache):
-    assert native_build._cache() == cache
+    assert native._cache() == cache
     cache.chmod(0o777)
-    own = native_build._cache()
+    own = native._cache()
     assert cache.parent not in own.parents and own.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("real", ["float", "double"])
 def test_every_c_source_of_the_package_compiles(cache, real):
-    sources = [*Path(native_build.__file__).parents[1].rglob("*.c")]
+    sources = [*Path(native.__file__).parents[1].rglob("*.c")]
     assert sources
     for file in sources:
-        assert native_build.load(file, f"-DREAL={real}", "-Wall", "-Wextra")[1] == "", file
+        assert native.load(file, f"-DREAL={real}", "-Wall", "-Wextra")[1] == "", file

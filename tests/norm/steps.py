@@ -49,7 +49,7 @@ def step(layer, x, dy):
 
 
 def assert_same(got, want, tol, note=""):
-    """Assert that all entries are within `tol` of `want`'s, relative to their norm (absolute below 1); 0 means bit for bit."""
+    """Assert that entries are within `tol` of `want`'s, relative to their norm (absolute below 1); 0: bit for bit."""
     assert got.keys() == want.keys()
     for name in want:
         a, b = got[name].detach(), want[name].detach()

@@ -1,4 +1,4 @@
-"""The fused and the native backend against the reference, in outputs, every gradient and every buffer over several steps."""
+"""The fused and native backends against the reference: outputs, gradients and buffers over several steps."""
 
 import pytest
 import torch

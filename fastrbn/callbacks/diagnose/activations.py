@@ -40,8 +40,8 @@ class ActivationStats(Callback):
     near : float, default 0.01
         Values smaller than this in absolute value are near zero.
     every : int, default 4
-        Look at steps whose `n_iter` is a multiple of this. Looking at every step adds 45 % to the training step of the
-        course's net on a CPU (batch 32); one in four adds 11 %.
+        Look at steps whose `n_iter` is a multiple of this. Looking at every step adds 46 % to the training step of the
+        course's net on a CPU (batch 32); one in four adds 12 %.
     keep : int, default 10_000
         Most rows kept. When they are there, every second one is dropped with a line in `run.logger`, and from then on
         half as many steps are looked at, and so on.
@@ -88,7 +88,7 @@ class ActivationStats(Callback):
         self.value_range, self.near = (low, high), near
         self.every, self.keep = whole("every", every), whole("keep", keep, 2)
         self._clear([])
-        self._types = []
+        self._types: list[str] = []
 
     @property
     def _bins(self) -> int:

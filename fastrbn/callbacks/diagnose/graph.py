@@ -157,7 +157,7 @@ class GraphMonitor(Callback):
         self._made = f"fastrbn.step.{next(_fits)}"
         self._holder = f"{self._made}.holder"
         self._start, self._begun, self._step = walk.clock(), [], -1
-        self._last, self._buffers, self._grown = collections.deque(maxlen=2 * _FIRST), [], None
+        self._recent, self._buffers, self._grown = collections.deque(maxlen=2 * _FIRST), [], None
 
     def begin_fit(self):
         self._clear()
@@ -189,7 +189,7 @@ class GraphMonitor(Callback):
         nodes = walk.count_nodes(run.loss.grad_fn, visit, _LIMIT)
         self.steps.append(step)
         self.counts.append(nodes)
-        self._last.extend((weakref.ref(t), step) for t in (run.loss, run.pred) if held.has_graph(t))
+        self._recent.extend((weakref.ref(t), step) for t in (run.loss, run.pred) if held.has_graph(t))
         if self.report is not None:
             return
         if oldest < step:
@@ -202,7 +202,7 @@ class GraphMonitor(Callback):
     def after_batch(self):
         if not self.run.in_train or self.report is not None:
             return
-        kept = {s for ref, s in self._last if s < self._step and held.has_graph(ref())}
+        kept = {s for ref, s in self._recent if s < self._step and held.has_graph(ref())}
         if len(kept) > 1 or self._step < _FIRST or self._step % self.every == 0:
             self._judge(self._all_held())
             if len(kept) > 1 and self.report is None:
@@ -216,7 +216,7 @@ class GraphMonitor(Callback):
             self._say(dataclasses.replace(self.report or self._made_report(None, []), changed=changed))
         elif self.report is None and self._grown is not None:
             self._say(self._grown)
-        self._last.clear()
+        self._recent.clear()
         self._buffers = []
 
     def _step_of(self, node) -> int:
@@ -266,7 +266,7 @@ class GraphMonitor(Callback):
 
     def _blame_for_kept(self, kept) -> None:
         """Report losses or predictions that are kept, but not by an attribute."""
-        tensor = next(t for ref, s in self._last if s in kept and held.has_graph(t := ref()))
+        tensor = next(t for ref, s in self._recent if s in kept and held.has_graph(t := ref()))
         name = held.found_by_collector(tensor) or "something that is neither attribute nor global variable"
         self._report(None, [GraphHolder(name, "global", min(kept), max(kept))])
 
@@ -302,7 +302,7 @@ class GraphMonitor(Callback):
         self.run.logger(str(report))
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_last": collections.deque(maxlen=2 * _FIRST), "_buffers": []}
+        return {**super().__getstate__(), "_recent": collections.deque(maxlen=2 * _FIRST), "_buffers": []}
 
     def __repr__(self):
         return f"GraphMonitor(max_growth={self.max_growth}, every={self.every})"

@@ -128,8 +128,8 @@ class Agreement:
             self.left = True
             listed = "; ".join(f"rank {r}: {value}" for r, value in enumerate(found))
             raise RuntimeError(
-                f"ranks step together, and they {what} ({listed}): a callback that skips or cancels on one rank must do "
-                f"so on all, so let it decide from values that are equal on all ranks, such as gradients"
+                f"ranks step together, and they {what} ({listed}): a callback that skips or cancels on one rank must "
+                f"do so on all, so let it decide from values that are equal on all ranks, such as gradients"
             )
 
     def _amend(self, error: Any, grace: float) -> str | None:

@@ -49,8 +49,8 @@ class Replica(DistributedDataParallel):
 
     @torch.no_grad()
     def exchange(self, gather: Callable[[list[bool]], list[list[float]]]) -> None:
-        """Sum the gradients that are `apart`, if no backward pass is left to do it. `gather(numbers)` returns the numbers
-        of each rank."""
+        """Sum the gradients that are `apart`, if no backward pass is left to do it. `gather(numbers)` returns the
+        numbers of each rank."""
         params = [p for p in self.module.parameters() if p.requires_grad]
         used = map(any, zip(*gather([p.grad is not None for p in params])))
         params = [p for p, by_any in zip(params, used) if by_any]
@@ -115,11 +115,11 @@ class Replica(DistributedDataParallel):
 
 
 def summed(pending, bucket):  # DistributedDataParallel rejects annotations that are strings
-    """DistributedDataParallel's hook: sum over the ranks, in place of the mean. Gradients from earlier batches have been
-    summed already, so only rank 0 contributes them."""
+    """DistributedDataParallel's hook: sum over the ranks, in place of the mean. Gradients from earlier batches have
+    been summed already, so only rank 0 contributes them."""
     if pending:
         for p, grad in zip(bucket.parameters(), bucket.gradients()):
             if (before := pending.get(id(p))) is not None:
                 grad.sub_(before)
-    work: Any = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+    work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])

@@ -26,8 +26,8 @@ _SHORT = (
 def shard(loader: Any, rank: int, world: int, train: bool) -> Any:
     """`loader`, or one in its place, that yields the part of `rank` in every `world` batches.
 
-    In training the parts of a step together are one batch of `world` times the size, in the same order; the samples of a
-    short last batch are spread evenly. In validation each rank gets whole batches in turn.
+    In training the parts of a step together are one batch of `world` times the size, in the same order; the samples of
+    a short last batch are spread evenly. In validation each rank gets whole batches in turn.
     """
     if callable(getattr(loader, "shard", None)):
         return loader.shard(rank, world, even=train)
@@ -116,8 +116,8 @@ class Dealt:
             elif self.train and not self.warned:
                 self.warned = True
                 warnings.warn(
-                    f"an epoch's last batches are left out of training ({len(group)}): there is not one for each of the "
-                    f"{self.world} processes",
+                    f"an epoch's last batches are left out of training ({len(group)}): there is not one for each of "
+                    f"the {self.world} processes",
                     stacklevel=2,
                 )
 
@@ -131,7 +131,7 @@ class Dealt:
 
 
 class Seeded:
-    """A worker_init_fn: workers of different ranks draw different numbers, although they share the loader's generator."""
+    """A worker_init_fn: workers of different ranks draw different numbers from the loader's shared generator."""
 
     def __init__(self, rank: int, inner: Callable[[int], Any] | None):
         self.rank, self.inner = rank, inner

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastrbn.learn import checkpoint_file as checkpoints
+from fastrbn.learn import checkpoint_file
 from fastrbn.learn.batch import gradients_are_whole
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.checkpoint_file import CheckpointError
@@ -178,7 +178,7 @@ class Checkpoint(Callback):
         if self.path.is_file():
             raise NotADirectoryError(f"Checkpoint needs a folder; got the file {self.path}: use another name")
         self.path.mkdir(parents=True, exist_ok=True)
-        there = [file for _, file in checkpoints.files(self.path)]
+        there = [file for _, file in checkpoint_file.files(self.path)]
         source = self.run.resumed_from
         others = [file for file in there if file.name not in self._wrote]
         if others and not (source is not None and source.parent.resolve() == self.path.resolve()):
@@ -216,16 +216,16 @@ class Checkpoint(Callback):
             self.best, self._best_name = before
 
     def _next_name(self, step: int) -> str:
-        there = checkpoints.files(self.path)
-        return checkpoints.file_name(there[-1][0] + 1 if there else 1, step)
+        there = checkpoint_file.files(self.path)
+        return checkpoint_file.file_name(there[-1][0] + 1 if there else 1, step)
 
     def _write(self, state: dict, name: str, final: bool) -> bool:
         """Write a file and drop those beyond `keep`. False if writing failed once; CheckpointError if it must not."""
         try:
-            checkpoints.write(self.path / name, state)
+            checkpoint_file.write(self.path / name, state)
         except OSError as e:
             why = f"the checkpoint {self.path / name} could not be written ({e.strerror or e}); "
-            there = checkpoints.files(self.path)
+            there = checkpoint_file.files(self.path)
             why += f"the previous one, {there[-1][1].name}, is intact" if there else "there is no previous one"
             if final or self._failed:
                 onward = "Free disk space and resume from it" if there else "Free disk space"
@@ -240,7 +240,7 @@ class Checkpoint(Callback):
 
     def _drop(self) -> None:
         if self.keep is not None:
-            for _, file in checkpoints.files(self.path)[: -self.keep]:
+            for _, file in checkpoint_file.files(self.path)[: -self.keep]:
                 if file.name != self._best_name:
                     file.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastrbn.learn import checkpoint_file as checkpoints
+from fastrbn.learn import checkpoint_file
 
 _PROTOCOL = ("update", "compute", "reset")
 
@@ -169,7 +169,7 @@ def state(metric: Any) -> dict:
     kept = {}
     for name, value in vars(metric).items():
         try:
-            kept[name] = copy.deepcopy(checkpoints.plain(value))
+            kept[name] = copy.deepcopy(checkpoint_file.plain(value))
         except TypeError:  # not plain data, such as functions and modules
             continue
     return kept

@@ -309,7 +309,7 @@ def test_what_only_this_package_holds_is_named_all_the_same(make_learn):
     class Keeps(Recorder):
         pass
 
-    Keeps.__module__ = "fastrbn.callbacks.track.record"
+    Keeps.__module__ = "fastrbn.callbacks.track.recorder"
     recorder = Keeps()
     recorder.kept = []
 
@@ -429,7 +429,7 @@ def test_ctrl_c_ends_the_fit_with_what_was_counted(make_learn):
 
     monitor = monitored(make_learn, cbs=[Stops()])
     assert monitor.steps == [0, 1] and "interrupted" in monitor.run.stop_reason
-    assert not monitor._last and copy.deepcopy(monitor).counts == monitor.counts
+    assert not monitor._recent and copy.deepcopy(monitor).counts == monitor.counts
 
 
 @pytest.mark.parametrize("wrong", [{"max_growth": -1}, {"max_growth": 0.5}, {"every": 0}, {"every": True}])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastrbn.callbacks import ParamMagnitudes
-from fastrbn.callbacks.diagnose import meter as _magnitudes
+from fastrbn.callbacks.diagnose import meter as meter_module
 from fastrbn.callbacks.diagnose.meter import Meter, norms
 from fastrbn.callbacks.diagnose.rows import Rows
 from fastrbn.learn import Callback, CancelBatchException, Runner
@@ -58,10 +58,10 @@ def updates_by_hand(copies):
 def way(request, monkeypatch):
     """Small models are copied and reduced in blocks, for some steps at a time; large ones are not copied."""
     if request.param == "on the spot":
-        monkeypatch.setattr(_magnitudes, "BYTES_CPU", 0)
+        monkeypatch.setattr(meter_module, "BYTES_CPU", 0)
     elif request.param == "copied, 3 rows":
-        monkeypatch.setattr(_magnitudes, "ROWS", 3)
-        monkeypatch.setattr(_magnitudes, "BLOCK", 5)
+        monkeypatch.setattr(meter_module, "ROWS", 3)
+        monkeypatch.setattr(meter_module, "BLOCK", 5)
     return request.param
 
 
@@ -378,7 +378,7 @@ def test_on_a_gpu_it_never_waits_within_an_epoch(make_learn, monkeypatch, limit)
         after_fit = after_epoch
         _order = -9
 
-    monkeypatch.setattr(_magnitudes, "BYTES", limit)
+    monkeypatch.setattr(meter_module, "BYTES", limit)
     learn = make_learn(n_train=40, n_valid=0)
     learn.model.cuda()
     learn.data.train_dl = [(x.cuda(), y.cuda()) for x, y in learn.data.train_dl]

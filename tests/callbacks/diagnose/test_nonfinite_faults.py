@@ -1,4 +1,4 @@
-"""HaltOnNaN against planted faults, both ways of looking: the host at once, and a device's notes read some steps late."""
+"""HaltOnNaN against planted faults, found by the host at once and in a device's notes some steps late."""
 
 import copy
 import math
@@ -414,8 +414,8 @@ class OwnInstanceNorm(nn.Module):
 @pytest.mark.filterwarnings("ignore:var.*degrees of freedom is <= 0:UserWarning")
 @pytest.mark.parametrize("correction", [1, 0])
 def test_an_instance_norm_whose_last_map_is_a_single_number_is_named(make_learn, way, correction):
-    # 28 → 14 → 7 → 4 → 2 → 1: of a single number the variance with Bessel's correction is 0/0, in the first forward pass;
-    # without the correction all is finite
+    # 28 → 14 → 7 → 4 → 2 → 1: of a single number the variance with Bessel's correction is 0/0, in the first forward
+    # pass; without the correction all is finite
     nfs = [1, 4, 4, 8, 8, 8]
     convs = [nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False) for i, o in zip(nfs, nfs[1:])]
     cells = [nn.Sequential(c, nn.ReLU(), OwnInstanceNorm(c.out_channels, correction)) for c in convs]

@@ -1,8 +1,8 @@
 """What two gloo processes check together; `test_distributed.py` starts them and reports each check as a test.
 
 Each rank runs every function of CHECKS in the same order; the fits of one process, which they compare with, are made in
-each by itself. Run as `python -m callbacks.distributed.ranks FOLDER WORLD CHECKS` with MASTER_ADDR and MASTER_PORT in the environment
-and tests/ on the path; writes FOLDER/RANK.json.
+each by itself. Run as `python -m callbacks.distributed.ranks FOLDER WORLD CHECKS` with MASTER_ADDR and MASTER_PORT in
+the environment and tests/ on the path; writes FOLDER/RANK.json.
 """
 
 import json

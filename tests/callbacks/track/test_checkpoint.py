@@ -31,8 +31,7 @@ from fastrbn.callbacks import (
     sched_cos,
 )
 from fastrbn.data import BatchLoader, DataBunch, Dataset
-from fastrbn.learn import Callback, CancelBatchException, Learner, Runner
-from fastrbn.learn import checkpoint_file as checkpoints
+from fastrbn.learn import Callback, CancelBatchException, Learner, Runner, checkpoint_file
 from fastrbn.norm import RunningBatchNorm
 
 SAMPLES, BS, STEPS = 26, 6, 5  # the last batch is smaller
@@ -609,7 +608,7 @@ def test_param_groups_may_have_labels_and_settings_that_the_checkpoint_lacks(tmp
     group["lr"] = 0.125
     for known in (True, False):  # a file from before the name of the optimiser was saved
         learn = make_learn(opt=labelled)
-        checkpoints.write(tmp_path / "old.pt", state)
+        checkpoint_file.write(tmp_path / "old.pt", state)
         Runner().fit(1, learn, resume=tmp_path / "old.pt")
         now = learn.opt.param_groups[0]
         assert (now["label"], now["decoupled_weight_decay"], now["lr"]) == ("body", False, 0.125)

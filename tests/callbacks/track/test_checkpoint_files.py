@@ -20,8 +20,7 @@ from fastrbn.callbacks import (
     SaveBest,
     accuracy,
 )
-from fastrbn.learn import Callback, CancelTrainException, Runner
-from fastrbn.learn import checkpoint_file as checkpoints
+from fastrbn.learn import Callback, CancelTrainException, Runner, checkpoint_file
 
 
 class SetLoss(Callback):
@@ -43,7 +42,7 @@ def make_run(folder, *cbs, **kwargs):
 
 def steps(folder):
     """The steps of the checkpoints in a folder, in the order of writing."""
-    return [int(p.stem.split("-")[-1]) for _, p in checkpoints.files(folder)]
+    return [int(p.stem.split("-")[-1]) for _, p in checkpoint_file.files(folder)]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_checkpoints_of_another_fit_are_not_overwritten_by_default(make_learn, t
 
 def test_the_newest_is_the_one_written_last_not_the_one_with_most_steps(make_learn, tmp_path):
     make_run(tmp_path / "c", keep=None).fit(3, make_learn())
-    first = checkpoints.files(tmp_path / "c")[0][1]
+    first = checkpoint_file.files(tmp_path / "c")[0][1]
     again = make_run(tmp_path / "c", Ends(1), keep=None)
     again.fit(3, make_learn(), resume=first)
     assert steps(tmp_path / "c") == [4, 8, 12, 8]
@@ -161,8 +160,8 @@ class Disk:
 
     def __init__(self, monkeypatch, *full):
         self.full, self.count = full, 0
-        self._write = checkpoints.write_whole
-        monkeypatch.setattr(checkpoints, "write_whole", self)
+        self._write = checkpoint_file.write_whole
+        monkeypatch.setattr(checkpoint_file, "write_whole", self)
 
     def __call__(self, path, content):
         self.count += 1
@@ -240,7 +239,7 @@ def flip(path, bit):
 
 def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
     path, state = tmp_path / "checkpoint-0001-step-3.pt", small_state()
-    checkpoints.write(path, state)
+    checkpoint_file.write(path, state)
     whole, refused = path.read_bytes(), 0
     names = [info.filename.encode() for info in zipfile.ZipFile(path).infolist()]
     directory = [whole.rindex(name) for name in names]  # the last occurrence of a name is in the zip's directory
@@ -248,7 +247,7 @@ def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
     for bit in [*bits, *random.Random(1).sample(range(8 * len(whole)), 400)]:
         flip(path, bit)
         try:
-            read = checkpoints.read(path)
+            read = checkpoint_file.read(path)
         except CheckpointError as e:
             refused += 1
             assert str(path) in str(e)
@@ -261,30 +260,30 @@ def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
 
 def test_the_previous_file_is_used_whatever_error_reading_the_newest_gives(tmp_path, monkeypatch):
     for n in (1, 2):
-        checkpoints.write(tmp_path / checkpoints.file_name(n, 3), small_state())
-    newest = tmp_path / checkpoints.file_name(2, 3)
+        checkpoint_file.write(tmp_path / checkpoint_file.file_name(n, 3), small_state())
+    newest = tmp_path / checkpoint_file.file_name(2, 3)
     without_checksum(newest)
     name = zipfile.ZipFile(newest).infolist()[0].filename.encode()
     flip(newest, 8 * newest.read_bytes().rindex(name) + 7)
     with pytest.warns(UserWarning, match=r"0002-step-3.pt is not whole .*; resuming from .*0001-step-3.pt instead"):
-        file, _ = checkpoints.find(tmp_path)
+        file, _ = checkpoint_file.find(tmp_path)
     assert file.name == "checkpoint-0001-step-3.pt"
 
 
 def test_a_file_without_a_checksum_is_read_with_a_warning(tmp_path):
     path = tmp_path / "checkpoint-0001-step-3.pt"
-    checkpoints.write(path, small_state())
+    checkpoint_file.write(path, small_state())
     without_checksum(path)
     with pytest.warns(UserWarning, match="has no checksum, because an older version wrote it"):
-        assert checkpoints.read(path)["position"] == small_state()["position"]
+        assert checkpoint_file.read(path)["position"] == small_state()["position"]
 
 
 def test_a_file_with_a_truncated_checksum_is_an_error(tmp_path):
     path = tmp_path / "checkpoint-0001-step-3.pt"
-    checkpoints.write(path, small_state())
+    checkpoint_file.write(path, small_state())
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="is not whole"):
-        checkpoints.read(path)
+        checkpoint_file.read(path)
 
 
 @pytest.mark.parametrize(
@@ -298,13 +297,13 @@ def test_a_file_with_a_truncated_checksum_is_an_error(tmp_path):
     ids=str,
 )
 def test_a_state_of_another_shape_is_an_error(change, text, tmp_path):
-    checkpoints.write(tmp_path / "a.pt", {**small_state(), **change})
+    checkpoint_file.write(tmp_path / "a.pt", {**small_state(), **change})
     with pytest.raises(CheckpointError, match=text):
-        checkpoints.read(tmp_path / "a.pt")
+        checkpoint_file.read(tmp_path / "a.pt")
 
 
 def test_torch_alone_reads_the_file_with_and_without_mmap(tmp_path):
-    checkpoints.write(tmp_path / "a.pt", small_state())
+    checkpoint_file.write(tmp_path / "a.pt", small_state())
     for mmap in (False, True):
         read = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mmap)
         assert torch.equal(read["model"]["w"], small_state()["model"]["w"])
