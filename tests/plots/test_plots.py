@@ -243,7 +243,7 @@ def test_what_training_leaves_is_drawn_with_the_type_of_each_module_and_every_su
     learn, run = get_learn_run([4, 8], data, 0.1, conv_layer, cbs=[LR_Find])
     run.fit(5, learn)
     rules = [text.split(":")[0] for text in labels(run.lr_find.plot().axes[0])]
-    assert {"steepest", "minimum"} <= set(rules)
+    assert {"steepest", "minimum / 10"} <= set(rules)
 
 
 def test_nothing_recorded_is_drawn_as_nothing():

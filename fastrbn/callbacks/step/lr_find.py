@@ -166,7 +166,8 @@ class LR_Find(Callback):
         from fastrbn import plots
 
         n = max(len(self.lrs) - skip_last, 0)
-        return plots.plot_lr_find(self.lrs[:n], self.losses[:n], {rule: self.suggest(rule) for rule in _RULES})
+        marks = {"minimum / 10" if rule == "minimum" else rule: self.suggest(rule) for rule in _RULES}
+        return plots.plot_lr_find(self.lrs[:n], self.losses[:n], marks)
 
     def __getstate__(self):
         return {**super().__getstate__(), "_snapshot": None}  # the snapshot holds the model

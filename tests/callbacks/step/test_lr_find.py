@@ -305,3 +305,11 @@ def test_a_schedule_that_overrides_lr_find_is_an_error_and_leaves_no_trace(make_
 def test_lr_find_refuses_lazy_modules_without_a_batch(make_learn):
     with pytest.raises(ValueError, match="lazy modules .*0.weight.* give it a batch first"):
         Runner(LR_Find()).fit(1, make_learn(model=nn.Sequential(nn.LazyLinear(3))))
+
+
+def test_the_picture_says_that_minimum_is_a_tenth_of_the_rate_at_the_minimum():
+    finder = LR_Find()
+    finder.lrs = [10 ** (i / 10 - 4) for i in range(41)]
+    finder.losses = [2 + (i / 10 - 3) ** 2 for i in range(41)]
+    shown = [text.get_text() for text in finder.plot().axes[0].texts]
+    assert any(text.startswith("minimum / 10: ") for text in shown)
