@@ -192,7 +192,7 @@ def _add_compare(commands) -> None:
         "groupnorm, layernorm, instancenorm, batchrenorm, frn, onlinenorm, mabn, groupnorm-ws (with weight "
         "standardisation), none, and may have settings: groupnorm:groups=4, default:mom=0.05,elements=none. "
         "Every norm has the same net, initial weights, order of batches and learning "
-        "rate at the same seed: on the cnn 0.05·bs^0.9, at most 2, falling on a line to a tenth.",
+        "rate at the same seed: on the cnn 0.05·bs^0.9, at most 2, falling linearly to a tenth.",
         allow_abbrev=False,
     )
     p.add_argument(

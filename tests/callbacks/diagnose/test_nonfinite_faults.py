@@ -12,7 +12,7 @@ from torch import nn
 
 from fastrbn.callbacks import HaltOnNaN, Hooks, NonFiniteError, append_stats
 from fastrbn.callbacks.diagnose.nonfinite import halt as nonfinite
-from fastrbn.callbacks.diagnose.nonfinite.state import Flags
+from fastrbn.callbacks.diagnose.nonfinite.state import Flags, KeptState
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 
 OPTIMISERS = {
@@ -749,3 +749,44 @@ def test_of_a_loss_for_each_sample_the_report_has_the_mean(make_learn, way):
     run.fit(1, make_learn(model=model_of(Hurts(2)), loss_func=nn.CrossEntropyLoss(reduction="none")))
     assert run.halt_on_nan.report.losses[:2] == pytest.approx(run.weighs.losses[:2])
     assert math.isnan(run.halt_on_nan.report.losses[2])
+
+
+def test_expanded_buffers_and_lists_in_the_optimisers_state_are_put_back():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    model.register_buffer("ones", torch.ones(1).expand(3))
+    opt = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+
+    def step():
+        opt.step(lambda: (opt.zero_grad(), (loss := F.mse_loss(model(x), y)).backward(), loss)[-1])
+
+    step()
+    step()
+    kept = KeptState(model, opt, Flags(None))
+    assert kept.advance()
+    (state,) = opt.state.values()
+    before = {"ones": model.ones.clone(), **copy.deepcopy(dict(state))}
+    step()
+    assert len(state["old_dirs"]) > len(before["old_dirs"])
+    model.ones = model.ones * math.nan
+    kept.restore()
+    (state,) = opt.state.values()
+    assert torch.equal(model.ones, before.pop("ones"))
+    for name, value in before.items():
+        equal = torch.equal(state[name], value) if isinstance(value, torch.Tensor) else True
+        assert equal, name
+    assert all(map(torch.equal, state["old_dirs"], before["old_dirs"])) and len(state["old_dirs"]) == len(
+        before["old_dirs"]
+    )
+
+
+def test_a_rate_that_is_not_finite_after_the_loss_is_named(make_learn):
+    class Rate(Callback):
+        def after_backward(self):
+            if self.n_iter == 2:
+                self.opt.param_groups[0]["lr"] = math.inf
+
+    run = Runner([HaltOnNaN(), Rate()])
+    run.fit(1, make_learn())
+    assert (run.halt_on_nan.report.phase, run.halt_on_nan.report.note) == ("step", "the learning rate is not finite")

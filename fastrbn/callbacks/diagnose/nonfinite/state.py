@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastrbn.util import items_of
+from fastrbn.util import apply_to, items_of
 
 from ..flat import in_memory, room_for
 
@@ -323,7 +323,7 @@ class KeptState:
         flats = [flat for flat in self._saved[1].flats.values() if self._flags.late not in (None, flat.device)]
         states = self._opt.state.items() if self._others and hasattr(self._opt, "state") else ()
         plain = [(p, k, v) for p, s in states for k, v in s.items() if not _dense(v)]
-        plain = [(p, k, v.clone() if isinstance(v, Tensor) else v) for p, k, v in plain]
+        plain = [(p, k, apply_to(v, Tensor, Tensor.clone)) for p, k, v in plain]
         return plain, [(flat, flat.clone()) for flat in flats]
 
     @torch.no_grad()
@@ -339,7 +339,8 @@ class KeptState:
         for key, value in saved.items():
             if key[0] not in kinds:
                 continue
-            if (t := live.get(key)) is not None and t.shape == value.shape:
+            t = live.get(key)
+            if t is not None and t.shape == value.shape and 0 not in t.stride():  # expanded memory cannot be written to
                 t.copy_(value)
             elif t is not None:
                 t.data = value.clone()
