@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrbn._version import __version__
+from fastrbn.util import suggestion
 
 from .settings import COMPILE, MANY, MODELS, Rule, one_of, rate, rule, whole
 
@@ -53,9 +54,21 @@ def _listed(kind: Rule) -> Rule:
     return check
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports an unknown option with the closest known one and the usage of its own command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+            hint = suggestion(option, self._option_string_actions) if option else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint} {self.prog} --help lists what there is")
+        return parsed, unknown
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="fastrbn",
         description="Train with running batch norm: batch norm for every batch size down to one.",
         epilog="exit status: 0 done, 1 error, 2 bad arguments, 3 halted on NaN or Inf, 130 interrupted",
