@@ -426,7 +426,7 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--device gpu", "--device must be auto, cpu, or … got 'gpu'"),
         ("--device meta", "--device must be auto, cpu, or … got 'meta'"),
         ("--epoch 3", "unrecognized arguments: --epoch 3. Did you mean '--epochs'? fastrbn train --help lists"),
-        ("mnist --limt=3", "unrecognized arguments: --limt=3. Did you mean '--limit'?"),
+        ("--limt=3", "unrecognized arguments: --limt=3. Did you mean '--limit'?"),
         ("--cb HaltOnNan2", "no callback 'HaltOnNan2'. Did you mean 'HaltOnNaN'? There are: ActivationStats, "),
         ("--cb HaltOnNaN:evry=2", "HaltOnNaN takes every=1, raise_error=False, path=None. Did you mean 'every'?"),
         ("--cb HaltOnNaN:every=0", "every must be a whole number, 1 or more; got 0"),
