@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from .learn import Learner, Runner
 from .learn.optimiser import check as check_opt
 from .models import get_cnn_model, init_cnn
 from .norm import RunningBatchNorm
+from .util import is_number
 
 __all__ = [
     "LabelSmoothingCrossEntropy",
@@ -102,7 +102,7 @@ def param_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict[str,
     He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019, section 3.1.
     Decaying the scale of a norm, or what a norm cancels, changes the learning rate and not the function.
     """
-    if not _is_number(weight_decay) or not 0 <= weight_decay < math.inf:
+    if not is_number(weight_decay) or not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be a finite number, 0 or more; got {weight_decay!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs an nn.Module; got {model!r} of type {type(model).__name__}")
@@ -166,7 +166,7 @@ def get_runner(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {model!r} of type {type(model).__name__}")
     _check_data(data)
-    if not _is_number(lr) or not 0 <= lr < math.inf:
+    if not is_number(lr) or not 0 <= lr < math.inf:
         raise ValueError(f"lr must be a finite number, 0 or more; got {lr!r}")
     opt_func = optim.SGD if opt_func is None else opt_func
     for name, func in (("opt_func", opt_func), ("loss_func", loss_func)):
@@ -266,7 +266,7 @@ class LabelSmoothingCrossEntropy(nn.CrossEntropyLoss):
     """
 
     def __init__(self, eps: float = 0.1, reduction: str = "mean"):
-        if not _is_number(eps) or not 0 <= eps <= 1:
+        if not is_number(eps) or not 0 <= eps <= 1:
             raise ValueError(f"LabelSmoothingCrossEntropy: eps must be a share of the target, 0 to 1; got {eps!r}")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"LabelSmoothingCrossEntropy: reduction must be mean, sum or none; got {reduction!r}")
@@ -336,9 +336,9 @@ def fit_one_cycle(
     groups = learn.opt.param_groups
     rates = _rates(lr_max, len(groups))
     for name, value, least in (("div", div, 1), ("div_final", div_final, 1)):
-        if not _is_number(value) or not least <= value < math.inf:
+        if not is_number(value) or not least <= value < math.inf:
             raise ValueError(f"fit_one_cycle: {name} divides lr_max and must be finite, 1 or more; got {value!r}")
-    if not _is_number(pct_start) or not 0 < pct_start < 1:
+    if not is_number(pct_start) or not 0 < pct_start < 1:
         raise ValueError(
             f"fit_one_cycle: pct_start must be a share of the steps, above 0 and below 1; got {pct_start!r}"
         )
@@ -413,13 +413,13 @@ def _rates(lr_max: Any, n: int) -> list[float]:
             f"got {len(rates)}"
         )
     for rate in rates:
-        if not _is_number(rate) or not 0 < rate < math.inf:
+        if not is_number(rate) or not 0 < rate < math.inf:
             raise ValueError(f"fit_one_cycle: lr_max must be a finite number above 0; got {rate!r}")
     return rates
 
 
 def _three(moms: Any) -> Sequence[float]:
-    if not isinstance(moms, (list, tuple)) or len(moms) != 3 or not all(_is_number(m) and 0 <= m < 1 for m in moms):
+    if not isinstance(moms, (list, tuple)) or len(moms) != 3 or not all(is_number(m) and 0 <= m < 1 for m in moms):
         raise ValueError(
             f"fit_one_cycle: moms must be three numbers from 0 to below 1, such as (0.95, 0.85, 0.95), or None; got "
             f"{moms!r}"
@@ -433,7 +433,3 @@ def _has_momentum(groups: list[dict]) -> bool:
 
 def _value(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import numbers
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +50,11 @@ def whole(what: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{what} must be a whole number, {least} or more; got {value!r}")
     return number
+
+
+def is_number(value: object, kind: type = numbers.Real) -> bool:
+    """Whether `value` is a number of that kind. Booleans are not numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def items_of(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:

@@ -519,7 +519,7 @@ def cli(tmp_path, monkeypatch, capfd):
     """Runs the command line here, in an empty folder: cli("train", …) gives status and what was printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_train, "load_dataset", lambda *a: small())
-    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(run_folder.plots, "png", lambda figure: b"a picture")
 
     def run(*args):
         status = main([*map(str, args)])

@@ -220,10 +220,10 @@ def write_results(folder: Path, run: Runner, model: nn.Module, report: object = 
     writers: dict[str, Callable[[], str | bytes]] = {
         "model.pt": lambda: _state_dict(model),
         "history.csv": lambda: _history(stats),
-        "curves.png": lambda: _png(
+        "curves.png": lambda: plots.png(
             plots.plot_run(recorder.losses, recorder.lrs[-1] if recorder.lrs else [], rows(stats))
         ),
-        "params.png": lambda: _png(magnitudes.plot()),
+        "params.png": lambda: plots.png(magnitudes.plot()),
     }
     if report is not None:
         writers[REPORT] = lambda: f"{report}\n"
@@ -266,12 +266,6 @@ def _history(stats: AvgStatsCallback) -> str:
 def _state_dict(model: nn.Module) -> bytes:
     file = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
-    return file.getvalue()
-
-
-def _png(figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
 
 

@@ -8,22 +8,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 
-from fastrbn.util import one_of, whole
+from fastrbn.util import is_number, one_of, whole
 
 # (mom, batch size, samples seen before this batch) -> averaging rate in (0, 1]. The two counts may be tensors of shape
 # (), which keeps the host from waiting for the device; a rate is therefore plain arithmetic
 Rate = Callable[[float, Any, Any], Any]
 
 _SAMPLES_AT_LEAST = 16  # read even if `elements` asks for fewer: neighbouring positions of a sample are correlated
-
-
-def _is_number(value: Any, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def at_least_one(n: Any) -> Any:
@@ -83,7 +78,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         inf, numbers = float("inf"), (self.least, self.most, self.share)
-        if not all(map(_is_number, numbers)) or not (
+        if not all(map(is_number, numbers)) or not (
             0 < self.least <= self.most and self.least < inf and 0 <= self.share < inf
         ):
             raise ValueError(
@@ -131,7 +126,7 @@ class Skip:
 
     def __post_init__(self) -> None:
         whole("Skip: `every`, the period in iterations,", self.every)
-        if not (_is_number(self.after) and self.after >= 0):
+        if not (is_number(self.after) and self.after >= 0):
             raise ValueError(
                 f"Skip: `after` is the number of samples seen before the first skip, 0 or more; got {self.after!r}"
             )
@@ -173,13 +168,13 @@ class Clamp:
     deviation: float | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.samples) and self.samples >= 0):
+        if not (is_number(self.samples) and self.samples >= 0):
             raise ValueError(
                 f"Clamp: `samples` is the number of samples up to which the floor holds, 0 or more; "
                 f"got {self.samples!r}"
             )
         floors = [floor for floor in (self.variance, self.deviation) if floor is not None]
-        if len(floors) != 1 or not (_is_number(floors[0]) and floors[0] >= 0):
+        if len(floors) != 1 or not (is_number(floors[0]) and floors[0] >= 0):
             raise ValueError(
                 f"Clamp needs one floor, 0 or more: `variance`, or `deviation` with variance=None; got "
                 f"variance={self.variance!r}, deviation={self.deviation!r}"
@@ -256,7 +251,7 @@ class Recipe:
                 f"a skipped step normalises with the running statistics, which statistics='batch' does not; got both, "
                 f"with {self.skip}: leave one of them out"
             )
-        if self.elements is not None and not (_is_number(self.elements, int) and self.elements >= 1):
+        if self.elements is not None and not (is_number(self.elements, int) and self.elements >= 1):
             raise ValueError(
                 f"elements must be a whole number of elements per channel, 1 or more, or None for all; "
                 f"got {self.elements!r}"
@@ -282,7 +277,7 @@ class Recipe:
         rates = self.rate(mom, bs, samples), self.rate(mom, bs, 0)
         if not torch.compiler.is_compiling():
             for rate, seen in zip(rates, (samples, 0), strict=True):
-                if not (isinstance(rate, (torch.Tensor, torch.SymFloat)) or (_is_number(rate) and 0 < rate <= 1)):
+                if not (isinstance(rate, (torch.Tensor, torch.SymFloat)) or (is_number(rate) and 0 < rate <= 1)):
                     raise ValueError(
                         f"a recipe's rate must return a number in (0, 1]; that of '{self.name}' gave {rate!r} at mom "
                         f"{mom}, batch size {bs}, after {seen} samples. To keep the statistics as they are, "

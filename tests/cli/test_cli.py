@@ -48,7 +48,7 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         cli_train, "load_dataset", lambda name, *a, **kw: real(name, *a, **kw) if kw or name != "glyphs" else small()
     )
-    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(run_folder.plots, "png", lambda figure: b"a picture")
 
     def run(*args):
         status = main([*map(str, args)])
@@ -552,7 +552,7 @@ def test_a_result_that_cannot_be_written_costs_only_itself(cli, monkeypatch):
     def no_room(figure):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "_png", no_room)
+    monkeypatch.setattr(run_folder.plots, "png", no_room)
     status, _, err = cli("train", "glyphs", "--limit", 16, "--out", "r")
     assert status == 1
     assert (

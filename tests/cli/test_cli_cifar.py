@@ -27,7 +27,7 @@ def cli(tmp_path, monkeypatch, capsys):
     """cli("train", …) in an empty folder gives status, stdout, stderr; cli.built has the (learn, run) of each."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
-    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(run_folder.plots, "png", lambda figure: b"a picture")
     real = cli_train.load_dataset
     small = glyphs(16, 10)
     monkeypatch.setattr(cli_train, "load_dataset", lambda name, *a: small if name == "glyphs" else real(name, *a))

@@ -42,7 +42,7 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRBN_DATA", raising=False)
     monkeypatch.setattr(cli_train, "load_dataset", lambda *a: small())
-    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(run_folder.plots, "png", lambda figure: b"a picture")
 
     def run(*args):
         status = main([*map(str, args)])
@@ -496,7 +496,7 @@ def test_the_parser_returns_the_options_given_and_no_defaults():
 
 
 def test_after_kill_9_the_command_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_folder, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(run_folder.plots, "png", lambda figure: b"a picture")
     arguments = ["glyphs", "--limit=400", "--epochs=99", "--threads=1", "--checkpoint-every=20", "--out"]
     command = [sys.executable, "-W", "error", "-m", "fastrbn", "train", *arguments, str(tmp_path / "a")]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL) as process:

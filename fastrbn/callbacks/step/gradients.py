@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 
 from fastrbn.learn.batch import gradients, reduction, step_size
 from fastrbn.learn.callback import Callback
 from fastrbn.learn.events import CancelBatchException
-from fastrbn.util import whole
+from fastrbn.util import is_number, whole
 
 
 class GradientClip(Callback):
@@ -55,9 +54,9 @@ class GradientClip(Callback):
                 f"max_norm={max_norm!r} and value={value!r}: give one, such as GradientClip(max_norm=1.0)"
             )
         for name, limit in (("max_norm", max_norm), ("value", value)):
-            if limit is not None and not (_is_number(limit) and 0 < limit < math.inf):
+            if limit is not None and not (is_number(limit) and 0 < limit < math.inf):
                 raise ValueError(f"GradientClip: {name} must be a finite number above 0; got {limit!r}")
-        if not (_is_number(norm_type) and norm_type > 0):
+        if not (is_number(norm_type) and norm_type > 0):
             raise ValueError(f"GradientClip: norm_type must be a number above 0, such as 2; got {norm_type!r}")
         self.max_norm, self.norm_type, self.value = max_norm, norm_type, value
         self.norm: torch.Tensor | None = None
@@ -186,7 +185,3 @@ class GradientAccumulation(Callback):
 
     def __repr__(self):
         return f"GradientAccumulation({self.n})"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

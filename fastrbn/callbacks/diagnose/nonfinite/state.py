@@ -134,10 +134,9 @@ class Copy:
             groups.setdefault((t.device, t.dtype, kind), []).append(i)
         self.views: list[Tensor] = list(tensors)
         self.flats: dict[tuple, Tensor] = {}
-        self.parts: list[tuple[Tensor, list[int]]] = []
+        self.members = groups
         for key, members in groups.items():
             self.flats[key], views = room_for([tensors[i].detach() for i in members], key[1])
-            self.parts.append((self.flats[key], members))
             for i, view in zip(members, views):
                 self.views[i] = view
         self.others = [flat for (_, _, kind), flat in self.flats.items() if kind == "other"]
@@ -156,7 +155,7 @@ class KeptState:
         self._model, self._opt, self._flags = model, opt, flags
         self._keys: list[Key] = []
         self._tensors: list[Tensor] = []
-        self._sources: list | None = None  # their memory as vectors where it has no gaps, for each part of a copy
+        self._sources: dict | None = None  # their memory as vectors where it has no gaps, for each part of a copy
         self._now: list = []  # all live values
         self._others: list = []  # those that are no dense tensors
         self._memory: Any = None
@@ -275,9 +274,9 @@ class KeptState:
         copy = self._spare = self._spare or Copy(self._tensors, self._kinds)
         if self._sources is None:
             vectors = [(in_memory(t), t) for t in self._tensors]
-            self._sources = [[vectors[i] for i in members] for _, members in copy.parts]
-        for (flat, _), sources in zip(copy.parts, self._sources):
-            torch.cat([t.reshape(-1) if vector is None else vector for vector, t in sources], out=flat)
+            self._sources = {key: [vectors[i] for i in members] for key, members in copy.members.items()}
+        for key, sources in self._sources.items():
+            torch.cat([t.reshape(-1) if vector is None else vector for vector, t in sources], out=copy.flats[key])
         return copy
 
     @torch.no_grad()
