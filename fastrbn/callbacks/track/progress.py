@@ -21,8 +21,8 @@ _SPEAK = 10.0  # seconds between lines if no bar can be drawn
 class ProgressCallback(Callback):
     """Show progress and loss of the fit, and print the history as a table.
 
-    In a terminal or notebook, fastprogress draws a bar for each pass. In a pipe, a file or a CI log there are plain
-    lines: the table, and progress every 10 seconds at most. The loss is the mean of the last 64 steps at most. Epochs
+    In a terminal or notebook, fastprogress draws a bar for each pass. In a pipe, a file or a CI log, and without
+    fastprogress, there are plain lines: the table, and progress every 10 seconds at most. The loss is the mean of the last 64 steps at most. Epochs
     are counted from 0, as `run.epoch` does.
 
     During the fit `run.logger` takes lists of strings as rows of the table, and strings as lines. The runner restores
@@ -115,7 +115,13 @@ class ProgressCallback(Callback):
 def _can_draw() -> bool:
     from fastrbn.plots import in_notebook
 
-    return in_notebook() or (sys.stdout is not None and sys.stdout.isatty())
+    if not in_notebook() and (sys.stdout is None or not sys.stdout.isatty()):
+        return False
+    try:
+        import fastprogress.fastprogress  # noqa: F401 - imported here: it looks for a notebook, and may load matplotlib
+    except ImportError:  # not installed, or without what it needs itself
+        return False
+    return True
 
 
 def _pass_name(what: str, epoch: int, epochs: int) -> str:
@@ -183,7 +189,6 @@ class _Bars(_Display):
     """fastprogress, driven step by step, since its bars would rather do the iterating themselves."""
 
     def __init__(self, epochs: int):
-        # imported here: the import looks for a notebook, and in one it may import matplotlib
         from fastprogress.fastprogress import master_bar, progress_bar
 
         super().__init__(epochs)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import sys
 
 import pytest
 import torch
@@ -261,3 +262,10 @@ def test_in_a_notebook_a_curve_of_both_losses_grows_with_the_fit(make_learn, not
 def test_without_plot_there_is_no_curve(make_learn, notebook):
     Runner([ProgressCallback()]).fit(1, make_learn())
     assert notebook[0].graphs == []
+
+
+def test_without_fastprogress_there_are_plain_lines(make_learn, notebook, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastprogress.fastprogress", None)
+    with_stats(ProgressCallback).fit(1, make_learn())
+    assert notebook == []
+    assert "train_loss" in capsys.readouterr().out
