@@ -31,7 +31,7 @@ docs: $(VENV)/.installed-docs
 	rm -rf build/pages build/site
 	mkdir -p build/pages
 	tar -cf - --exclude __pycache__ --exclude .envs README.md CONTRIBUTING.md CHANGELOG.md LICENSE \
-	    docs fastrbn nbs benchmarks tests/plugin_example | tar -xf - -C build/pages
+	    docs fastrbn nbs benchmarks tests/plugin_example tests/recipes | tar -xf - -C build/pages
 	$(BIN)/zensical build --strict
 
 # Stamps: written once pip is through, out of date as soon as the dependencies change. The install is editable, so a
