@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "random_state": [],
     "native": ["util"],
     "norm": ["native", "random_state", "util"],
-    "data": ["util"],
+    "data": ["random_state", "util"],
     "learn": ["_version", "random_state", "util"],
     "graph": ["util"],
     "plots": ["util"],
