@@ -11,6 +11,7 @@ from torch import nn
 from fastrbn.data import DataBunch, ImageData, image_databunch
 from fastrbn.models import conv_bn, conv_gn, conv_rbn, get_cnn_model, init_cnn, resnet9
 
+from .augment import transforms
 from .settings import NFS, Settings
 
 _LAYERS = {"running": conv_rbn, "batch": conv_bn, "group": conv_gn}
@@ -40,6 +41,7 @@ def build_data(settings: Settings, images: ImageData, world: int = 1) -> DataBun
         seed=settings.seed,
         device=torch.device(settings.device),
         limit=settings.limit,
+        augment=transforms(settings.augment, images.train.x.shape[2:]),
         cutout=settings.cutout,
         channels_last=settings.channels_last,
         drop_last=settings.compile is not None and n >= settings.bs * world,

@@ -50,6 +50,7 @@ from fastrbn.learn import Callback, Learner, Runner
 
 from . import ranks as processes
 from . import run_folder
+from .augment import transforms
 from .build import build_data, build_model
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
 from .plugins import make_callback
@@ -94,6 +95,10 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
     settings = plan.settings
     processes.check_device(settings.device, ranks)
     added = [make_callback(spec) for spec in settings.cb]
+    try:  # before the data are loaded
+        transforms(settings.augment, (1, 1))
+    except ValueError as e:
+        raise CliError(str(e), BAD_ARGUMENTS) from e
     images = ranks.first_then_others(lambda: _images(settings))
     torch.manual_seed(settings.seed)
     data = _databunch(settings, images, ranks.world)
@@ -233,7 +238,7 @@ def _databunch(settings: Settings, images: ImageData, world: int) -> DataBunch:
         )
     try:
         return build_data(settings, images, world)
-    except ValueError as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         raise CliError(f"cannot train on {images.name}: {e}") from e
 
 

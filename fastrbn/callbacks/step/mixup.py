@@ -12,6 +12,7 @@ import torch
 
 from fastrbn.learn.batch import reduction as reduction_of
 from fastrbn.learn.callback import Callback
+from fastrbn.util import apply_to, items_of
 
 _REMEMBERED = 32  # batches whose mixture is known; more than HaltOnNaN keeps for its replay
 
@@ -61,18 +62,20 @@ class _Mixing(Callback):
         self._mixed.appendleft((yb, yb[order], share))
 
     def _check(self, xb: Any, yb: Any) -> None:
-        name = type(self).__name__
-        if not (isinstance(xb, torch.Tensor) and isinstance(yb, torch.Tensor) and xb.is_floating_point()):
+        name, inputs = type(self).__name__, [*items_of(xb, torch.Tensor)]
+        if not inputs or not isinstance(yb, torch.Tensor) or not all(t.is_floating_point() for t in inputs):
             got = ", ".join(str(t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__ for t in (xb, yb))
             raise TypeError(
-                f"{name} needs batches of one floating-point tensor and one tensor of targets; got {got}: convert "
-                f"images to floats first, or remove {name}"
+                f"{name} needs floating-point inputs and one tensor of targets; got {got}: convert images to floats "
+                f"first, or remove {name}"
             )
-        if len(xb) != len(yb):
-            raise ValueError(f"{name} needs one target per sample; got {len(xb)} samples and {len(yb)} targets")
+        for t in inputs:
+            if t.dim() == 0 or len(t) != len(yb):
+                got = f"{len(t)} samples" if t.dim() else "an input without dimensions"
+                raise ValueError(f"{name} needs one target per sample; got {got} and {len(yb)} targets")
 
-    def _mix(self, xb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """The mixed batch, the order of the samples mixed in, and the share that each sample keeps."""
+    def _mix(self, xb: Any) -> tuple[Any, torch.Tensor, torch.Tensor | float]:
+        """The mixed inputs, the order of the samples mixed in, and the share that each sample keeps."""
         raise NotImplementedError
 
     def _loss(self, pred, yb):
@@ -109,7 +112,7 @@ class MixUp(_Mixing):
 
     With `CutMix` in the same run, each batch gets one of the two at random.
 
-    `xb` (N, *) must be a floating-point tensor and `yb` (N, *) a tensor. The loss function must be able to give a loss
+    `xb` (N, *) must be a floating-point tensor, or several, and `yb` (N, *) a tensor. The loss function must be able to give a loss
     for each sample: a module with an attribute `reduction`, or a function with that parameter, as PyTorch's are.
 
     Parameters
@@ -123,7 +126,7 @@ class MixUp(_Mixing):
     ValueError
         If `alpha` is not a finite number above 0; in the fit, if the loss function gives no loss for each sample.
     TypeError
-        In the fit, if a batch is not a floating-point tensor and a tensor of targets.
+        In the fit, if a batch is not floating-point inputs and a tensor of targets.
 
     Examples
     --------
@@ -140,10 +143,15 @@ class MixUp(_Mixing):
     def __init__(self, alpha: float = 0.4):
         super().__init__(alpha)
 
-    def _mix(self, xb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        share = self._draw(xb)
-        order = torch.randperm(len(xb), device=xb.device)
-        return torch.lerp(xb[order], xb, share.view(-1, *[1] * (xb.dim() - 1))), order, share
+    def _mix(self, xb: Any) -> tuple[Any, torch.Tensor, torch.Tensor | float]:
+        first = next(items_of(xb, torch.Tensor))
+        share = self._draw(first)
+        order = torch.randperm(len(first), device=first.device)
+
+        def mixed(t: torch.Tensor) -> torch.Tensor:
+            return torch.lerp(t[order], t, share.to(t.dtype).view(-1, *[1] * (t.dim() - 1)))
+
+        return apply_to(xb, torch.Tensor, mixed), order, share
 
     def _draw(self, xb: torch.Tensor) -> torch.Tensor:
         if self._draws is None or self._draws.concentration1.device != xb.device:
@@ -195,13 +203,14 @@ class CutMix(_Mixing):
 
     def _check(self, xb: Any, yb: Any) -> None:
         super()._check(xb, yb)
-        if xb.dim() != 4 or yb.dim() > 2:
+        if not isinstance(xb, torch.Tensor) or xb.dim() != 4 or yb.dim() > 2:
+            got = ", ".join(str(tuple(t.shape)) for t in (*items_of(xb, torch.Tensor), yb))
             raise ValueError(
-                f"CutMix needs images (N, C, H, W) and targets (N,) or (N, K), one for each image; got shapes "
-                f"{tuple(xb.shape)} and {tuple(yb.shape)}: use MixUp, which mixes any shape"
+                f"CutMix needs images (N, C, H, W) and targets (N,) or (N, K), one for each image; got shapes {got}: use "
+                f"MixUp, which mixes any shape"
             )
 
-    def _mix(self, xb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    def _mix(self, xb: Any) -> tuple[Any, torch.Tensor, torch.Tensor | float]:
         if self._draws is None:
             from torchvision.transforms import v2
 
