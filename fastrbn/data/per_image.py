@@ -76,7 +76,7 @@ class PerImage:
                 f"tfms must keep the channels; {self} made {tuple(out.shape)} of {tuple(x.shape)}. Use transforms "
                 "that keep their number, such as v2.Grayscale(num_output_channels=3)."
             )
-        return out.as_subclass(Tensor)
+        return out
 
     def __repr__(self) -> str:
         return " ".join(repr(self.tfm).split())

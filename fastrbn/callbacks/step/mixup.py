@@ -25,7 +25,9 @@ class _Mixing(Callback):
 
     def __init__(self, alpha: float):
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-            raise ValueError(f"{type(self).__name__}: alpha must be a finite number above 0, such as 0.4; got {alpha!r}")
+            raise ValueError(
+                f"{type(self).__name__}: alpha must be a finite number above 0, such as 0.4; got {alpha!r}"
+            )
         self.alpha = float(alpha)
         self._clear()
 

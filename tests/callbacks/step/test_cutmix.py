@@ -110,7 +110,11 @@ def test_resumed_in_the_middle_it_ends_with_the_same_weights(tmp_path):
 @pytest.mark.parametrize(
     "batch, error, words",
     [
-        ((torch.zeros(4, 72), torch.zeros(4).long()), ValueError, r"images \(N, C, H, W\).*got shapes \(4, 72\), \(4,\)"),
+        (
+            (torch.zeros(4, 72), torch.zeros(4).long()),
+            ValueError,
+            r"images \(N, C, H, W\).*got shapes \(4, 72\), \(4,\)",
+        ),
         ((torch.zeros(4, 2, 6, 6), torch.zeros(4, 6, 6)), ValueError, r"\(4, 2, 6, 6\), \(4, 6, 6\): use MixUp"),
         ((torch.zeros(4, 2, 6, 6).byte(), torch.zeros(4)), TypeError, "CutMix needs floating-point inputs"),
         (((torch.zeros(4, 2, 6, 6),) * 2, torch.zeros(4)), ValueError, "CutMix needs images"),
