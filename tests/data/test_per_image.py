@@ -142,7 +142,7 @@ def test_transforms_can_be_replaced():
         (
             v2.ToDtype(torch.float32, scale=True),
             TypeError,
-            r"take and return torch.uint8 here; ToDtype.* torch.float32",
+            r"return torch.uint8 here; ToDtype.* torch.float32",
         ),
         (v2.FiveCrop(4), TypeError, "one image as a tensor; FiveCrop.* returned tuple"),
         (v2.ToPILImage(), TypeError, "returned Image"),

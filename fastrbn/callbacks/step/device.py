@@ -125,9 +125,10 @@ class BatchTransformXCallback(Callback):
         run, before = self.run, torch.get_rng_state() if self._doubted else None
         run.xb = self.tfm(run.xb)
         if before is not None and not torch.equal(before, torch.get_rng_state()):
+            name = " ".join(repr(self.tfm).split())
             warnings.warn(
-                f"BatchTransformXCallback: {' '.join(repr(self.tfm).split())} draws once for all images of a batch, after "
-                f"normalisation, and in validation too; give it to the loader, which applies it to each training image: "
+                f"BatchTransformXCallback: {name} draws once for all images of a batch, after normalisation, and in "
+                f"validation too; give it to the loader, which applies it to each training image: "
                 f"image_databunch(…, augment=…) or get_dls(…, tfms=…)",
                 stacklevel=2,
             )

@@ -46,8 +46,8 @@ class _Mixing(Callback):
             self._whole = self.run.loss_func
             if self._whole is None:
                 raise ValueError(
-                    f"{type(self).__name__} mixes the losses of two targets, and this learner has no loss function: give "
-                    f"it one, Learner(model, opt, loss_func, data), and let the model return its predictions"
+                    f"{type(self).__name__} mixes the losses of two targets, and this learner has no loss function: "
+                    f"give it one, Learner(model, opt, loss_func, data), and let the model return its predictions"
                 )
             if any(isinstance(cb, MixUp) for cb in self._team):
                 self._each, self._reduction = _for_each_sample(self._whole)
@@ -114,8 +114,9 @@ class MixUp(_Mixing):
 
     With `CutMix` in the same run, each batch gets one of the two at random.
 
-    `xb` (N, *) must be a floating-point tensor, or several, and `yb` (N, *) a tensor. The loss function must be able to give a loss
-    for each sample: a module with an attribute `reduction`, or a function with that parameter, as PyTorch's are.
+    `xb` (N, *) must be a floating-point tensor, or several, and `yb` (N, *) a tensor. The loss function must be able to
+    give a loss for each sample: a module with an attribute `reduction`, or a function with that parameter, as PyTorch's
+    are.
 
     Parameters
     ----------
@@ -167,8 +168,8 @@ class CutMix(_Mixing):
     """Paste a box of another image into each image, and mix the losses of both targets by area.
 
     `run.xb` becomes the batch with a box cut from a shuffled copy of it; `run.yb` stays the true targets, which metrics
-    see. In training `run.loss_func` gives λ·loss(pred, y) + (1 − λ)·loss(pred, y′) for the length of the fit, where λ is
-    the share of the image outside the box; any loss function will do. Validation is not mixed. A batch has one box,
+    see. In training `run.loss_func` gives λ·loss(pred, y) + (1 − λ)·loss(pred, y′) for the length of the fit, where λ
+    is the share of the image outside the box; any loss function will do. Validation is not mixed. A batch has one box,
     which torchvision's v2.CutMix draws from PyTorch's CPU generator.
 
     With `MixUp` in the same run, each batch gets one of the two at random.
@@ -208,8 +209,8 @@ class CutMix(_Mixing):
         if not isinstance(xb, torch.Tensor) or xb.dim() != 4 or yb.dim() > 2:
             got = ", ".join(str(tuple(t.shape)) for t in (*items_of(xb, torch.Tensor), yb))
             raise ValueError(
-                f"CutMix needs images (N, C, H, W) and targets (N,) or (N, K), one for each image; got shapes {got}: use "
-                f"MixUp, which mixes any shape"
+                f"CutMix needs images (N, C, H, W) and targets (N,) or (N, K), one for each image; got shapes {got}: "
+                f"use MixUp, which mixes any shape"
             )
 
     def _mix(self, xb: Any) -> tuple[Any, torch.Tensor, torch.Tensor | float]:
