@@ -90,6 +90,19 @@ class RandomState:
         self._loaders = [(dl, s) for (dl, _), s in zip(self._loaders, state["loaders"])]
 
 
+def seed_all(seed: int) -> None:
+    """Seed every generator that a RandomState keeps; `seed` is below 2**64."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    for module in (torch.cuda, torch.xpu):
+        if _in_use(module):  # otherwise the seed would wait until it is, and then replace the state
+            module.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
 def generators(loader: Any) -> Iterator[torch.Generator]:
     """The generators that draw the order of `loader`: its own and those of its samplers; a shared one repeatedly."""
     batches = getattr(loader, "batch_sampler", None)

@@ -70,6 +70,13 @@ def items_of(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
             yield from items_of(item, kind)
 
 
+def torchvision_parts(tfm: Any) -> list[Any]:
+    """torchvision's transforms in `tfm`: itself, or inside what contains it. Empty for other functions."""
+    own = any(c.__module__.startswith("torchvision.transforms") for c in type(tfm).__mro__)
+    inner = [*getattr(tfm, "transforms", ()), *getattr(tfm, "_modules", {}).values()]
+    return [tfm] * own + [part for t in inner for part in torchvision_parts(t)]
+
+
 def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
     """Copy nested lists, tuples (named ones too) and dictionaries with `function` applied to instances of `kind`.
 

@@ -19,7 +19,7 @@ from .step.device import BatchTransformXCallback, CudaCallback
 from .step.ema import EMA
 from .step.gradients import GradientAccumulation, GradientClip
 from .step.lr_find import LR_Find
-from .step.mixup import MixUp
+from .step.mixup import CutMix, MixUp
 from .step.precision import MixedPrecision
 from .step.schedule import (
     ParamScheduler,
@@ -61,6 +61,7 @@ ORDER: tuple[tuple[type[Callback], int, str], ...] = (
     (TensorBoardLogger, 10, "needs the epoch's averages"),
     (SaveBest, 20, "needs the epoch's averages"),
     (EMA, 50, "lends the averaged weights until SaveBest is done; later callbacks see the trained ones"),
+    (CutMix, 60, "mixes batches that are transformed, before HaltOnNaN keeps them"),
     (MixUp, 60, "mixes batches that are transformed, before HaltOnNaN keeps them"),
     (HaltOnNaN, 90, "checks loss and gradients once everyone has changed them"),
     (GraphMonitor, 95, "sees the loss that is differentiated, and what other callbacks store"),
@@ -94,6 +95,7 @@ __all__ = [
     "CheckpointError",
     "CompileCallback",
     "CudaCallback",
+    "CutMix",
     "Distributed",
     "EMA",
     "EarlyStopping",

@@ -181,6 +181,14 @@ def _add_train(commands) -> None:
     setting("momentum", "X", "Nesterov momentum of SGD (default: 0)", more)
     setting("weight_decay", "X", "for weights, not for norms and biases (default: 0)", more)
     setting("label_smoothing", "X", "share of the target spread over all classes", more)
+    setting(
+        "augment",
+        "NAME,…",
+        "augment training images with these, in this order: crop, flip, color, trivial, randaugment, resized-crop, or "
+        "your own package.module:function, which returns transforms (default: crop,flip for cifar10 and cifar100, "
+        "otherwise none)",
+        more,
+    )
     setting("cutout", "N", "blank a square of N pixels a side in each training image", more)
     setting("amp", "NAME", "mixed precision: bf16, fp16", more)
     more.add_argument("--channels-last", action="store_true", help="keep images and weights in that memory order")

@@ -26,6 +26,7 @@ NORMS = {
 MODELS = ("cnn", "resnet9")
 NFS = [8, 16, 32, 64, 64]  # channels of the cnn, the course's net
 SCHEDULES = ("none", "lin", "cos", "1cycle")
+AUGMENTATIONS = ("none", "crop", "flip", "color", "trivial", "randaugment", "resized-crop")
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MANY = 128  # batch size from which several CPU threads make the cnn faster
 
@@ -75,6 +76,20 @@ def one_of(*names: str, hint: str = "") -> Rule:
     return check
 
 
+def augmentation(text: str) -> str:
+    """Names of `AUGMENTATIONS`, or of functions as package.module:function, with commas between them."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        module, colon, function = name.partition(":")
+        if not colon:
+            one_of(*AUGMENTATIONS, hint=" Your own: package.module:function")(name)
+        elif not all(part.isidentifier() for part in (*module.split("."), function)):
+            raise ValueError(f"must name a function as package.module:function; got '{name}'")
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"must be none, or names without it; got '{text}'")
+    return ",".join(names)
+
+
 def _setting(default: Any, rule: Rule | None = None) -> Any:
     """A field with the default of the command line; without a rule it takes any text."""
     return field(metadata={"default": default, "rule": rule})
@@ -97,6 +112,7 @@ class Settings:
     momentum: float = _setting(0.0, share)
     weight_decay: float = _setting(0.0, share)
     label_smoothing: float = _setting(0.0, share)
+    augment: str | None = _setting(None, augmentation)  # None: as the data set has it
     cutout: int | None = _setting(None, whole(1))
     amp: str | None = _setting(None, one_of("bf16", "fp16"))
     channels_last: bool = _setting(False)
@@ -124,7 +140,7 @@ class Settings:
 _FIELDS = {f.name: f for f in fields(Settings)}
 _NEVER_NULL = ("data", "lr", "device", "threads")  # resolved before they are dumped
 # an older config.json may lack these, which then have their defaults
-_ADDED_LATER = "size width momentum weight_decay label_smoothing cutout amp channels_last compile".split()
+_ADDED_LATER = "size width momentum weight_decay label_smoothing augment cutout amp channels_last compile".split()
 
 
 def rule(name: str) -> Rule | None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrbn.util import whole
+from fastrbn.util import torchvision_parts, whole
+
+from .per_image import PerImage, check_storage
 
 __all__ = ["BatchLoader", "Dataset"]
 
@@ -93,7 +95,9 @@ class BatchLoader:
     normalize : (mean, std), optional
         Numbers, or sequences of one number per channel (dimension 1), on the 0-1 scale for uint8.
     tfms : callable or sequence of callables, optional
-        Run on each batch after normalisation, on the device; see `RandomCrop`.
+        Run on each batch, on the device and in this order. A transform of `torchvision.transforms.v2` is applied to
+        each image, with draws of its own, before conversion and normalisation: to bytes, or to floats in 0-1. Functions
+        after the last of them, or all if there is none, get the normalised batch; those before it get what it gets.
 
     Attributes
     ----------
@@ -105,7 +109,8 @@ class BatchLoader:
     TypeError
         If `x` or `y` is not a tensor, or a transform is not callable.
     ValueError
-        If the tensors do not fit together, no batch would result, or an option is invalid.
+        If the tensors do not fit together, no batch would result, or an option is invalid. Torchvision's transforms are
+        tried on the first image.
 
     Examples
     --------
@@ -132,14 +137,14 @@ class BatchLoader:
     ) -> None:
         _check_pair(x, y)
         self.x, self.y, self.bs = x, y, whole("the batch size", bs)
-        self.shuffle, self.drop_last, self.tfms = bool(shuffle), bool(drop_last), _check_tfms(tfms)
+        self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
         if self.drop_last and len(x) < bs:
             raise ValueError(
                 f"drop_last leaves no batch: there are {len(x)} samples and bs={bs}. "
                 "Use a smaller bs or drop_last=False."
             )
         self.normalize = None if normalize is None else _check_normalize(x, *normalize)
-        self._random = any(getattr(t, "takes_generator", False) for t in self.tfms)
+        self.tfms = tfms
         if seed is None:
             seed = int(torch.randint(2**62, ())) if self.shuffle or self._random else 0
         self.seed, self.epoch = operator.index(seed), 0
@@ -150,6 +155,17 @@ class BatchLoader:
     def batch_size(self) -> int:
         """`bs`, under torch's name."""
         return self.bs
+
+    @property
+    def tfms(self) -> tuple[Callable[..., Tensor], ...]:
+        """The transforms, in their order."""
+        return self._tfms
+
+    @tfms.setter
+    def tfms(self, tfms: Transforms) -> None:
+        self._tfms = _check_tfms(tfms)
+        self._before, self._after = _split(self._tfms, self.x, self.normalize)
+        self._random = any(getattr(t, "takes_generator", False) for t in (*self._before, *self._after))
 
     @property
     def dataset(self) -> Dataset:
@@ -320,20 +336,23 @@ class BatchLoader:
         scale, shift = self._scale, self._shift
         generator = torch.Generator(self.device) if self._random else None
         for i, (xb, yb) in enumerate(batches, first):
+            if generator is not None:
+                generator.manual_seed(mix(self.seed, epoch, i, *([self.rank] if self.rank else [])))
+            for tfm in self._before:
+                xb = _apply(tfm, xb, generator)
             if scale is not None:
                 xb = xb.mul(scale)
                 if shift is not None:
                     xb = xb.add_(shift)
-            if generator is not None:
-                generator.manual_seed(mix(self.seed, epoch, i, *([self.rank] if self.rank else [])))
-            for tfm in self.tfms:
-                xb = tfm(xb, generator) if getattr(tfm, "takes_generator", False) else tfm(xb)
+            for tfm in self._after:
+                xb = _apply(tfm, xb, generator)
             yield xb, yb
 
     def __repr__(self) -> str:
         extra = "" if self.world == 1 else f", part {self.rank} of {self.world}"
         if self.tfms:
-            extra += f", tfms=({', '.join(getattr(t, '__name__', None) or repr(t) for t in self.tfms)})"
+            shown = (getattr(t, "__name__", None) or " ".join(repr(t).split()) for t in self.tfms)
+            extra += f", tfms=({', '.join(shown)})"
         if self.normalize:
             extra += ", normalize=({}, {})".format(*([round(n, 4) for n in v] for v in self.normalize))
         return (
@@ -391,7 +410,33 @@ def _check_tfms(tfms: Transforms) -> tuple[Callable[..., Tensor], ...]:
     for t in tfms:
         if not callable(t):
             raise TypeError(f"tfms must be functions of a batch; got {t!r}.")
+        if isinstance(t, type):
+            raise TypeError(f"tfms must be functions of a batch; got the class {t.__name__}. Write {t.__name__}(…).")
     return tfms
+
+
+def _split(
+    tfms: tuple[Callable[..., Tensor], ...], x: Tensor, normalize: Any
+) -> tuple[list[Callable[..., Tensor]], list[Callable[..., Tensor]]]:
+    """The transforms that run before and after conversion and normalisation; torchvision's are tried on an image."""
+    found = [torchvision_parts(t) for t in tfms]
+    steps = [PerImage(t, i) if parts else t for i, (t, parts) in enumerate(zip(tfms, found), 1)]
+    last = max((i for i, parts in enumerate(found, 1) if parts), default=0)
+    if last:
+        check_storage(x)
+    if normalize is not None and any(type(part).__name__ == "Normalize" for parts in found for part in parts):
+        raise ValueError(
+            "images are normalised once; tfms contain v2.Normalize, and the loader normalises after them. Leave out "
+            "v2.Normalize."
+        )
+    for step in steps:
+        if isinstance(step, PerImage):
+            step(x[:1], torch.Generator())
+    return steps[:last], steps[last:]
+
+
+def _apply(tfm: Callable[..., Tensor], xb: Tensor, generator: torch.Generator | None) -> Tensor:
+    return tfm(xb, generator) if getattr(tfm, "takes_generator", False) else tfm(xb)
 
 
 def _check_normalize(x: Tensor, mean: Any, std: Any) -> tuple[list[float], list[float]]:

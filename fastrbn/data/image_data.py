@@ -123,8 +123,10 @@ def image_databunch(
         For quick runs: keep the first `limit` training images and the same share, but at least 500, of the validation
         images, evenly spaced. The statistics remain those of the whole set. A limit above its size changes nothing.
     augment : bool, callable or sequence of callables, optional
-        True for random crops with padding 4 and left-right flips, False for none, or your own transforms. By default
-        True for cifar10 and cifar100 and False for other sets, since digits must not be mirrored.
+        True for random crops with padding 4 and left-right flips, False for none, or your own transforms in their
+        order: any of `torchvision.transforms.v2`, which get each image as bytes, and functions of a batch; see `tfms`
+        of `BatchLoader`. By default True for cifar10 and cifar100 and False for other sets, since digits must not be
+        mirrored.
     drop_last : bool, default False
         Drop the last training batch if it is smaller.
     cutout : int, optional
@@ -139,7 +141,7 @@ def image_databunch(
     Raises
     ------
     ValueError
-        If the batch size or the limit is invalid.
+        If the batch size, the limit or a transform is invalid.
 
     Examples
     --------
@@ -147,6 +149,8 @@ def image_databunch(
     >>> xb, yb = next(iter(data.train_dl))
     >>> xb.shape, xb.dtype
     (torch.Size([16, 1, 28, 28]), torch.float32)
+    >>> from torchvision.transforms import v2
+    >>> data = image_databunch(glyphs(100, 20), bs=16, augment=[v2.TrivialAugmentWide(), RandomCrop(2)])
     """
     train, valid = data.train, data.valid
     if limit is not None:

@@ -2,7 +2,7 @@
 
 `BatchLoader` calls a transform with the attribute `takes_generator = True` as `tfm(xb, generator)`, and seeds the
 generator from (seed, epoch, batch), so its random numbers can be repeated from the middle of an epoch. Any other
-callable is called as `tfm(xb)`.
+callable is called as `tfm(xb)`, except torchvision's transforms, which get single images (`per_image.py`).
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ def normalize_to(train: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 class RandomCrop:
     """Pad each image and cut a window of the original size at a random position, one per image.
 
-    Takes and returns (N, C, H, W) of any floating-point dtype, on its device.
+    Takes and returns (N, C, H, W) of any dtype, on its device.
 
     Parameters
     ----------
     padding : int, default 4
         Pixels added on each side; 4 is usual for CIFAR.
     fill : float, default 0.0
-        Value of the padding; on normalised batches 0 is the mean colour.
+        Value of the padding; on normalised batches 0 is the mean colour, on bytes black.
 
     Raises
     ------
@@ -206,7 +206,7 @@ class Cutout:
     size : int, default 8
         Side in pixels; 8 suits short trainings on CIFAR-10, the long ones in the paper use 16.
     fill : float, default 0.0
-        Value to fill in; on normalised batches 0 is the mean colour.
+        Value to fill in; on normalised batches 0 is the mean colour, on bytes black.
 
     Raises
     ------

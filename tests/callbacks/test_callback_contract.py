@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fastrbn.callbacks as package
 from fastrbn.callbacks import (
@@ -23,6 +24,7 @@ from fastrbn.callbacks import (
     CompileCallback,
     CSVLogger,
     CudaCallback,
+    CutMix,
     Distributed,
     EarlyStopping,
     GradientAccumulation,
@@ -58,6 +60,7 @@ MAKERS = {
     CSVLogger: lambda: CSVLogger("history.csv"),
     CompileCallback: lambda: CompileCallback(disable=True),  # the compiler itself has its own tests
     CudaCallback: lambda: CudaCallback("cpu"),
+    CutMix: CutMix,
     Distributed: Distributed,
     EMA: EMA,
     EarlyStopping: lambda: EarlyStopping("train_loss", patience=9),
@@ -78,7 +81,7 @@ MAKERS = {
 }
 NEED_AVERAGES = {CSVLogger, EarlyStopping, SaveBest}
 CHANGE_TRAINING = {BatchTransformXCallback, LR_Find, ParamScheduler}
-CHANGE_TRAINING |= {GradientAccumulation, GradientClip, MixUp, MixedPrecision}
+CHANGE_TRAINING |= {CutMix, GradientAccumulation, GradientClip, MixUp, MixedPrecision}
 
 every_callback = pytest.mark.parametrize("cls", MAKERS, ids=lambda c: c.__name__)
 
@@ -91,6 +94,21 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     )
     # TensorBoardLogger's package is an extra
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+
+
+@pytest.fixture
+def make_learn(make_learn):
+    """The small model on images of 2 by 2 pixels: all callbacks take them."""
+
+    def make(**kwargs):
+        learn = make_learn(**kwargs)
+        learn.model.insert(0, nn.Flatten())
+        for name in ("train_dl", "valid_dl"):
+            if (pairs := getattr(learn.data, name)) is not None:
+                setattr(learn.data, name, [(x.view(-1, 1, 2, 2), y) for x, y in pairs])
+        return learn
+
+    return make
 
 
 def make_run(cls, *cbs):

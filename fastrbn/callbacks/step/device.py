@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from fastrbn.learn.callback import Callback
-from fastrbn.util import apply_to
+from fastrbn.util import apply_to, torchvision_parts
 
 
 @runtime_checkable
@@ -90,6 +91,9 @@ class CudaCallback(Callback):
 class BatchTransformXCallback(Callback):
     """Replace each `xb` by `tfm(xb)`, in training and validation, after it was moved to its device.
 
+    Augmentation belongs to the loader (`image_databunch(augment=…)`), which leaves validation alone and gives each
+    image its own draws. A transform of torchvision that draws random numbers here gets a warning.
+
     Parameters
     ----------
     tfm : callable
@@ -115,9 +119,20 @@ class BatchTransformXCallback(Callback):
         if not callable(tfm):
             raise TypeError(f"BatchTransformXCallback needs a function of xb; got {tfm!r}")
         self.tfm = tfm
+        self._doubted = bool(torchvision_parts(tfm))
 
     def begin_batch(self) -> None:
-        self.run.xb = self.tfm(self.run.xb)
+        run, before = self.run, torch.get_rng_state() if self._doubted else None
+        run.xb = self.tfm(run.xb)
+        if before is not None and not torch.equal(before, torch.get_rng_state()):
+            name = " ".join(repr(self.tfm).split())
+            warnings.warn(
+                f"BatchTransformXCallback: {name} draws once for all images of a batch, after normalisation, and in "
+                f"validation too; give it to the loader, which applies it to each training image: "
+                f"image_databunch(…, augment=…) or get_dls(…, tfms=…)",
+                stacklevel=2,
+            )
+        self._doubted = False
 
 
 def _existing(device: str | torch.device | None) -> torch.device:

@@ -124,6 +124,22 @@ def test_transforms_follow_one_another_after_the_move(make_learn):
     assert torch.equal(run.sees.batches[0][0], learn.data.train_dl[0][0] * 2 + 1)
 
 
+def test_random_transforms_of_torchvision_are_warned_of_once_and_others_are_not(make_learn):
+    from torchvision.transforms import v2
+
+    learn = make_learn(n_train=3, n_valid=1)
+    images = [(x.view(-1, 1, 2, 2), y) for x, y in learn.data.train_dl]
+    learn.data.train_dl, learn.data.valid_dl = images, images[:1]
+    learn.model.insert(0, nn.Flatten())
+    flip = v2.Compose([v2.RandomHorizontalFlip()])
+    with pytest.warns(
+        UserWarning, match=r"RandomHorizontalFlip.* draws once for all .*image_databunch\(…, aug"
+    ) as told:
+        Runner([BatchTransformXCallback(flip)]).fit(1, learn)
+    assert len(told) == 1
+    Runner([BatchTransformXCallback(v2.Resize(2)), BatchTransformXCallback(lambda x: x + torch.rand(1))]).fit(1, learn)
+
+
 def test_a_transform_must_be_a_function():
     with pytest.raises(TypeError, match="needs a function of xb; got 3"):
         BatchTransformXCallback(3)

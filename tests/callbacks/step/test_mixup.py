@@ -207,8 +207,29 @@ def test_a_loss_function_that_ignores_reduction_is_an_error():
 def test_inputs_that_cannot_be_mixed_are_an_error():
     learn = make_learn()
     learn.data.train_dl = [(torch.zeros(6, 4, dtype=torch.uint8), torch.zeros(6, dtype=torch.long))]
-    with pytest.raises(TypeError, match="one floating-point tensor and one tensor of targets; got torch.uint8, torch"):
+    with pytest.raises(TypeError, match="floating-point inputs and one tensor of targets; got torch.uint8, torch"):
         Runner([MixUp()]).fit(1, learn)
+
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, a, b):
+        return self.linear(a + b)
+
+
+def test_several_inputs_are_mixed_alike():
+    learn = make_learn()
+    learn.model = Adds()
+    a, yb = torch.eye(6, 4), torch.arange(6) % 3
+    learn.data.train_dl = [((a, 2 * a), yb)]
+    learn.data.valid_dl = None
+    run = Runner([MixUp(1.0), Looks()])
+    run.fit(1, learn)
+    ((mixed, twice),) = run.looks.inputs
+    assert torch.equal(2 * mixed, twice) and not torch.equal(mixed, a)
 
 
 @pytest.mark.parametrize("alpha", [0, -1, math.nan, math.inf, "0.4", True, None])
