@@ -62,13 +62,15 @@ class Closure(Callback):
 
     @torch.enable_grad()
     def _evaluate(self) -> torch.Tensor:
-        run, forward = self.run, self.run._parts.forward
+        run = self.run
+        forward, unpack = run._parts.forward, run._unpack
         if self._first:  # at the parameters of the loop's own evaluation
             self._first = False
             return run.loss
         self._before.restore()
         run.opt.zero_grad()
-        loss = forward(run.loss_func, forward(run.model, run.xb), run.yb)
+        pred = unpack.call_model(run.model, run.xb, forward)
+        loss = unpack.call_loss(run.loss_func, pred, run.yb, forward)
         loss.backward()
         return loss
 

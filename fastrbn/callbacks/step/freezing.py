@@ -169,7 +169,7 @@ def _find(what: str, model: Any, patterns: tuple[str, ...]) -> tuple[list[nn.Par
     if message := unmatched(what, patterns, names):
         raise ValueError(message)
     chosen = {name for name in names if not patterns or any(matches(name, p) for p in patterns)}
-    norms = []
+    norms: list[nn.Module] = []
     for prefix, m in model.named_modules():
         own = [name for name, t in (*m._parameters.items(), *m._buffers.items()) if t is not None]
         inside = all(f"{prefix}.{name}".lstrip(".") in chosen for name in own)

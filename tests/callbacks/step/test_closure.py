@@ -170,3 +170,16 @@ def test_others_with_a_part_in_the_step_are_refused(other, make_learn):
     with pytest.raises(RuntimeError, match=f"several times in a step, which {type(other).__name__} .it claims"):
         Runner([Closure(), other]).fit(1, make_learn(opt=lbfgs))
     Runner([Closure(), Distributed()]).fit(1, make_learn(opt=lbfgs))  # one process
+
+
+def test_the_batch_is_evaluated_again_as_the_learner_unpacks_it(make_learn):
+    class Two(nn.Linear):
+        def forward(self, a, b, labels):
+            return nn.functional.cross_entropy(super().forward(a - b), labels)
+
+    learn = make_learn(n_train=1, n_valid=0, model=Two(4, 3), opt=lbfgs, loss_func=None)
+    xb, yb = learn.data.train_dl[0]
+    learn.data.train_dl = [{"a": xb, "b": torch.ones(6, 4), "labels": yb}]
+    run = Runner([Closure(), Recorder()])
+    run.fit(3, learn)
+    assert run.recorder.losses[-1] < 0.5 * run.recorder.losses[0]
