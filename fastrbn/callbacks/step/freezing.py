@@ -38,15 +38,10 @@ def freeze(model: nn.Module, *patterns: str) -> nn.Module:
 
     Examples
     --------
-    >>> model = nn.Sequential(OrderedDict(body=conv_rbn(1, 8), head=nn.Sequential(nn.Flatten(), nn.Linear(8, 10))))
-    >>> model = freeze(model, "body")
+    >>> model = freeze(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), "[01]")
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
-    ['head.1.weight', 'head.1.bias']
-
-    Train the norms of the frozen part:
-
-    >>> names = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    >>> model = unfreeze(model, *names)
+    ['2.weight', '2.bias']
+    >>> model = unfreeze(model, "1")   # train the norm of the frozen part
     """
     params, norms = _find("freeze", model, patterns)
     for p in params:
