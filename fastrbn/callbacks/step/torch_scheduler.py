@@ -171,6 +171,8 @@ class TorchScheduler(Callback):
                 f"TorchScheduler has made a {here}"
             )
         self._moved = state["moved"]
+        if self._moved:
+            self.scheduler.optimizer._opt_called = True  # else PyTorch warns: it only knows the steps of this process
         self.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
 
     def __getstate__(self):

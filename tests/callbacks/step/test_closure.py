@@ -69,6 +69,9 @@ def test_lbfgs_minimises_and_each_event_comes_once_a_step(make_learn):
     assert run.recorder.losses[-1] < 0.01 * run.recorder.losses[0]
     assert run.counts.events == ["loss", "step"] * 10
     assert run.counts.forwards > 30
+    learn.opt = lbfgs(learn.model.parameters(), max_iter=1)
+    run.fit(10, learn)
+    assert run.counts.forwards == 10, "the first evaluation is the loop's"
 
 
 def test_lbfgs_takes_the_steps_of_a_loop_of_its_own(make_learn):

@@ -1,6 +1,5 @@
 """PyTorch's schedulers as a callback: when they move, what a second fit and a resumed one do, and who they refuse."""
 
-import warnings
 from functools import partial
 
 import pytest
@@ -23,6 +22,9 @@ from fastrbn.callbacks import (
 from fastrbn.learn import Callback, CancelBatchException, CancelEpochException, Runner
 
 EPOCHS, ITERS = 3, 4
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The epoch parameter:UserWarning"
+)  # SequentialLR's own, before torch 2.10
 
 MAKERS = {
     "cosine": (partial(ls.CosineAnnealingLR, T_max=3), None),
@@ -80,19 +82,27 @@ def test_it_moves_as_in_pytorchs_own_loop_and_each_fit_starts_again(make, per, m
     learn, twin = make_learn(), make_learn()
     before = settings(learn.opt)
     run = make_run(TorchScheduler(make, per))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "To get the last learning rate|The epoch parameter")
-        expected = by_hand(twin, make, per)
-        for _ in range(2):
-            run.fit(EPOCHS, learn)
-            assert run.recorder.lrs[0] == expected and len(set(expected)) > 1
-            assert settings(learn.opt) == before
-            assert "step" not in vars(learn.opt) and not learn.opt._optimizer_step_post_hooks
+    expected = by_hand(twin, make, per)
+    for _ in range(2):
+        run.fit(EPOCHS, learn)
+        assert run.recorder.lrs[0] == expected and len(set(expected)) > 1
+        assert settings(learn.opt) == before
+        assert "step" not in vars(learn.opt) and not learn.opt._optimizer_step_post_hooks
+
+
+def test_it_starts_from_the_present_rate_not_from_that_of_an_earlier_scheduler(make_learn):
+    learn = make_learn()
+    ls.StepLR(learn.opt, 1)
+    learn.opt.param_groups[0]["lr"] = 0.02
+    run = make_run(TorchScheduler(*MAKERS["lambda"]))
+    run.fit(1, learn)
+    assert run.recorder.lrs[0] == pytest.approx([0.02, 0.01, 0.02 / 3, 0.005])
+    assert settings(learn.opt)[0]["lr"] == 0.02 and settings(learn.opt)[0]["initial_lr"] == 0.1
 
 
 @pytest.mark.parametrize(
     ("name", "every"),
-    [("plateau", None), *((n, 5) for n in ("plateau", "multi-step", "lambda", "one cycle", "cyclic", "sequential"))],
+    [("plateau", None), ("multi-step", 4), *((n, 5) for n in ("plateau", "multi-step", "lambda", "one cycle", "cyclic", "sequential"))],
 )
 def test_a_resumed_fit_has_the_rates_and_weights_of_the_whole_one(name, every, make_learn, tmp_path):
     learn, (make, per) = make_learn(), MAKERS[name]
