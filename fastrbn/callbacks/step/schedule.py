@@ -486,10 +486,14 @@ class KeptRates:
 
 
 def steps_in_fit(run: Any) -> int | None:
-    """The number of steps that the optimiser takes in the run's fit; None if the training loader has no length."""
-    iters = length(run.data.train_dl)
+    """The number of steps that the optimiser takes in the run's fit; None if the length of an epoch is not known."""
     n = next((cb.n for cb in run.cbs if isinstance(cb, GradientAccumulation)), 1)
-    return None if iters is None else run.epochs * -(-iters // n)
+    most = getattr(run, "max_steps", None)  # batches
+    size = getattr(getattr(run, "_passes", None), "every", None) or length(run.data.train_dl)  # of an epoch
+    if size is None:
+        return most if n == 1 else None
+    full, rest = divmod(min(run.epochs * size, math.inf if most is None else most), size or 1)
+    return int(full * -(-size // n) + -(-rest // n))  # the end of an epoch makes a step of its own
 
 
 def sets_rate(cb: Callback) -> bool:

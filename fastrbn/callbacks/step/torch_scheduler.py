@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +110,8 @@ class TorchScheduler(Callback):
 
     def _total_steps(self) -> int:
         self._per = self._per or "step"
-        total = steps_in_fit(self.run) if self._per == "step" else self.run.epochs
-        if total is None:
+        total: Any = steps_in_fit(self.run) if self._per == "step" else self.run.epochs
+        if total in (None, math.inf):
             raise ValueError(
                 "TorchScheduler: the training loader has no length, so the total_steps that make takes are not known: "
                 "give them yourself, as in partial(OneCycleLR, max_lr=0.1, total_steps=1000)"

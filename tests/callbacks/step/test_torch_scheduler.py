@@ -102,7 +102,11 @@ def test_it_starts_from_the_present_rate_not_from_that_of_an_earlier_scheduler(m
 
 @pytest.mark.parametrize(
     ("name", "every"),
-    [("plateau", None), ("multi-step", 4), *((n, 5) for n in ("plateau", "multi-step", "lambda", "one cycle", "cyclic", "sequential"))],
+    [
+        ("plateau", None),
+        ("multi-step", 4),
+        *((n, 5) for n in ("plateau", "multi-step", "lambda", "one cycle", "cyclic", "sequential")),
+    ],
 )
 def test_a_resumed_fit_has_the_rates_and_weights_of_the_whole_one(name, every, make_learn, tmp_path):
     learn, (make, per) = make_learn(), MAKERS[name]
