@@ -76,8 +76,8 @@ def param_groups(
     Norms, biases and everything else with fewer than two dimensions get no decay. A parameter that modules share is
     listed once, without decay if one of them is a norm.
 
-    Schedules keep the rates apart: `TorchScheduler` and `Warmup` scale each group's own, and so does `fit_one_cycle`
-    without `lr_max`. `ParamScheduler` takes a schedule for each group.
+    `TorchScheduler`, `Warmup` and `fit_one_cycle` keep the ratio of the groups' rates. `ParamScheduler` takes a
+    schedule for each group.
 
     Parameters
     ----------
@@ -355,8 +355,9 @@ def fit_one_cycle(
     epochs : int
         Length of the cycle.
     lr_max : float or sequence of float, optional
-        Highest learning rate, or one for each parameter group. By default each group's own rate, such as those of
-        `param_groups(model, lr=…)`.
+        Highest learning rate, or one for each parameter group. By default each group's own rate. With one rate for
+        groups of different rates, such as those of `param_groups(model, lr=…)`, the largest reaches it, and the others
+        keep their ratio to it.
     pct_start : float, default 0.3
         Share of the steps in which the rate rises.
     div : float, default 25
@@ -388,7 +389,7 @@ def fit_one_cycle(
     """
     check_opt(learn.opt, {"fit_one_cycle": ("param_groups", "lr")})
     groups = learn.opt.param_groups
-    rates = _rates([_value(g["lr"]) for g in groups] if lr_max is None else lr_max, len(groups))
+    rates = _rates(lr_max, [_value(g["lr"]) for g in groups])
     for name, value, least in (("div", div, 1), ("div_final", div_final, 1)):
         if not is_number(value) or not least <= value < math.inf:
             raise ValueError(f"fit_one_cycle: {name} divides lr_max and must be finite, 1 or more; got {value!r}")
@@ -457,17 +458,21 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _rates(lr_max: Any, n: int) -> list[float]:
-    rates = list(lr_max) if isinstance(lr_max, (list, tuple)) else [lr_max] * n
-    if len(rates) != n:
-        raise ValueError(
-            f"fit_one_cycle: lr_max must be one rate, or one for each of the optimiser's {n} param groups; "
-            f"got {len(rates)}"
-        )
-    for rate in rates:
+def _rates(lr_max: Any, own: list[float]) -> list[float]:
+    """The highest rate of each group; `own` are those that the groups have."""
+    given = own if lr_max is None else list(lr_max) if isinstance(lr_max, (list, tuple)) else [lr_max]
+    for rate in given:
         if not is_number(rate) or not 0 < rate < math.inf:
             raise ValueError(f"fit_one_cycle: lr_max must be a finite number above 0; got {rate!r}")
-    return rates
+    if lr_max is None or isinstance(lr_max, (list, tuple)):
+        if len(given) != len(own):
+            raise ValueError(
+                f"fit_one_cycle: lr_max must be one rate, or one for each of the optimiser's {len(own)} param groups; "
+                f"got {len(given)}"
+            )
+        return given
+    highest = max(own)
+    return [lr_max * (rate / highest if highest else 1.0) for rate in own]
 
 
 def _three(moms: Any) -> Sequence[float]:

@@ -295,12 +295,13 @@ def test_each_param_group_has_its_own_rate():
     assert [max(lrs) for lrs in run.recorder.lrs] == pytest.approx([0.1, 0.4])
 
 
-def test_by_default_each_group_rises_to_its_own_rate():
+@pytest.mark.parametrize(("lr_max", "highest"), [(None, 0.2), (0.2, 0.2), (1.0, 1.0)])
+def test_groups_of_different_rates_keep_their_ratio(lr_max, highest):
     learn = make_learn(lambda p: optim.SGD([{"params": [q], "lr": 0.1 * i} for i, q in enumerate(p, 1)], lr=1.0))
     run = Runner([Recorder()])
-    fit_one_cycle(run, learn, 1, div=10, pct_start=0.5)
-    assert [lrs[0] for lrs in run.recorder.lrs] == pytest.approx([0.01, 0.02])
-    assert [max(lrs) for lrs in run.recorder.lrs] == pytest.approx([0.1, 0.2])
+    fit_one_cycle(run, learn, 1, lr_max, div=10, pct_start=0.5)
+    assert [lrs[0] for lrs in run.recorder.lrs] == pytest.approx([highest / 20, highest / 10])
+    assert [max(lrs) for lrs in run.recorder.lrs] == pytest.approx([highest / 2, highest])
     assert [g["lr"] for g in learn.opt.param_groups] == [0.1, 0.2]
 
 
