@@ -186,7 +186,7 @@ def _put_back(module: Any, args: Any, output: Any) -> None:
 
 
 def _is_fixed(m: Any) -> bool:
-    return m.frozen if hasattr(m, "unfreeze") else _evaluate in m._forward_pre_hooks.values()
+    return getattr(m, "frozen", False) or _evaluate in m._forward_pre_hooks.values()
 
 
 def _fix(m: Any) -> None:
@@ -200,7 +200,6 @@ def _fix(m: Any) -> None:
 def _release(m: Any) -> None:
     if hasattr(m, "unfreeze"):
         m.unfreeze()
-    else:
-        for table in (m._forward_pre_hooks, m._forward_hooks):
-            for key in [key for key, hook in table.items() if hook in (_evaluate, _put_back)]:
-                del table[key]
+    for table in (m._forward_pre_hooks, m._forward_hooks):  # convert_batchnorm takes them to a running batch norm
+        for key in [key for key, hook in table.items() if hook in (_evaluate, _put_back)]:
+            del table[key]

@@ -23,7 +23,7 @@ from fastrbn.callbacks import (
     unfreeze,
 )
 from fastrbn.learn import Callback, CancelTrainException, Runner
-from fastrbn.norm import RunningBatchNorm
+from fastrbn.norm import RunningBatchNorm, convert_batchnorm
 
 
 def model_of(norm):
@@ -87,6 +87,15 @@ def test_a_frozen_norm_evaluates_in_any_mode_also_as_a_copy(norm):
         assert torch.equal(m.body(x), expected) and not moved(m, before) and m.body[1].training
         unfreeze(m)
         assert not torch.equal(m.body(x), expected) and moved(m, before)
+
+
+def test_a_frozen_norm_stays_so_when_it_is_converted():
+    model = convert_batchnorm(freeze(model_of(nn.BatchNorm1d), "body"))
+    before = copied(model.train())
+    model(torch.randn(5, 4))
+    assert moved(model, before) and not moved(model, before, "body")
+    unfreeze(model)(torch.randn(5, 4))
+    assert moved(model, before, "body")
 
 
 def test_a_gradient_that_is_left_does_not_move_a_frozen_parameter():
