@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from .callbacks import ParamScheduler, combine_scheds, cos_1cycle_anneal
+from .callbacks import ParamScheduler, TorchScheduler, combine_scheds, cos_1cycle_anneal
+from .callbacks.step.schedule import KeptRates, sets_rate
 from .learn import Learner, Runner
 from .learn.optimiser import check as check_opt
 from .models import get_cnn_model, init_cnn
 from .norm import RunningBatchNorm
-from .util import is_number
+from .util import is_number, matches, unmatched
 
 __all__ = [
     "LabelSmoothingCrossEntropy",
@@ -67,28 +68,38 @@ def listify(o: Any) -> list:
     return list(o) if isinstance(o, Iterable) and not isinstance(o, (str, bytes)) else [o]
 
 
-def param_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict[str, Any]]:
-    """Split a model's parameters for an optimiser into a group with weight decay and one without.
+def param_groups(
+    model: nn.Module, weight_decay: float = 1e-2, lr: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Split a model's parameters for an optimiser into groups with and without weight decay, and by learning rate.
 
     Norms, biases and everything else with fewer than two dimensions get no decay. A parameter that modules share is
     listed once, without decay if one of them is a norm.
+
+    `TorchScheduler`, `Warmup` and `fit_one_cycle` keep the ratio of the groups' rates. `ParamScheduler` takes a
+    schedule for each group.
 
     Parameters
     ----------
     model : nn.Module
         Any model.
     weight_decay : float, default 0.01
-        Decay of the first group.
+        Decay of the groups with decay.
+    lr : dict of str to float, optional
+        Learning rates by names of parameters or modules (`body` covers all that is in it), with the wildcards of
+        `fnmatch`: `*` stands for anything, dots included. The first that matches counts. The other parameters get the
+        optimiser's rate.
 
     Returns
     -------
     list of dict
-        The group with decay first; an empty group is left out.
+        Two groups for each rate, the one with decay first; at the end those with the optimiser's rate. Empty groups are
+        left out. With `lr`, a group's "name" is its pattern, or "rest".
 
     Raises
     ------
     TypeError, ValueError
-        If `model` is not a module, or `weight_decay` not a finite number from 0.
+        If `model` is not a module, a number is out of range, or a pattern matches nothing that is not matched before.
 
     Examples
     --------
@@ -96,6 +107,12 @@ def param_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict[str,
     >>> opt = optim.AdamW(param_groups(model, 0.05), lr=1e-3)
     >>> [group["weight_decay"] for group in opt.param_groups]
     [0.05, 0.0]
+
+    A tenth of the rate for the first layers:
+
+    >>> opt = optim.AdamW(param_groups(model, 0.05, lr={"[01]": 1e-4}), lr=1e-3)
+    >>> [(group["name"], group["lr"], group["weight_decay"]) for group in opt.param_groups]
+    [('[01]', 0.0001, 0.05), ('[01]', 0.0001, 0.0), ('rest', 0.001, 0.05), ('rest', 0.001, 0.0)]
 
     References
     ----------
@@ -107,12 +124,45 @@ def param_groups(model: nn.Module, weight_decay: float = 1e-2) -> list[dict[str,
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs an nn.Module; got {model!r} of type {type(model).__name__}")
     spared = {p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
-    params = [(name, p) for name, p in model.named_parameters()]
-    decay = [p for name, p in params if p.dim() > 1 and p not in spared and name.rpartition(".")[2] != "bias"]
-    known = set(decay)
-    rest = [p for _, p in params if p not in known]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    params = list(model.named_parameters())
+    decayed = {p for name, p in params if p.dim() > 1 and p not in spared and name.rpartition(".")[2] != "bias"}
+    groups = []
+    for settings, part in _by_rate(model, lr):
+        decay, rest = [p for p in part if p in decayed], [p for p in part if p not in decayed]
+        groups += [{"params": decay, "weight_decay": weight_decay, **settings}]
+        groups += [{"params": rest, "weight_decay": 0.0, **settings}]
     return [group for group in groups if group["params"]]
+
+
+def _by_rate(model: nn.Module, lr: Any) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+    """The settings of each rate, and its parameters in the model's order."""
+    if lr is None:
+        return [({}, list(model.parameters()))]
+    if not isinstance(lr, Mapping) or not lr:
+        raise TypeError(f"param_groups: lr gives rates by names, such as {{'body': 1e-4, 'head': 1e-3}}; got {lr!r}")
+    for pattern, rate in lr.items():
+        if not is_number(rate) or not 0 < rate < math.inf:
+            raise ValueError(
+                f"param_groups: lr[{pattern!r}] must be a finite number above 0; got {rate!r}: to train without a part "
+                f"of the model, freeze(model, {pattern!r})"
+            )
+    left: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        left.setdefault(p, []).append(name)
+    if message := unmatched("param_groups", lr, [name for names in left.values() for name in names]):
+        raise ValueError(message)
+    parts: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+    for pattern, rate in lr.items():
+        part = [p for p, names in left.items() if any(matches(name, pattern) for name in names)]
+        if not part:
+            raise ValueError(
+                f"param_groups: all that {pattern!r} matches has a rate from an earlier pattern of lr, and the first "
+                f"counts: put {pattern!r} before it"
+            )
+        parts.append(({"lr": rate, "name": pattern}, part))
+        for p in part:
+            del left[p]
+    return [*parts, ({"name": "rest"}, list(left))]
 
 
 def get_runner(
@@ -283,7 +333,7 @@ def fit_one_cycle(
     run: Runner,
     learn: Learner,
     epochs: int,
-    lr_max: float | Sequence[float],
+    lr_max: float | Sequence[float] | None = None,
     pct_start: float = 0.3,
     div: float = 25.0,
     div_final: float = 1e4,
@@ -304,8 +354,10 @@ def fit_one_cycle(
         Model, optimiser, loss and data.
     epochs : int
         Length of the cycle.
-    lr_max : float or sequence of float
-        Highest learning rate, or one for each parameter group.
+    lr_max : float or sequence of float, optional
+        Highest learning rate, or one for each parameter group. By default each group's own rate. With one rate for
+        groups of different rates, such as those of `param_groups(model, lr=…)`, the largest reaches it, and the others
+        keep their ratio to it.
     pct_start : float, default 0.3
         Share of the steps in which the rate rises.
     div : float, default 25
@@ -337,7 +389,7 @@ def fit_one_cycle(
     """
     check_opt(learn.opt, {"fit_one_cycle": ("param_groups", "lr")})
     groups = learn.opt.param_groups
-    rates = _rates(lr_max, len(groups))
+    rates = _rates(lr_max, [_value(g["lr"]) for g in groups])
     for name, value, least in (("div", div, 1), ("div_final", div_final, 1)):
         if not is_number(value) or not least <= value < math.inf:
             raise ValueError(f"fit_one_cycle: {name} divides lr_max and must be finite, 1 or more; got {value!r}")
@@ -345,8 +397,11 @@ def fit_one_cycle(
         raise ValueError(
             f"fit_one_cycle: pct_start must be a share of the steps, above 0 and below 1; got {pct_start!r}"
         )
-    if any(isinstance(cb, ParamScheduler) and cb.pname == "lr" for cb in run.cbs):
-        raise ValueError("fit_one_cycle schedules 'lr', but the run has a ParamScheduler for it: leave one of them out")
+    other = next((cb for cb in run.cbs if sets_rate(cb) or isinstance(cb, TorchScheduler)), None)
+    if other is not None:
+        raise ValueError(
+            f"fit_one_cycle schedules 'lr', but the run has a {type(other).__name__} for it: leave one of them out"
+        )
     shares = [pct_start, 1 - pct_start]
     cycles: list[Callable[[float], float]] = [
         combine_scheds(shares, cos_1cycle_anneal(lr / div, lr, lr / div_final)) for lr in rates
@@ -354,18 +409,13 @@ def fit_one_cycle(
     cbs = [ParamScheduler("lr", cycles)]
     if moms is not None and _has_momentum(groups):
         cbs.append(ParamScheduler("momentum", combine_scheds(shares, cos_1cycle_anneal(*_three(moms)))))
-    kept = [{k: _value(g[k]) for k in ("lr", "momentum", "betas") if k in g} for g in groups]
+    kept = KeptRates(learn.opt)
     run.add_cbs(cbs)
     try:
         run.fit(epochs, learn, resume=resume)
     finally:
         run.remove_cbs(cbs)
-        for group, values in zip(learn.opt.param_groups, kept):
-            for k, value in values.items():
-                if isinstance(group[k], torch.Tensor):  # a compiled or captured optimiser keeps using this tensor
-                    group[k].fill_(value)
-                else:
-                    group[k] = value
+        kept.restore()
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -408,17 +458,21 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _rates(lr_max: Any, n: int) -> list[float]:
-    rates = list(lr_max) if isinstance(lr_max, (list, tuple)) else [lr_max] * n
-    if len(rates) != n:
-        raise ValueError(
-            f"fit_one_cycle: lr_max must be one rate, or one for each of the optimiser's {n} param groups; "
-            f"got {len(rates)}"
-        )
-    for rate in rates:
+def _rates(lr_max: Any, own: list[float]) -> list[float]:
+    """The highest rate of each group; `own` are those that the groups have."""
+    given = own if lr_max is None else list(lr_max) if isinstance(lr_max, (list, tuple)) else [lr_max]
+    for rate in given:
         if not is_number(rate) or not 0 < rate < math.inf:
             raise ValueError(f"fit_one_cycle: lr_max must be a finite number above 0; got {rate!r}")
-    return rates
+    if lr_max is None or isinstance(lr_max, (list, tuple)):
+        if len(given) != len(own):
+            raise ValueError(
+                f"fit_one_cycle: lr_max must be one rate, or one for each of the optimiser's {len(own)} param groups; "
+                f"got {len(given)}"
+            )
+        return given
+    highest = max(own)
+    return [lr_max * (rate / highest if highest else 1.0) for rate in own]
 
 
 def _three(moms: Any) -> Sequence[float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import numbers
 import operator
 import os
@@ -148,3 +149,25 @@ def locked(folder: str | Path) -> Iterator[None]:
     finally:
         if fd is not None:
             os.close(fd)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name, or something that it lies in, matches a pattern of `fnmatch`.
+
+    >>> matches("body.0.weight", "body"), matches("body.0.weight", "*.weight"), matches("body2.bias", "body")
+    (True, True, False)
+    """
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def unmatched(what: str, patterns: Iterable[Any], names: Iterable[str]) -> str | None:
+    """A message about the first pattern that matches none of the dotted names, with the closest; None if all match."""
+    names = list(names)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not any(matches(name, pattern) for name in names):
+            parts = [name.split(".") for name in names]
+            known = list(dict.fromkeys(".".join(part[:n]) for n in (1, 2, 3, 4, 5) for part in parts if n <= len(part)))
+            tops = ", ".join(list(dict.fromkeys(part[0] for part in parts))[:8])
+            more = suggestion(pattern, [*known, *names]) or f" At the top it has {tops}."
+            return f"{what}: {pattern!r} matches no name of a parameter or module of the model.{more}"
+    return None

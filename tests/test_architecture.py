@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "plots": ["util"],
     "models": ["norm", "util"],
     "summary": ["learn.snapshot", "learn.unpack", "util"],
-    "callbacks.step": ["learn", "util"],
+    "callbacks.step": ["callbacks.track.monitor", "learn", "util"],  # ReduceLROnPlateau follows an average, too
     "callbacks.track": ["learn", "util"],
     "callbacks.diagnose": ["learn", "graph", "util"],
     "callbacks.distributed": ["learn", "random_state", "util"],

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.optim.lr_scheduler import StepLR
 
 from fastrbn.build import (
     LabelSmoothingCrossEntropy,
@@ -22,7 +24,7 @@ from fastrbn.build import (
     param_groups,
     seed_everything,
 )
-from fastrbn.callbacks import Checkpoint, ParamScheduler, Recorder, sched_lin
+from fastrbn.callbacks import Checkpoint, ParamScheduler, Recorder, TorchScheduler, sched_lin
 from fastrbn.learn import Callback, Learner, Runner, TrainEvalCallback
 from fastrbn.models import conv_bn, conv_rbn
 from fastrbn.norm import RunningBatchNorm
@@ -156,6 +158,49 @@ def test_an_empty_group_is_left_out():
     assert group["weight_decay"] == 0.0
 
 
+def two_parts():
+    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    return nn.Sequential(OrderedDict(body=body, head=nn.Linear(4, 2, bias=False), more=nn.Linear(2, 2)))
+
+
+def test_groups_have_rates_by_pattern_and_the_first_match_counts():
+    model = two_parts()
+    groups = param_groups(model, 0.1, lr={"body.1": 1e-3, "body": 1e-4, "*head.w*": 0.5})
+    names = {p: name for name, p in model.named_parameters()}
+    assert [(g["name"], g.get("lr"), g["weight_decay"], [names[p] for p in g["params"]]) for g in groups] == [
+        ("body.1", 1e-3, 0.0, ["body.1.weight", "body.1.bias"]),
+        ("body", 1e-4, 0.1, ["body.0.weight"]),
+        ("body", 1e-4, 0.0, ["body.0.bias"]),
+        ("*head.w*", 0.5, 0.1, ["head.weight"]),
+        ("rest", None, 0.1, ["more.weight"]),
+        ("rest", None, 0.0, ["more.bias"]),
+    ]
+    assert [g["lr"] for g in optim.AdamW(groups, lr=0.2).param_groups] == [1e-3, 1e-4, 1e-4, 0.5, 0.2, 0.2]
+
+
+def test_a_shared_parameter_has_the_rate_of_any_of_its_names():
+    model = nn.Sequential(OrderedDict(first=nn.Linear(2, 2), last=nn.Linear(2, 2)))
+    model.last.weight = model.first.weight
+    groups = param_groups(model, lr={"last": 0.1})
+    assert [(g["name"], len(g["params"])) for g in groups] == [("last", 1), ("last", 1), ("rest", 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "lr", "words"),
+    [
+        (ValueError, {"boddy": 0.1}, "param_groups: 'boddy' matches no name .* Did you mean 'body'?"),
+        (ValueError, {"zzz.*": 0.1}, "'zzz.*' matches no name .* At the top it has body, head, more."),
+        (ValueError, {"body": 0.1, "body.0": 0.2}, "all that 'body.0' matches has a rate from an earlier pattern"),
+        (ValueError, {"body": 0}, r"lr\['body'\] must be a finite number above 0; got 0: .* freeze\(model, 'body'\)"),
+        (TypeError, 0.1, "lr gives rates by names, such as .*; got 0.1"),
+    ],
+    ids=str,
+)
+def test_wrong_rates_of_groups_are_refused(error, lr, words):
+    with pytest.raises(error, match=words):
+        param_groups(two_parts(), lr=lr)
+
+
 def test_a_runner_takes_weight_decay_in_groups():
     data = SimpleNamespace(train_dl=[], valid_dl=None)
     learn, _ = get_runner(nn.Linear(3, 2), data, weight_decay=0.1)
@@ -250,6 +295,16 @@ def test_each_param_group_has_its_own_rate():
     assert [max(lrs) for lrs in run.recorder.lrs] == pytest.approx([0.1, 0.4])
 
 
+@pytest.mark.parametrize(("lr_max", "highest"), [(None, 0.2), (0.2, 0.2), (1.0, 1.0)])
+def test_groups_of_different_rates_keep_their_ratio(lr_max, highest):
+    learn = make_learn(lambda p: optim.SGD([{"params": [q], "lr": 0.1 * i} for i, q in enumerate(p, 1)], lr=1.0))
+    run = Runner([Recorder()])
+    fit_one_cycle(run, learn, 1, lr_max, div=10, pct_start=0.5)
+    assert [lrs[0] for lrs in run.recorder.lrs] == pytest.approx([highest / 20, highest / 10])
+    assert [max(lrs) for lrs in run.recorder.lrs] == pytest.approx([highest / 2, highest])
+    assert [g["lr"] for g in learn.opt.param_groups] == [0.1, 0.2]
+
+
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=repr)
 def test_an_interrupted_fit_restores_rates_and_callbacks(error):
     class Ends(Callback):
@@ -287,6 +342,8 @@ def test_a_rate_held_in_a_tensor_stays_in_that_tensor():
 def test_a_rate_that_is_already_scheduled_is_refused():
     with pytest.raises(ValueError, match="schedules 'lr', but the run has a ParamScheduler for it: leave one"):
         fit_one_cycle(Runner([ParamScheduler("lr", sched_lin(0.1, 0.0))]), make_learn(), 1, 0.4)
+    with pytest.raises(ValueError, match="the run has a TorchScheduler for it"):
+        fit_one_cycle(Runner([TorchScheduler(partial(StepLR, step_size=1))]), make_learn(), 1, 0.4)
 
 
 @pytest.mark.parametrize(

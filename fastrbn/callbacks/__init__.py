@@ -14,15 +14,18 @@ from .diagnose.magnitudes import ParamMagnitudes
 from .diagnose.nonfinite.halt import HaltOnNaN, NonFiniteError, NonFiniteReport
 from .diagnose.profiling import Profiler
 from .distributed.callback import Distributed
+from .step.closure import Closure
 from .step.compiling import CompileCallback
 from .step.device import BatchTransformXCallback, CudaCallback
 from .step.ema import EMA
+from .step.freezing import Freeze, freeze, unfreeze
 from .step.gradients import GradientAccumulation, GradientClip
 from .step.lr_find import LR_Find
 from .step.mixup import CutMix, MixUp
 from .step.precision import MixedPrecision
 from .step.schedule import (
     ParamScheduler,
+    Warmup,
     annealer,
     combine_scheds,
     cos_1cycle_anneal,
@@ -31,6 +34,7 @@ from .step.schedule import (
     sched_lin,
     sched_no,
 )
+from .step.torch_scheduler import TorchScheduler
 from .track.avg_stats import AvgStats, AvgStatsCallback
 from .track.checkpoint import Checkpoint, CheckpointError
 from .track.loggers import CSVLogger, TensorBoardLogger
@@ -44,6 +48,7 @@ from .track.stopping import EarlyStopping
 # Your own callback sets `_order` in its class; without it, it runs at 0.
 ORDER: tuple[tuple[type[Callback], int, str], ...] = (
     (GradientAccumulation, -5, "cancels incomplete steps before anyone unscales or reads their gradients"),
+    (Freeze, -4, "settles what is trained before others look at it"),
     (Distributed, -3, "assigns ranks before anyone moves the model, prints or writes"),
     (CudaCallback, -2, "moves the model before anyone reads its parameters"),
     (MixedPrecision, -1, "needs the model on its device; unscales gradients before others read them"),
@@ -55,7 +60,9 @@ ORDER: tuple[tuple[type[Callback], int, str], ...] = (
     (Recorder, 0, "only reads"),
     (LR_Find, 1, "sets the rate once the position is counted"),
     (ParamScheduler, 1, "sets the rate once the position is counted"),
+    (Warmup, 2, "scales the rate that schedules have set"),
     (BatchTransformXCallback, 2, "transforms the batch on its device"),
+    (TorchScheduler, 3, "needs the epoch's averages, and the rate that Warmup puts back after the step"),
     (CSVLogger, 10, "needs the epoch's averages"),
     (GradientClip, 10, "needs unscaled gradients, complete"),
     (TensorBoardLogger, 10, "needs the epoch's averages"),
@@ -65,6 +72,7 @@ ORDER: tuple[tuple[type[Callback], int, str], ...] = (
     (MixUp, 60, "mixes batches that are transformed, before HaltOnNaN keeps them"),
     (HaltOnNaN, 90, "checks loss and gradients once everyone has changed them"),
     (GraphMonitor, 95, "sees the loss that is differentiated, and what other callbacks store"),
+    (Closure, 96, "evaluates the batch again as others have left it, and learns who else has a part in the step"),
     (CompileCallback, 100, "compiles the model once others have wrapped it or hooked into it"),
     (Checkpoint, 1000, "saves when everyone is done with the step"),
     (EarlyStopping, 2000, "stops once everyone, Checkpoint included, has had the epoch"),
@@ -93,6 +101,7 @@ __all__ = [
     "CSVLogger",
     "Checkpoint",
     "CheckpointError",
+    "Closure",
     "CompileCallback",
     "CudaCallback",
     "CutMix",
@@ -100,6 +109,7 @@ __all__ = [
     "EMA",
     "EarlyStopping",
     "EpochMetric",
+    "Freeze",
     "GradientAccumulation",
     "GradientClip",
     "GraphHolder",
@@ -121,6 +131,8 @@ __all__ = [
     "Recorder",
     "SaveBest",
     "TensorBoardLogger",
+    "TorchScheduler",
+    "Warmup",
     "accuracy",
     "annealer",
     "append_stats",
@@ -128,8 +140,10 @@ __all__ = [
     "children",
     "combine_scheds",
     "cos_1cycle_anneal",
+    "freeze",
     "sched_cos",
     "sched_exp",
     "sched_lin",
     "sched_no",
+    "unfreeze",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,3 +39,18 @@ def check(opt: Any, users: dict[str, Iterable[str]]) -> None:
         f"{', '.join(who)}: the optimiser must have what PyTorch's have, and {type(opt).__name__} lacks {what}: derive "
         f"it from torch.optim.Optimizer, or remove the callbacks that need it"
     )
+
+
+def check_closure(opt: Any, claims: dict[str, str]) -> None:
+    """TypeError if the optimiser's step needs a closure, as LBFGS's does, and no callback has claimed the step."""
+    if "step" in claims:
+        return
+    try:
+        closure = inspect.signature(opt.step).parameters.get("closure")
+    except (TypeError, ValueError):  # some callables have no signature
+        return
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"{type(opt).__name__}.step needs a closure, a function that evaluates the loss again: add the callback "
+            f"Closure to the run, as in cbs=[Closure]"
+        )

@@ -161,6 +161,7 @@ class Runner:
 
     def _all_epochs(self) -> None:
         self._scope("epoch", self, "begin_fit")
+        optimiser.check_closure(self.opt, self._parts.claims)
         for self.epoch in self._resume.epochs():
             self._scope("epoch", self._all_batches, "begin_epoch", self.data.train_dl)
             if self.data.valid_dl is not None:

@@ -7,12 +7,14 @@ import pickle
 import random
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
 import fastrbn.callbacks as package
 from fastrbn.callbacks import (
@@ -21,12 +23,14 @@ from fastrbn.callbacks import (
     AvgStatsCallback,
     BatchTransformXCallback,
     Checkpoint,
+    Closure,
     CompileCallback,
     CSVLogger,
     CudaCallback,
     CutMix,
     Distributed,
     EarlyStopping,
+    Freeze,
     GradientAccumulation,
     GradientClip,
     GraphMonitor,
@@ -41,6 +45,8 @@ from fastrbn.callbacks import (
     Recorder,
     SaveBest,
     TensorBoardLogger,
+    TorchScheduler,
+    Warmup,
     accuracy,
     sched_cos,
 )
@@ -58,12 +64,14 @@ MAKERS = {
     BatchTransformXCallback: lambda: BatchTransformXCallback(double),
     Checkpoint: lambda: Checkpoint("checkpoints", overwrite=True),
     CSVLogger: lambda: CSVLogger("history.csv"),
+    Closure: Closure,
     CompileCallback: lambda: CompileCallback(disable=True),  # the compiler itself has its own tests
     CudaCallback: lambda: CudaCallback("cpu"),
     CutMix: CutMix,
     Distributed: Distributed,
     EMA: EMA,
     EarlyStopping: lambda: EarlyStopping("train_loss", patience=9),
+    Freeze: lambda: Freeze("0", "1", until=1),
     GradientAccumulation: lambda: GradientAccumulation(2),
     GradientClip: lambda: GradientClip(0.1),
     GraphMonitor: GraphMonitor,
@@ -78,10 +86,13 @@ MAKERS = {
     Recorder: Recorder,
     SaveBest: lambda: SaveBest("best.pt", monitor="train_loss"),
     TensorBoardLogger: TensorBoardLogger,
+    TorchScheduler: lambda: TorchScheduler(partial(StepLR, step_size=1, gamma=0.5)),
+    Warmup: lambda: Warmup(steps=3),
 }
 NEED_AVERAGES = {CSVLogger, EarlyStopping, SaveBest}
 CHANGE_TRAINING = {BatchTransformXCallback, LR_Find, ParamScheduler}
-CHANGE_TRAINING |= {CutMix, GradientAccumulation, GradientClip, MixUp, MixedPrecision}
+CHANGE_TRAINING |= {Closure, CutMix, Freeze, GradientAccumulation, GradientClip, MixUp, MixedPrecision}
+CHANGE_TRAINING |= {TorchScheduler, Warmup}
 
 every_callback = pytest.mark.parametrize("cls", MAKERS, ids=lambda c: c.__name__)
 
@@ -163,7 +174,7 @@ def test_it_handles_known_events_only_and_all_defaults_are_documented(cls):
     assert len(inspect.getdoc(cls)) > 60
     for name in inspect.signature(cls.__init__).parameters:
         if name not in ("self", "args", "kwargs"):
-            documented = f"`{name}`" in inspect.getdoc(cls) or f"\n{name} : " in inspect.getdoc(cls)
+            documented = any(text in inspect.getdoc(cls) for text in (f"`{name}`", f"\n{name} : ", f"\n*{name} : "))
             assert documented or cls is BatchTransformXCallback, f"{name} is not documented"
     assert cls.__name__ in repr(cb)
 
@@ -282,7 +293,8 @@ def test_it_works_without_validation_without_length_and_without_batches(cls, mak
 
 def test_training_with_all_of_them_draws_nothing(make_learn):
     before = "matplotlib" in sys.modules
-    run = Runner([make() for cls, make in MAKERS.items() if cls is not LR_Find])
+    alone = {Closure, LR_Find, TorchScheduler}  # refuse to share the step or the rate
+    run = Runner([make() for cls, make in MAKERS.items() if cls not in alone])
     fit(run, 2, make_learn())
     assert run.stop_reason is None
     assert ("matplotlib" in sys.modules) == before

@@ -9,7 +9,11 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from fastrbn.learn.batch import length
 from fastrbn.learn.callback import Callback
+from fastrbn.util import is_number, whole
+
+from .gradients import GradientAccumulation
 
 
 class Schedule:
@@ -351,6 +355,154 @@ class ParamScheduler(Callback):
 
     def __repr__(self):
         return f"ParamScheduler({self.pname!r}, {self.sched_funcs!r})"
+
+
+class Warmup(Callback):
+    """Let the learning rate rise in the first steps of each fit: step k of n takes k/n of it.
+
+    It scales the rate that the optimiser has, or that a schedule sets, for the step alone; so it goes with
+    `ParamScheduler`, with `TorchScheduler` and with a constant rate, and with a rate for each param group. Steps are
+    those of the optimiser: under `GradientAccumulation` several batches make one.
+
+    Parameters
+    ----------
+    steps : int, optional
+        Length of the warm-up in steps, 1 or more. Give either this or `share`.
+    share : float, optional
+        Length as a share of all steps of the fit, above 0 and up to 1.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the two is given, or it is out of range; in `begin_fit`, if the training loader has no
+        length and `share` is given.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[partial(Warmup, steps=4), Recorder])
+    >>> run.fit(1, learn)
+    >>> [round(lr, 3) for lr in run.recorder.lrs[0][:6]]
+    [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]
+
+    References
+    ----------
+    Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017, section 2.2.
+    """
+
+    _needs_opt = ("param_groups", "lr")
+
+    def __init__(self, steps: int | None = None, share: float | None = None):
+        if (steps is None) == (share is None):
+            raise ValueError(
+                f"Warmup needs its length, either in steps or as a share of the fit; got steps={steps!r} and "
+                f"share={share!r}: give one, such as Warmup(steps=500) or Warmup(share=0.05)"
+            )
+        if share is not None and not (is_number(share) and 0 < share <= 1):
+            raise ValueError(f"Warmup: share is a share of the fit's steps, above 0 and up to 1; got {share!r}")
+        self.steps = None if steps is None else whole("Warmup: steps", steps)
+        self.share = share
+        self._clear()
+
+    def _clear(self) -> None:
+        self._count, self._length = 0, self.steps or 1
+        self._rates: list[Any] | None = None  # those that a step has scaled
+
+    def begin_fit(self) -> None:
+        self._clear()
+        if self.share is not None:
+            total = steps_in_fit(self.run)
+            if total is None:
+                raise ValueError(
+                    "Warmup: the training loader has no length, so a share of the fit is not known: use Warmup(steps=…)"
+                )
+            self._length = max(round(self.share * total), 1)
+
+    def begin_batch(self) -> None:
+        if self.run.in_train:
+            self._scale()
+
+    def after_backward(self) -> None:
+        self._scale()  # GradientAccumulation may take a step between batches
+
+    def _scale(self) -> None:
+        if self._rates is None and self._count + 1 < self._length:
+            groups, factor = self.run.opt.param_groups, (self._count + 1) / self._length
+            self._rates = [_copied(group["lr"]) for group in groups]
+            for group, rate in zip(groups, self._rates):
+                set_hyper_parameter(group, "lr", rate * factor)
+
+    def after_step(self) -> None:
+        self._count += 1
+        self._restore()
+
+    def after_batch(self) -> None:
+        self._restore()  # in case it was cancelled
+
+    def after_cancel_batch(self) -> None:
+        self._restore()
+
+    def after_fit(self) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._rates is not None:
+            for group, rate in zip(self.run.opt.param_groups, self._rates):
+                set_hyper_parameter(group, "lr", rate)
+            self._rates = None
+
+    def state_dict(self) -> dict:
+        return {"count": self._count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._count = state["count"]
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_rates": None}
+
+    def __repr__(self):
+        return f"Warmup(steps={self.steps})" if self.share is None else f"Warmup(share={self.share})"
+
+
+class KeptRates:
+    """Keeps the rates and momenta of an optimiser, and what PyTorch's schedulers write beside them."""
+
+    _NAMES = ("lr", "momentum", "betas", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
+    def __init__(self, opt: Any):
+        self._opt, self._attributes = opt, set(vars(opt))
+        self._groups = [{k: _copied(g[k]) for k in self._NAMES if k in g} for g in opt.param_groups]
+
+    def restore(self) -> None:
+        """Put everything back; rates in tensors go into the same tensors."""
+        for group, kept in zip(self._opt.param_groups, self._groups):
+            for name in self._NAMES:
+                if name in kept:
+                    set_hyper_parameter(group, name, kept[name])
+                else:
+                    group.pop(name, None)
+        if hasattr(self._opt.step, "_wrapped_by_lr_sched"):  # an attribute that a scheduler has put over the method
+            for name in {"step", "_opt_called"} - self._attributes:
+                vars(self._opt).pop(name, None)
+
+
+def steps_in_fit(run: Any) -> int | None:
+    """The number of steps that the optimiser takes in the run's fit; None if the length of an epoch is not known."""
+    n = next((cb.n for cb in run.cbs if isinstance(cb, GradientAccumulation)), 1)
+    most = getattr(run, "max_steps", None)  # batches
+    size = getattr(getattr(run, "_passes", None), "every", None) or length(run.data.train_dl)  # of an epoch
+    if size is None:
+        return most if n == 1 else None
+    full, rest = divmod(min(run.epochs * size, math.inf if most is None else most), size or 1)
+    return int(full * -(-size // n) + -(-rest // n))  # the end of an epoch makes a step of its own
+
+
+def sets_rate(cb: Callback) -> bool:
+    """True if the callback is a ParamScheduler of the learning rate."""
+    return isinstance(cb, ParamScheduler) and cb.pname == "lr"
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if hasattr(value, "clone") else value
 
 
 def _hyper_parameters(group: dict[str, Any]) -> list[str]:

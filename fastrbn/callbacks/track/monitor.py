@@ -23,10 +23,7 @@ class Monitor:
     """
 
     def __init__(self, name: str, mode: str | None, owner: str):
-        if not isinstance(name, str):
-            raise TypeError(f"{owner}: monitor must be the name of an average such as 'valid_loss'; got {name!r}")
-        last = name.rstrip("_0123456789").rpartition("_")[2]  # whole words, since inaccuracy should fall
-        known = {"loss": "min", "accuracy": "max"}.get(last)
+        known = direction(name, owner)
         mode = known if mode is None else mode
         if mode not in ("min", "max"):
             raise ValueError(
@@ -67,6 +64,14 @@ class Monitor:
 
     def __getstate__(self):
         return {k: v for k, v in vars(self).items() if k != "_stats"}  # that is another callback
+
+
+def direction(name: Any, owner: str) -> str | None:
+    """The better direction of the average `name`, "min" or "max", if its name tells. TypeError if it is not a name."""
+    if not isinstance(name, str):
+        raise TypeError(f"{owner}: monitor must be the name of an average such as 'valid_loss'; got {name!r}")
+    last = name.rstrip("_0123456789").rpartition("_")[2]  # whole words, since inaccuracy should fall
+    return {"loss": "min", "accuracy": "max"}.get(last)
 
 
 def find_averages(run: Any) -> Any:

@@ -3,16 +3,22 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastrbn.callbacks import (
+    Checkpoint,
+    GradientAccumulation,
     ParamScheduler,
     Recorder,
+    TorchScheduler,
+    Warmup,
     annealer,
     combine_scheds,
     cos_1cycle_anneal,
@@ -21,7 +27,7 @@ from fastrbn.callbacks import (
     sched_lin,
     sched_no,
 )
-from fastrbn.learn import Callback, Runner
+from fastrbn.learn import Callback, CancelBatchException, Runner
 
 
 @annealer
@@ -249,3 +255,92 @@ def test_a_stream_longer_than_its_length_stays_within_the_schedule(make_learn):
     learn.data.train_dl = DataLoader(Stream(), 2, num_workers=2)
     run.fit(1, learn)
     assert run.recorder.lrs[0] == pytest.approx([0.4, 0.31, 0.22, 0.13, *[0.04] * 4])
+
+
+# --- warm-up
+
+
+HALVED = pytest.param(lambda: [TorchScheduler(partial(ExponentialLR, gamma=0.5), per="step")], id="TorchScheduler")
+FALLING = pytest.param(lambda: [ParamScheduler("lr", lambda pos: 0.1 * 0.5 ** round(8 * pos))], id="ParamScheduler")
+
+
+@pytest.mark.parametrize("schedule", [pytest.param(list, id="none"), HALVED, FALLING])
+def test_a_warm_up_scales_what_a_schedule_sets(schedule, make_learn):
+    learn, run = make_learn(), Runner([Warmup(steps=4), *schedule(), Recorder()])
+    run.fit(2, learn)
+    falls = [1.0] * 8 if len(run.cbs) == 3 else [0.5**k for k in range(8)]
+    warm = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert run.recorder.lrs[0] == pytest.approx([0.1 * f * w for f, w in zip(falls, warm)])
+    run.fit(1, learn)
+    assert run.recorder.lrs[0][0] == pytest.approx(0.025), "each fit warms up"
+
+
+def test_a_warm_up_counts_steps_and_can_be_a_share_of_them(make_learn):
+    run = Runner([Warmup(share=0.5), GradientAccumulation(2), Recorder()])
+    run.fit(2, make_learn(n_train=4))
+    assert run.recorder.lrs[0] == pytest.approx([0.05, 0.05, *[0.1] * 6])
+
+
+def test_a_warm_up_keeps_the_ratio_of_the_groups_and_leaves_the_rates(make_learn):
+    learn = make_learn(opt=lambda p: torch.optim.SGD([{"params": [q], "lr": 0.1 * i} for i, q in enumerate(p, 1)]))
+
+    class Stops(Callback):
+        def after_loss(self):
+            if self.run.n_iter == 1:
+                raise CancelBatchException
+            if self.run.n_iter == 2:
+                raise KeyboardInterrupt
+
+    run = Runner([Warmup(10), Recorder(), Stops()])
+    run.fit(1, learn)
+    assert [lrs[:3] for lrs in run.recorder.lrs] == [pytest.approx([0.01 * i, 0.02 * i, 0.02 * i]) for i in range(1, 7)]
+    assert [g["lr"] for g in learn.opt.param_groups] == [0.1 * i for i in range(1, 7)]
+
+
+def test_a_step_between_batches_is_warmed_up_too(make_learn):
+    """Without a length the rest of an epoch makes a step before validation."""
+
+    class Rates(Callback):
+        seen: list = []
+
+        def after_backward(self):
+            self.seen.append(self.run.opt.param_groups[0]["lr"])
+
+    Rates._order, learn = 5, make_learn()
+    learn.data.train_dl = Unknown(learn.data.train_dl)
+    Runner([Warmup(10), GradientAccumulation(3), Rates()]).fit(2, learn)
+    assert Rates.seen == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    assert learn.opt.param_groups[0]["lr"] == 0.1
+
+
+def test_a_warm_up_resumes_and_the_file_has_the_full_rate(make_learn, tmp_path):
+    run, learn = Runner([Warmup(6), Recorder(), Checkpoint(tmp_path, every=3, keep=None)]), make_learn()
+    run.fit(2, learn)
+    file = min(tmp_path.iterdir())
+    assert torch.load(file)["opt"]["param_groups"][0]["lr"] == 0.1
+    again = Runner([Warmup(6), Recorder()])
+    again.fit(2, make_learn(), resume=file)
+    assert again.recorder.lrs == run.recorder.lrs
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({}, "either in steps or as a share of the fit; got steps=None and share=None: give one"),
+        ({"steps": 5, "share": 0.1}, "got steps=5 and share=0.1"),
+        ({"steps": 0}, "Warmup: steps must be a whole number, 1 or more; got 0"),
+        ({"steps": 0.05}, "Warmup: steps must be a whole number"),
+        ({"share": 5}, "share is a share of the fit's steps, above 0 and up to 1; got 5"),
+    ],
+    ids=str,
+)
+def test_a_warm_up_of_no_length_is_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        Warmup(**kwargs)
+
+
+def test_a_share_of_an_unknown_length_is_refused(make_learn):
+    learn = make_learn()
+    learn.data.train_dl = Unknown(learn.data.train_dl)
+    with pytest.raises(ValueError, match="the training loader has no length, so a share of the fit is not known"):
+        Runner([Warmup(share=0.1)]).fit(1, learn)

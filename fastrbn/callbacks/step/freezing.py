@@ -1,0 +1,205 @@
+"""Freeze parts of a model, by name, until they should be trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastrbn.learn.callback import Callback
+from fastrbn.util import matches, unmatched, whole
+
+
+def freeze(model: nn.Module, *patterns: str) -> nn.Module:
+    """Stop training of parameters by name, in place, and fix the running statistics of norms among them.
+
+    Frozen parameters get no gradient, and neither steps nor weight decay move them. A norm with running statistics
+    whose parameters and buffers all match normalises by these statistics from then on, also after `model.train()`: a
+    statistic that keeps moving would change what the frozen part computes. To train the norms of a frozen part, as
+    fastai does, unfreeze them again.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. An optimiser may be made before or after.
+    *patterns : str
+        Names of parameters or modules (`body` covers all that is in it), with the wildcards of `fnmatch`: `*` stands
+        for anything, dots included. By default the whole model.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `model` is not a module, or a pattern matches nothing; then nothing is changed.
+
+    Examples
+    --------
+    >>> model = freeze(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), "[01]")
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['2.weight', '2.bias']
+    >>> model = unfreeze(model, "1")   # train the norm of the frozen part
+    """
+    params, norms = _find("freeze", model, patterns)
+    for p in params:
+        p.requires_grad_(False)
+        p.grad = None  # a gradient that has been kept would still move it
+    for m in norms:
+        _fix(m)
+    return model
+
+
+def unfreeze(model: nn.Module, *patterns: str) -> nn.Module:
+    """Undo `freeze`, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    *patterns : str
+        As in `freeze`; by default the whole model.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `model` is not a module, or a pattern matches nothing; then nothing is changed.
+
+    Examples
+    --------
+    >>> model = freeze(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
+    >>> [p.requires_grad for p in unfreeze(model, "1").parameters()]
+    [False, False, True, True]
+    """
+    params, norms = _find("unfreeze", model, patterns)
+    for p in params:
+        p.requires_grad_()
+    for m in norms:
+        _release(m)
+    return model
+
+
+class Freeze(Callback):
+    """Freeze parts of the model for the first epochs of each fit, as `freeze` does, and train them from then on.
+
+    Afterwards, also after an error, whatever this callback has frozen can be trained again. Parts that were frozen
+    before the fit stay so. Several of these callbacks can unfreeze a model part by part.
+
+    Parameters
+    ----------
+    *patterns : str
+        Names of parameters or modules, as in `freeze`; at least one.
+    until : int, optional
+        Number of the first epoch, from 0, in which they are trained, 1 or more. By default they stay frozen for the
+        whole fit.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range; in `begin_fit`, if a pattern matches nothing, or nothing is left to train.
+
+    Examples
+    --------
+    >>> frozen = partial(Freeze, "0", "1", until=1)
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[frozen])
+    >>> run.fit(2, learn)   # the first epoch without, the second with the layers 0 and 1
+    """
+
+    def __init__(self, *patterns: str, until: int | None = None):
+        if not patterns or not all(isinstance(p, str) for p in patterns):
+            raise ValueError(
+                f"Freeze needs names of parameters or modules, such as Freeze('body', until=3); got {patterns!r}"
+            )
+        self.patterns = patterns
+        self.until = None if until is None else whole("Freeze: until, the first epoch in which they train,", until)
+        self._params: list[nn.Parameter] = []
+        self._norms: list[nn.Module] = []
+
+    def begin_fit(self) -> None:
+        model = self.run.learn.model
+        params, norms = _find("Freeze", model, self.patterns)
+        self._params = [p for p in params if p.requires_grad]
+        self._norms = [m for m in norms if not _is_fixed(m)]
+        if {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, self._params)):
+            raise ValueError(f"{self!r} leaves no parameter to train: name a part of the model only")
+
+    def begin_epoch(self) -> None:
+        frozen = self.until is None or self.run.epoch < self.until
+        for p in self._params:
+            p.requires_grad_(not frozen)
+            if frozen:
+                p.grad = None
+        for m in self._norms:
+            _fix(m) if frozen else _release(m)
+
+    def after_fit(self) -> None:
+        for p in self._params:
+            p.requires_grad_()
+        for m in self._norms:
+            _release(m)
+        self._params, self._norms = [], []
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_params": [], "_norms": []}
+
+    def __repr__(self):
+        until = "" if self.until is None else f", until={self.until}"
+        return f"Freeze({', '.join(map(repr, self.patterns))}{until})"
+
+
+def _find(what: str, model: Any, patterns: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Module]]:
+    """The parameters that match, and the norms with statistics of which all parameters and buffers match."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what} needs an nn.Module; got {model!r} of type {type(model).__name__}")
+    params = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    names = [*params, *buffers]
+    if message := unmatched(what, patterns, names):
+        raise ValueError(message)
+    chosen = {name for name in names if not patterns or any(matches(name, p) for p in patterns)}
+    norms: list[nn.Module] = []
+    for prefix, m in model.named_modules():
+        own = [name for name, t in (*m._parameters.items(), *m._buffers.items()) if t is not None]
+        inside = all(f"{prefix}.{name}".lstrip(".") in chosen for name in own)
+        if inside and isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None:
+            norms.append(m)
+    return list({id(p): p for name, p in params.items() if name in chosen}.values()), norms
+
+
+# A running batch norm has a switch. PyTorch's norms have none, and train() would end their evaluation mode, so they
+# change to it for each forward pass.
+
+
+def _evaluate(module: Any, args: Any) -> None:
+    module._trains, module.training = module.training, False
+
+
+def _put_back(module: Any, args: Any, output: Any) -> None:
+    module.training = vars(module).pop("_trains")
+
+
+def _is_fixed(m: Any) -> bool:
+    return getattr(m, "frozen", False) or _evaluate in m._forward_pre_hooks.values()
+
+
+def _fix(m: Any) -> None:
+    if hasattr(m, "unfreeze"):
+        m.freeze()
+    elif not _is_fixed(m):
+        m.register_forward_pre_hook(_evaluate)
+        m.register_forward_hook(_put_back)
+
+
+def _release(m: Any) -> None:
+    if hasattr(m, "unfreeze"):
+        m.unfreeze()
+    for table in (m._forward_pre_hooks, m._forward_hooks):  # convert_batchnorm takes them to a running batch norm
+        for key in [key for key, hook in table.items() if hook in (_evaluate, _put_back)]:
+            del table[key]
