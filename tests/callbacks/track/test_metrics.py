@@ -113,9 +113,9 @@ def test_a_metric_is_its_plain_definition_however_the_pass_is_cut(name, shape):
     make, plain = PLAIN[name]
     for seed in range(3):
         torch.manual_seed(seed)
-        pred, yb = torch.randn(40, 6, *shape), torch.randint(5, (40, *shape))  # class 5 may only be predicted
+        pred, yb = torch.randn(40, 7, *shape), torch.randint(5, (40, *shape))  # class 5 may only be predicted
         yb[torch.rand(yb.shape) < 0.2] = -100
-        pred[:, 4] = -9.0  # class 4 never is
+        pred[:, [4, 6]] = -9.0  # class 4 may only be a target, class 6 is neither
         expected = torch.tensor(plain(pred, yb))
         for cuts in (1, 7):
             got = computed(make(), pred, yb, cuts)
