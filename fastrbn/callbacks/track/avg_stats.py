@@ -22,11 +22,19 @@ from .tape import Tape
 _MANY = "…"  # in place of several numbers
 
 
+class _Measure:
+    """A metric, and the names of its values."""
+
+    def __init__(self, metric: Any, names: list[str]):
+        self.metric, self.names, self.accumulates = metric, names, _metrics.accumulates(metric)
+
+
 class AvgStats:
     """Averages of loss and metrics over one pass, with each batch weighted by its size.
 
     The loss is the mean over samples, also for a loss function that sums them (`reduction="sum"`). `.names` are "loss"
-    and the names of the metrics.
+    and the names of the metrics, less those of several numbers, which only `.values` has. `.objects` has the metrics
+    that accumulate, by name.
 
     Parameters
     ----------
@@ -56,17 +64,16 @@ class AvgStats:
         for m in metrics:
             _metrics.check(m)
         self.metrics = [copy.deepcopy(m) if in_train and _metrics.accumulates(m) else m for m in metrics]
-        self._named = list(zip(_metrics.names_of(metrics), self.metrics))
-        self.names = ["loss", *(n for names, m in self._named if _metrics.is_scalar(m) for n in names)]
+        self._measures = list(map(_Measure, self.metrics, _metrics.names_of(metrics)))
+        self.names = ["loss", *(n for m in self._measures if _metrics.is_scalar(m.metric) for n in m.names)]
         self.in_train = in_train
-        self._averaged = ["loss", *(names[0] for names, m in self._named if not _metrics.accumulates(m))]
+        self._averaged = ["loss", *(m.names[0] for m in self._measures if not m.accumulates)]
+        self.objects: dict[str, Any] = {}  # the metrics that accumulate; a collection by the name of its class
+        for m in self._measures:
+            if m.accumulates:
+                name = _metrics.metric_name(m.metric) if _metrics.is_collection(m.metric) else m.names[0]
+                self.objects[f"{name}_{len(self.objects) + 1}" if name in self.objects else name] = m.metric
         self.reset()
-
-    @property
-    def objects(self) -> dict[str, Any]:
-        """The metrics that accumulate, by name. A collection is there once, by its class's name."""
-        objects = ((names, m) for names, m in self._named if _metrics.accumulates(m))
-        return {_metrics.metric_name(m) if _metrics.is_collection(m) else names[0]: m for names, m in objects}
 
     def reset(self) -> None:
         """Forget all batches."""
@@ -85,11 +92,11 @@ class AvgStats:
         if self.metrics:
             pred, yb = run.pred, run.yb
             pred = pred.detach() if isinstance(pred, torch.Tensor) else pred
-            for names, metric in self._named:
-                if _metrics.accumulates(metric):
-                    _metrics.update(metric, pred, yb, names[0], place=not self._placed)
+            for m in self._measures:
+                if m.accumulates:
+                    _metrics.update(m.metric, pred, yb, m.names[0], place=not self._placed)
                 else:
-                    row.append(_metrics.measure(metric, pred, yb, names[0]))
+                    row.append(_metrics.measure(m.metric, pred, yb, m.names[0]))
             self._placed = True
         self._sizes.append(xb.shape[0] if isinstance(xb, torch.Tensor) else batch_size(xb))
         self._computed = None
@@ -111,7 +118,7 @@ class AvgStats:
         sums = dict(zip(self._averaged, self._sums()))
         if self._computed is None:
             self._computed = self._compute()
-        order = [n for names, _ in self._named for n in names]
+        order = [n for m in self._measures for n in m.names]
         found = {**{n: total / self.count for n, total in sums.items()}, **self._computed}
         return {n: found.pop(n) for n in ["loss", *order] if n in found} | found
 
@@ -140,9 +147,9 @@ class AvgStats:
 
     def _compute(self) -> dict[str, Any]:
         computed: dict[str, Any] = {}
-        for names, metric in self._named:
-            if _metrics.accumulates(metric):
-                computed.update(_metrics.compute(metric, names))
+        for m in self._measures:
+            if m.accumulates:
+                computed.update(_metrics.compute(m.metric, m.names))
         return computed
 
     def merge(self, gather: Callable[[Any], list]) -> None:
@@ -160,9 +167,9 @@ class AvgStats:
         if not count:
             return
         computed = {}
-        for names, metric in self._named:
-            if _metrics.accumulates(metric):
-                computed.update(self._merged(names, metric, gather))
+        for m in self._measures:
+            if m.accumulates:
+                computed.update(self._merged(m.names, m.metric, gather))
         self._sizes, self._summed, self._computed = [int(count)], False, computed
         columns = [torch.tensor([total / count], dtype=torch.float64) for total in sums]
         self._tape.load_state_dict({"columns": columns})
@@ -180,7 +187,7 @@ class AvgStats:
         for name in names:
             every = [row for row in gather(_flat(self.count, values.get(name))) if row[0]]
             same = all(len(r) == len(every[0]) and r[1:].allclose(every[0][1:], 1e-6, equal_nan=True) for r in every)
-            if len(every[0]) == 2 and isinstance(values.get(name, 0.0), float):
+            if all(len(row) == 2 for row in every) and isinstance(values.get(name, 0.0), float):
                 weights, numbers = torch.stack(every).T
                 values[name] = float(numbers[0] if same else (weights * numbers).sum() / weights.sum())
             if not same:

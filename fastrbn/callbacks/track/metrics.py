@@ -129,7 +129,7 @@ class EpochMetric:
 
 
 def check(metric: Any) -> None:
-    """Raise TypeError unless `metric` is a function of a batch or an object that accumulates."""
+    """Raise TypeError unless `metric` is a function of a batch or an object that accumulates; ValueError if empty."""
     has = [name for name in _PROTOCOL if callable(getattr(metric, name, None))]
     if isinstance(metric, type) and has:
         raise TypeError(
@@ -141,6 +141,8 @@ def check(metric: Any) -> None:
             f"a metric that accumulates must have update(pred, yb), compute() and reset(); {metric!r} lacks {lacks}: "
             f"add what is missing, or pass a function of (pred, yb)"
         )
+    if is_collection(metric) and not list(metric.keys()):
+        raise ValueError(f"a collection of metrics must have at least one; got {metric!r}")
     if not has and not callable(metric):
         raise TypeError(f"a metric must be a function of (pred, yb), such as accuracy; got {metric!r}")
 

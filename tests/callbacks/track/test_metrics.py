@@ -297,6 +297,10 @@ def test_a_collection_has_a_column_for_each_of_its_metrics(make_learn):
     assert [n for n in row if n.startswith("valid")] == ["valid_loss", "valid_accuracy", "valid_mean", "valid_other"]
     assert 0 < row["valid_mean"] == row["valid_other"] < 1
     assert run.avg_stats.valid_stats.objects.keys() == {"Collection"}
+    both = AvgStats([Collection(a=Mean()), Collection(a=Mean())])
+    assert both.names == ["loss", "a_1", "a_2"] and len(both.objects) == 2
+    with pytest.raises(ValueError, match="at least one"):
+        AvgStats(Collection())
 
 
 def test_metrics_of_several_numbers_are_in_values_and_break_no_table_log_or_monitor(make_learn, tmp_path):
@@ -405,7 +409,7 @@ def test_foreign_objects_are_compared_between_processes(several):
         one = AvgStats(Mean(several), in_train=False)
         torch.manual_seed(seed)
         if count:
-            one._named[0][1].update(torch.randn(count, 3), None)
+            one.metrics[0].update(torch.randn(count, 3), None)
         one._sizes = [count] if count else []
         one._tape.add([torch.zeros(())])
         return one
