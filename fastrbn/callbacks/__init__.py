@@ -37,6 +37,7 @@ from .step.schedule import (
 from .step.torch_scheduler import TorchScheduler
 from .track.avg_stats import AvgStats, AvgStatsCallback
 from .track.checkpoint import Checkpoint, CheckpointError
+from .track.class_metrics import F1, ConfusionMatrix, IoU, PerClassAccuracy, TopK
 from .track.loggers import CSVLogger, TensorBoardLogger
 from .track.metrics import EpochMetric, accuracy
 from .track.progress import ProgressCallback
@@ -103,12 +104,14 @@ __all__ = [
     "CheckpointError",
     "Closure",
     "CompileCallback",
+    "ConfusionMatrix",
     "CudaCallback",
     "CutMix",
     "Distributed",
     "EMA",
     "EarlyStopping",
     "EpochMetric",
+    "F1",
     "Freeze",
     "GradientAccumulation",
     "GradientClip",
@@ -118,6 +121,7 @@ __all__ = [
     "HaltOnNaN",
     "Hook",
     "Hooks",
+    "IoU",
     "LR_Find",
     "ListContainer",
     "MixUp",
@@ -126,11 +130,13 @@ __all__ = [
     "NonFiniteReport",
     "ParamMagnitudes",
     "ParamScheduler",
+    "PerClassAccuracy",
     "Profiler",
     "ProgressCallback",
     "Recorder",
     "SaveBest",
     "TensorBoardLogger",
+    "TopK",
     "TorchScheduler",
     "Warmup",
     "accuracy",
