@@ -22,8 +22,8 @@ class ProgressCallback(Callback):
     """Show progress and loss of the fit, and print the history as a table.
 
     In a terminal or notebook, fastprogress draws a bar for each pass. In a pipe, a file or a CI log, and without
-    fastprogress, there are plain lines: the table, and progress every 10 seconds at most. The loss is the mean of the last 64 steps at most. Epochs
-    are counted from 0, as `run.epoch` does.
+    fastprogress, there are plain lines: the table, and progress every 10 seconds at most. The loss is the mean of the
+    last 64 steps at most. Epochs are counted from 0, as `run.epoch` does.
 
     During the fit `run.logger` takes lists of strings as rows of the table, and strings as lines. The runner restores
     the old logger afterwards.

@@ -227,7 +227,7 @@ PLATEAU = ls.ReduceLROnPlateau
 REFUSED = [
     (TorchScheduler(PLATEAU, monitor="accuracy"), "'accuracy' should rise, and the ReduceLROnPlateau has mode='min'"),
     (TorchScheduler(partial(PLATEAU, mode="max")), "'valid_loss' should fall, .* make it with mode='min'"),
-    (TorchScheduler(PLATEAU, monitor="valid_f1"), "Did you mean 'valid_loss'|monitor must be one of"),
+    (TorchScheduler(PLATEAU, monitor="valid_score"), "Did you mean 'valid_loss'|monitor must be one of"),
     (TorchScheduler(PLATEAU, per="step"), "ReduceLROnPlateau follows an average of the epoch: leave out per='step'"),
     (TorchScheduler(MAKERS["cosine"][0], monitor="valid_loss"), "CosineAnnealingLR takes no monitor; got 'valid_loss'"),
 ]
