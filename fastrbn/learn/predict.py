@@ -1,0 +1,423 @@
+"""`Runner.validate` and `Runner.predict`: the loop's validation pass alone, on a copy of the run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import Dataset as TorchDataset
+
+from fastrbn.random_state import RandomState
+from fastrbn.util import apply_to, items_of, suggestion
+
+from .batch import batch_size, reduction
+from .callback import Callback
+from .events import EVENTS
+from .parts import Parts
+from .unpack import Unpack
+
+_BATCH = 64  # samples, if the learner's data do not say
+_FLIPS: dict[str, int] = {"hflip": -1, "vflip": -2}  # the dimension that each turns round
+
+
+class Predictions(NamedTuple):
+    """What `Runner.predict` returns: tensors on the CPU with one row a sample, in the loader's order.
+
+    Parameters
+    ----------
+    preds : Tensor, or tuple, list or dict of tensors
+        The model's outputs as it returns them, so logits if the loss function takes logits.
+    targets : Tensor, or tuple, list or dict of tensors, or None
+        None if the batches have no target.
+    losses : Tensor (N,) or None
+        The loss of each sample, if `losses=True` asked for it.
+    """
+
+    preds: Any
+    targets: Any
+    losses: Tensor | None
+
+
+def validate(run: Any, data: Any, learn: Any) -> dict[str, float]:
+    """See `Runner.validate`."""
+    data, learn = _learner(run, data, learn, "validate")
+    unpack, judge = Unpack.of(learn), _Judge(run, learn)
+    _pass(run, learn, unpack, _batches(data, learn, unpack), judge)
+    return judge.numbers()
+
+
+def predict(run: Any, data: Any, learn: Any, losses: bool, tta: Any) -> Predictions:
+    """See `Runner.predict`."""
+    data, learn = _learner(run, data, learn, "predict")
+    unpack, keep = _Predicting.of(learn), _Keep()
+    unpack.versions = _versions(tta)
+    if losses:
+        unpack.each = _each_loss(learn.loss_func)
+    dl = _batches(data, learn, unpack)
+    _warn_of_order(dl)
+    _pass(run, learn, unpack, dl, keep)
+    return keep.joined(losses)
+
+
+# The pass
+
+
+def _learner(run: Any, data: Any, learn: Any, what: str) -> tuple[Any, Any]:
+    """`data` and the learner, which may stand in the place of the data, as in `run.validate(learn)`."""
+    if run._fitting:
+        raise RuntimeError(
+            f"{what} was called inside a fit, whose batch and position it would replace: call it after the fit, or on "
+            f"a second Runner, Runner(…).{what}(learn=self.learn)"
+        )
+    if learn is None and all(hasattr(data, name) for name in ("model", "opt", "loss_func", "data")):
+        data, learn = None, data
+    learn = run.learn if learn is None else learn
+    if learn is None:
+        raise TypeError(f"this run has not trained yet: name the learner, run.{what}(learn=learn)")
+    return data, learn
+
+
+def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: Callback) -> None:
+    """One validation pass over `dl` in a copy of the run, with copies of the callbacks that take part.
+
+    The run, its callbacks, random states and the modes of modules stay as they are.
+    """
+    aside = copy.copy(run)
+    copies = {id(cb): copy.copy(cb) for cb in run.cbs if cb._outside_fit}
+    vars(aside).update({name: copies[id(cb)] for name, cb in vars(run).items() if id(cb) in copies})
+    vars(aside).update(cbs=[*copies.values(), collector], logger=_silent, _outside=True, _parts=Parts())
+    modes = [(m, m.training) for m in learn.model.modules()]
+
+    def validation() -> None:
+        aside._scope("epoch", aside, "begin_fit")
+        learn.model.eval()
+        aside._scope("epoch", aside._all_batches, "begin_validate", dl)
+
+    with RandomState([dl]), torch.no_grad():
+        aside._prepare(1, learn, None)
+        aside._unpack = unpack
+        failed = True
+        try:
+            aside._scope("train", validation)
+            failed = False
+        except RuntimeError as e:
+            if differs := _devices_differ(aside):
+                raise RuntimeError(differs) from e
+            raise
+        finally:
+            aside._finish(failed)
+            for m, training in modes:
+                m.training = training
+
+
+def _silent(line: object) -> None:
+    """The logger of a pass, whose lines would look like the fit's."""
+
+
+def _devices_differ(run: Any) -> str:
+    """A message if the model and the batch at hand are on different devices."""
+    there = {str(p.device) for p in run.model.parameters()}
+    batch = {str(t.device) for t in items_of(run.xb, Tensor)}
+    if not there or batch <= there:
+        return ""
+    return (
+        f"model and batch must be on one device; the model is on {', '.join(sorted(there))}, the batch on "
+        f"{', '.join(sorted(batch))}: give the run a CudaCallback, or move one of them"
+    )
+
+
+class _Collector(Callback):
+    """Sees every batch of a pass, after all other callbacks."""
+
+    _last = _outside_fit = frozenset(EVENTS)
+
+    def after_cancel_epoch(self) -> None:
+        raise RuntimeError("a callback cancelled the pass (CancelEpochException), so its result would be of a part")
+
+    def after_cancel_train(self) -> None:
+        raise RuntimeError("a callback cancelled the pass (CancelTrainException), so its result would be of a part")
+
+
+class _Judge(_Collector):
+    """Averages the loss, and measures with the metrics of the run's AvgStatsCallback."""
+
+    def __init__(self, run: Any, learn: Any):
+        self.stats = [cb._fresh_stats() for cb in run.cbs if hasattr(cb, "_fresh_stats")]
+        self.summed = reduction(learn.loss_func) == "sum"
+        self.values: list[Tensor] = []
+        self.sizes: list[int] = []
+
+    def after_loss(self) -> None:
+        run = self.run
+        for stats in self.stats:
+            stats.accumulate(run)
+        self.values.append(run.loss.detach())
+        self.sizes.append(batch_size(run.xb))
+
+    def numbers(self) -> dict[str, float]:
+        """The averages over samples, by name."""
+        if not sum(self.sizes):
+            raise ValueError("validate needs at least one batch; the loader gave none, or callbacks cancelled all")
+        values = torch.stack(self.values).tolist()
+        weights = [1] * len(values) if self.summed else self.sizes
+        found = {"loss": math.fsum(v * w for v, w in zip(values, weights)) / sum(self.sizes)}
+        for stats in self.stats:
+            found.update(zip(stats.names, stats.avg_stats))
+        return found
+
+
+class _Keep(_Collector):
+    """Keeps predictions, targets and losses on the CPU."""
+
+    def __init__(self) -> None:
+        self.preds: list[Any] = []
+        self.targets: list[Any] = []
+        self.losses: list[Tensor] = []
+
+    def after_pred(self) -> None:
+        run = self.run
+        _check_rows(run.pred, run.xb)
+        self.preds.append(_on_cpu(run.pred))
+        self.targets.append(_on_cpu(run.yb))
+
+    def after_loss(self) -> None:
+        if isinstance(self.run.loss, Tensor):
+            self.losses.append(_on_cpu(self.run.loss))
+
+    def after_cancel_batch(self) -> None:
+        raise RuntimeError("a callback cancelled a batch (CancelBatchException), whose predictions would be missing")
+
+    def joined(self, losses: bool) -> Predictions:
+        """All batches as one."""
+        if not self.preds:
+            raise ValueError("predict needs at least one batch; the loader gave none")
+        return Predictions(_joined(self.preds), _joined(self.targets), torch.cat(self.losses) if losses else None)
+
+
+def _on_cpu(value: Any) -> Any:
+    return apply_to(value, Tensor, lambda t: t.detach().cpu())
+
+
+def _check_rows(pred: Any, xb: Any) -> None:
+    """ValueError unless every tensor of the output has a row for each sample; numbers, such as a loss, may be in it."""
+    leaves = [t for t in items_of(pred, Tensor) if t.dim()]
+    if not leaves:
+        raise ValueError(
+            f"predict needs a model that returns tensors with a row for each sample; got "
+            f"{'one number' if isinstance(pred, Tensor) else type(pred).__name__}: set self.run.pred in after_pred of "
+            f"a callback"
+        )
+    n = len(xb) if isinstance(xb, Tensor) and xb.dim() else len(leaves[0])
+    if wrong := [tuple(t.shape) for t in leaves if len(t) != n]:
+        raise ValueError(
+            f"predict joins outputs along dimension 0, which must be the samples; a batch of {n} gave shape "
+            f"{wrong[0]}: for a single sample x pass x[None], otherwise keep what has a row for each sample, "
+            f"self.run.pred = …, in after_pred of a callback"
+        )
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The batches' values joined leaf by leaf; numbers, one a batch, are stacked."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts) if first.dim() else torch.stack(parts)
+    if isinstance(first, Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first)(*(_joined(list(values)) for values in zip(*parts)))
+    if isinstance(first, (list, tuple)) and next(items_of(first, Tensor), None) is not None:
+        return type(first)(_joined(list(values)) for values in zip(*parts))
+    if isinstance(first, (list, tuple)):  # such as names, one for each sample
+        return [value for part in parts for value in part]
+    return None if first is None else parts
+
+
+class _Predicting(Unpack):
+    """Outputs averaged over versions of a batch, and losses of each sample in place of their mean."""
+
+    versions: list[Callable[[Any], Any]]
+    each: Callable[..., Tensor] | None = None
+
+    def call_model(self, model: Any, xb: Any, forward: Callable[..., Any] | None = None) -> Any:
+        if len(self.versions) == 1:
+            return super().call_model(model, xb, forward)
+        outputs = [super(_Predicting, self).call_model(model, tfm(xb), forward) for tfm in self.versions]
+        return _mean(outputs)
+
+    def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:
+        if self.each is None:
+            return None
+        if yb is None:
+            raise ValueError("losses=True needs targets, and the batches have none: leave it out, or pass (x, y)")
+        return self.each(pred, yb, forward)
+
+
+# What to predict
+
+
+def _batches(data: Any, learn: Any, unpack: Unpack) -> Any:
+    """The loader of `data`. For inputs alone, `unpack` then takes them as they are."""
+    if data is None or hasattr(data, "valid_dl"):
+        dl = getattr(learn.data if data is None else data, "valid_dl", None)
+        if dl is None:
+            raise ValueError("the data have no validation loader (valid_dl is None): pass a loader, a Dataset or a batch")
+        return dl
+    loaders = (getattr(learn.data, name, None) for name in ("valid_dl", "train_dl"))
+    like = next((dl for dl in loaders if dl is not None), None)
+    size = getattr(like, "batch_size", None) or _BATCH
+    if isinstance(data, TorchDataset):
+        same = {name: getattr(like, name) for name in ("collate_fn", "num_workers") if isinstance(like, DataLoader)}
+        return _Converted(DataLoader(data, size, **same), like)
+    if hasattr(data, "__array__") and not isinstance(data, Tensor):
+        data = _tensor(data, learn.model)
+    if isinstance(data, Tensor):
+        stored = getattr(like, "x", None)
+        if data.dim() == 0 or (isinstance(stored, Tensor) and data.dim() == stored.dim() - 1):
+            raise ValueError(
+                f"predict takes samples along dimension 0; got shape {tuple(data.shape)}: for a single sample x pass "
+                f"x[None]"
+            )
+        unpack.function = None  # it is for whole batches
+        parts = data.split(size)
+        return _Converted(parts, like) if data.dtype is torch.uint8 else parts
+    if isinstance(data, (tuple, Mapping)):
+        return _cut(data, size)
+    if not hasattr(data, "__iter__") or isinstance(data, (str, bytes)):
+        raise TypeError(
+            f"the data must be a loader, a DataBunch, a Dataset, a tensor or array of samples, or a batch (a tuple or "
+            f"dictionary); got {data!r}"
+        )
+    return data
+
+
+def _tensor(array: Any, model: Any) -> Tensor:
+    import numpy as np
+
+    data = torch.from_numpy(np.ascontiguousarray(array))
+    dtype = next((p.dtype for p in model.parameters()), data.dtype)
+    return data.to(dtype) if data.is_floating_point() and dtype.is_floating_point else data  # NumPy's is float64
+
+
+def _cut(batch: Any, size: int) -> list[Any]:
+    return [
+        apply_to(batch, Tensor, lambda t: t[i : i + size] if t.dim() else t)  # noqa: B023 - called at once
+        for i in range(0, batch_size(batch), size)
+    ]
+
+
+class _Converted:
+    """Raw batches as the loader `like` converts its own data, if it does: bytes to floats, normalised, transformed."""
+
+    def __init__(self, dl: Any, like: Any):
+        self.dl, self.convert = dl, getattr(like, "convert", None)
+        self.dtype = getattr(getattr(like, "x", None), "dtype", None)
+
+    def __len__(self) -> int:
+        return len(self.dl)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.dl:
+            if self.convert is None:
+                yield batch
+            elif isinstance(batch, Tensor):
+                yield self._of(batch)
+            elif isinstance(batch, (tuple, list)):
+                yield (self._of(batch[0]), *batch[1:])
+            else:
+                yield batch
+
+    def _of(self, xb: Any) -> Any:
+        return self.convert(xb) if isinstance(xb, Tensor) and xb.dtype is self.dtype else xb
+
+
+def _warn_of_order(dl: Any) -> None:
+    if getattr(dl, "shuffle", False) is True or isinstance(getattr(dl, "sampler", None), RandomSampler):
+        warnings.warn(
+            "this loader shuffles: the predictions, and the targets beside them, are in its order, not the data set's",
+            stacklevel=4,
+        )
+
+
+# Test-time augmentation
+
+
+def _versions(tta: Any) -> list[Callable[[Any], Any]]:
+    """The functions of xb whose outputs are averaged: the batch as it is, and those of `tta`."""
+    found: list[Callable[[Any], Any]] = [lambda xb: xb]
+    for item in tta if isinstance(tta, (list, tuple)) else [] if tta is None else [tta]:
+        if isinstance(item, str) and item in _FLIPS:
+            found.append(functools.partial(_flipped, name=item))
+        elif callable(item):
+            found.append(item)
+        else:
+            raise ValueError(
+                f"tta must be {', '.join(map(repr, _FLIPS))}, a function of xb, or a list of these; got {item!r}."
+                f"{suggestion(item, _FLIPS)}"
+            )
+    return found
+
+
+def _flipped(xb: Any, name: str) -> Tensor:
+    if not isinstance(xb, Tensor) or xb.dim() != 4:
+        got = f"a tensor of shape {tuple(xb.shape)}" if isinstance(xb, Tensor) else type(xb).__name__
+        raise ValueError(f"tta={name!r} needs batches of images (N, C, H, W); got {got}: pass a function of xb")
+    return xb.flip(_FLIPS[name])
+
+
+def _mean(outputs: list[Any]) -> Any:
+    """The mean of the outputs, leaf by leaf."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        if not first.is_floating_point() or first.dim() > 2:
+            raise ValueError(
+                f"tta averages numbers of shape (N,) or (N, C); got {str(first.dtype).removeprefix('torch.')} of shape "
+                f"{tuple(first.shape)}: an output with places in it would have to be turned back first"
+            )
+        return torch.stack(outputs).mean(0)
+    if isinstance(first, Mapping):
+        return {key: _mean([output[key] for output in outputs]) for key in first}
+    if isinstance(first, (list, tuple)):
+        means = (_mean(list(values)) for values in zip(*outputs))
+        return type(first)(*means) if hasattr(first, "_fields") else type(first)(means)
+    return first
+
+
+# Losses of each sample
+
+
+def _each_loss(loss_func: Any) -> Callable[..., Tensor]:
+    """A function `(pred, yb, forward)` of the losses (N,) of the samples."""
+    if loss_func is None:
+        raise ValueError("losses=True needs a loss function; this learner's model returns a loss of the whole batch")
+    reduces = reduction(loss_func)
+    if isinstance(getattr(loss_func, "reduction", None), str):
+        unreduced: Any = copy.copy(loss_func)
+        unreduced.reduction = "none"
+    else:
+        unreduced = None if reduces is None else functools.partial(loss_func, reduction="none")
+
+    def losses(pred: Any, yb: Any, forward: Callable[..., Any]) -> Tensor:
+        n = batch_size(yb)
+        found = None
+        if unreduced is not None:
+            try:
+                found = forward(unreduced, pred, yb)
+            except Exception:  # noqa: BLE001 - it does not reduce as its name says; below it fails with its own error
+                found = None
+        if isinstance(found, Tensor) and found.dim() and len(found) == n:
+            rest = found.flatten(1) if found.dim() > 1 else found[:, None]
+            return rest.mean(1) if reduces in ("mean", "none") else rest.sum(1)
+        return torch.stack([forward(loss_func, _one(pred, i), _one(yb, i)).mean() for i in range(n)])
+
+    return losses
+
+
+def _one(value: Any, i: int) -> Any:
+    return apply_to(value, Tensor, lambda t: t[i : i + 1] if t.dim() else t)
