@@ -299,6 +299,70 @@ def comparison(columns, norms):
     return [(f"mnist, cnn, 50000 images, 3 to 6 seeds, batch size {i}, lr×0.333", lines) for i in range(columns)]
 
 
+def test_a_confusion_matrix_has_the_shares_of_each_row_and_counts_in_the_cells():
+    ax, *_ = plots.plot_confusion(torch.tensor([[6, 2, 0], [0, 0, 0], [1, 0, 3]])).axes
+    (image,) = ax.images
+    shares = image.get_array().filled(-1.0).tolist()
+    assert shares == [[0.75, 0.25, 0.0], [-1.0] * 3, [0.25, 0.0, 0.75]], "the row without samples has no colour"
+    assert {(t.get_position(), t.get_text()) for t in ax.texts} == {
+        ((0, 0), "6"),
+        ((1, 0), "2"),
+        ((0, 2), "1"),
+        ((2, 2), "3"),
+    }
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("target", "predicted")
+    assert ax.get_title("left").endswith("75.0 % of 12 samples right")
+
+
+def test_a_matrix_of_many_classes_lists_what_is_confused_most():
+    counts = 50 * torch.eye(30, dtype=torch.int64)
+    counts[3, 7], counts[7, 3], counts[1, 2] = 9, 20, 1
+    fig = plots.plot_confusion(counts)
+    assert not fig.axes[0].texts
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["7 → 3: 20", "3 → 7: 9", "1 → 2: 1"]
+    assert len(plots.plot_confusion(torch.eye(300)).axes[0].get_xticks()) == 100, "names stay 0.15 inches apart"
+
+
+def test_what_is_no_confusion_matrix_is_refused():
+    for matrix, classes, message in [
+        (torch.ones(2, 3), None, r"got shape \(2, 3\)"),
+        (torch.ones(2, 2), ["a"], "each of the 2 classes; got 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plots.plot_confusion(matrix, classes)
+
+
+def test_the_worst_predictions_come_first_and_are_told_from_the_right_ones():
+    images = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 2, 2) / 4
+    losses, probs = [0.5, math.nan, 3.0, 1.0], torch.eye(4)[[0, 1, 2, 3]] * 0.5
+    fig = plots.plot_worst(images, [0, 1, 2, 3], torch.tensor([0, 0, 2, 1]), losses, probs, classes="abcd", n=3)
+    assert [float(ax.images[0].get_array()[0, 0]) for ax in fig.axes] == [0.25, 0.5, 0.75]
+    assert [ax.get_title("left").splitlines() for ax in fig.axes] == [
+        ["b", "predicted a", "loss nan, probability 0.00"],
+        ["c", "predicted c", "loss 3, probability 0.50"],
+        ["d", "predicted b", "loss 1, probability 0.00"],
+    ]
+    wrong, right, _ = (ax._left_title.get_color() for ax in fig.axes)
+    assert wrong != right
+
+
+def test_images_are_drawn_as_they_were_before_they_were_normalised():
+    pixels = torch.tensor([[[0.1, 0.6]], [[0.2, 0.7]], [[0.3, 0.8]]])
+    mean, std = [0.4, 0.5, 0.6], torch.tensor([0.1, 0.2, 0.3])
+    normalised = (pixels - torch.tensor(mean).reshape(3, 1, 1)) / std.reshape(3, 1, 1)
+
+    def drawn(image, **undo):
+        return torch.as_tensor(plots.plot_worst([image], [0], [0], [1.0], **undo).axes[0].images[0].get_array())
+
+    assert torch.allclose(drawn(normalised, mean=mean, std=std).float(), pixels.permute(1, 2, 0), atol=1e-6)
+    assert drawn(torch.tensor([[0, 51, 255]], dtype=torch.uint8)).tolist()[0] == pytest.approx([0, 0.2, 1])
+    assert drawn(torch.tensor([[-1.0, 0.0, 3.0]])).tolist()[0] == [0, 0.25, 1], "from the smallest to the largest value"
+    with pytest.raises(ValueError, match=r"got \(5, 2, 2\): pass channels first"):
+        drawn(torch.ones(5, 2, 2))
+    with pytest.raises(ValueError, match="got 1 losses, 2 images"):
+        plots.plot_worst([pixels, pixels], [0], [0], [1.0])
+
+
 WALK = torch.randn(200, 20).div(9).cumsum(0).exp()
 NAMES = [f"layers.{i}.weight" for i in range(20)]
 BOXES = [
@@ -328,6 +392,11 @@ PICTURES = {
     "comparison": lambda: plots.plot_comparison(comparison(1, 10), dashed=["norm-1", "norm-5"]),
     "three comparisons": lambda: plots.plot_comparison(comparison(3, 4)),
     "weights": lambda: plots.plot_weight_norms([(f"mnist, cnn, 50000 images, batch size {i}", CURVES) for i in (2, 8)]),
+    "two classes": lambda: plots.plot_confusion([[9, 1], [0, 0]], ["a class with a long name", "dog"]),
+    "21 classes": lambda: plots.plot_confusion(torch.randint(9, (21, 21)), [f"class {i}" for i in range(21)]),
+    "worst": lambda: plots.plot_worst(
+        torch.rand(5, 1, 8, 8), [0, 1, 0, 1, 1], [0] * 5, torch.rand(5), torch.rand(5), ["dog", 30 * "w"]
+    ),
     "graph": lambda: plots.plot_graph(BOXES, [[(1.5, 2.8), (1.5, 2.2)], [(1.5, 1.8), (1.5, 1.2)]]),
 }
 
@@ -349,7 +418,7 @@ def test_texts_are_large_enough_inside_the_picture_and_not_on_one_another_nor_on
     assert not any(ax.get_legend() for ax in fig.axes)
 
 
-@pytest.mark.parametrize("module", ["figure", "training", "diagnose", "compare", "graph"])
+@pytest.mark.parametrize("module", ["figure", "training", "diagnose", "compare", "graph", "predictions"])
 def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"torch": torch}
