@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "plots": ["util"],
     "models": ["norm", "util"],
     "summary": ["learn.snapshot", "learn.unpack", "util"],
+    "show": ["learn.predict", "learn.unpack", "plots", "random_state", "util"],
     "callbacks.step": ["learn", "util"],
     "callbacks.track": ["learn", "util"],
     "callbacks.diagnose": ["learn", "graph", "util"],

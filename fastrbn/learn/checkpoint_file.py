@@ -30,6 +30,7 @@ _PARTS = ("model", "opt", "callbacks", "random", "position")
 _CHECKSUM = "blake2b"
 _MARK = b"fastrbn-blake2b:"  # starts the archive's comment; the hash of all bytes up to here, in hexadecimal, follows
 _HASH_BYTES = 32
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # starts files of PyTorch before 1.6, which are no archives
 _FOOTER = len(_MARK) + 2 * _HASH_BYTES
 
 
@@ -136,10 +137,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         state = {"model": state["model"] if isinstance(state.get("model"), dict) else state}
     weights = state.get("model") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not any(isinstance(v, torch.Tensor) for v in weights.values()):
-        got = f"a dictionary with {', '.join(map(repr, [*state][:3]))}" if isinstance(state, dict) else type(state)
+        got = ", ".join(map(repr, [*weights][:3])) if isinstance(weights, dict) else type(state).__name__
         raise CheckpointError(
             f"{path} holds no weights; it must be a file of learn.save, Checkpoint or SaveBest, or a state_dict; got "
-            f"{got}"
+            f"{got or 'an empty one'}"
         )
     return state
 
@@ -182,6 +183,10 @@ def _is_sealed(file: BinaryIO, path: Path) -> bool:
     footer = file.read()
     file.seek(0)
     if not footer.startswith(_MARK):
+        if file.read(len(_OLD)) == _OLD:
+            file.seek(0)
+            return False
+        file.seek(0)
         with zipfile.ZipFile(file) as archive:  # torch.load does not check them
             if (damaged := archive.testzip()) is not None:
                 raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}): take an earlier one")

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from fastrbn.util import apply_to, items_of, suggestion
 
 from .batch import batch_size, reduction
 from .callback import Callback
-from .events import EVENTS
+from .events import EVENTS, CancelEpochException
 from .parts import Parts
 from .unpack import Unpack
 
@@ -56,14 +56,24 @@ def validate(run: Any, data: Any, learn: Any) -> dict[str, float]:
 def predict(run: Any, data: Any, learn: Any, losses: bool, tta: Any) -> Predictions:
     """See `Runner.predict`."""
     data, learn = _learner(run, data, learn, "predict")
-    unpack, keep = _Predicting.of(learn), _Keep()
-    unpack.versions = _versions(tta)
-    if losses:
-        unpack.each = _each_loss(learn.loss_func)
+    unpack, keep = _Predicting(learn, losses, _versions(tta)), _Keep()
     dl = _batches(data, learn, unpack)
     _warn_of_order(dl)
     _pass(run, learn, unpack, dl, keep)
     return keep.joined(losses)
+
+
+def examples(run: Any, data: Any, learn: Any, n: int, worst: bool) -> tuple[Any, Predictions]:
+    """Inputs, as the model gets them, of `n` samples with their predictions: the first ones, or those with the highest
+    loss, the worst first."""
+    data, learn = _learner(run, data, learn, "predict")
+    unpack = _Predicting(learn, losses=worst)
+    found = _Examples(n, worst)
+    _pass(run, learn, unpack, _batches(data, learn, unpack), found)
+    if found.kept is None:
+        raise ValueError("at least one batch is needed; the loader gave none")
+    xb, *kept = found.kept
+    return xb, Predictions(*kept)
 
 
 # The pass
@@ -201,6 +211,31 @@ class _Keep(_Collector):
         return Predictions(_joined(self.preds), _joined(self.targets), torch.cat(self.losses) if losses else None)
 
 
+class _Examples(_Collector):
+    """Keeps inputs and predictions of some samples; see `examples`."""
+
+    def __init__(self, n: int, worst: bool):
+        self.n, self.worst = n, worst
+        self.kept: Any = None
+
+    def after_loss(self) -> None:
+        run = self.run
+        _check_rows(run.pred, run.xb)
+        rows = _on_cpu((run.xb, run.pred, run.yb, run.loss))
+        if self.kept is not None:
+            rows = _joined([self.kept, rows])
+        if self.worst:
+            order = rows[3].nan_to_num(math.inf).argsort(descending=True, stable=True)[: self.n]
+        else:
+            order = torch.arange(min(self.n, batch_size(rows[0])))
+        self.kept = apply_to(rows, Tensor, lambda t: t[order] if t.dim() else t)
+        if not self.worst and len(order) == self.n:
+            raise CancelEpochException
+
+    def after_cancel_epoch(self) -> None:
+        """There are enough."""
+
+
 def _on_cpu(value: Any) -> Any:
     return apply_to(value, Tensor, lambda t: t.detach().cpu())
 
@@ -227,7 +262,7 @@ def _joined(parts: list[Any]) -> Any:
     """The batches' values joined leaf by leaf; numbers, one a batch, are stacked."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(parts) if first.dim() else torch.stack(parts)
+        return torch.cat([part if part.dim() else part[None] for part in parts])
     if isinstance(first, Mapping):
         return {key: _joined([part[key] for part in parts]) for key in first}
     if isinstance(first, tuple) and hasattr(first, "_fields"):
@@ -242,11 +277,12 @@ def _joined(parts: list[Any]) -> Any:
 class _Predicting(Unpack):
     """Outputs averaged over versions of a batch, and losses of each sample in place of their mean."""
 
-    versions: list[Callable[[Any], Any]]
-    each: Callable[..., Tensor] | None = None
+    def __init__(self, learn: Any, losses: bool, versions: Sequence[Callable[[Any], Any]] = ()):
+        super().__init__(learn.model, getattr(learn, "unpack", None), learn.loss_func is None)
+        self.versions, self.each = versions, _each_loss(learn.loss_func) if losses else None
 
     def call_model(self, model: Any, xb: Any, forward: Callable[..., Any] | None = None) -> Any:
-        if len(self.versions) == 1:
+        if len(self.versions) < 2:
             return super().call_model(model, xb, forward)
         outputs = [super(_Predicting, self).call_model(model, tfm(xb), forward) for tfm in self.versions]
         return _mean(outputs)
@@ -255,7 +291,7 @@ class _Predicting(Unpack):
         if self.each is None:
             return None
         if yb is None:
-            raise ValueError("losses=True needs targets, and the batches have none: leave it out, or pass (x, y)")
+            raise ValueError("losses need targets, and the batches have none: pass pairs (x, y), or leave losses out")
         return self.each(pred, yb, forward)
 
 
@@ -267,7 +303,9 @@ def _batches(data: Any, learn: Any, unpack: Unpack) -> Any:
     if data is None or hasattr(data, "valid_dl"):
         dl = getattr(learn.data if data is None else data, "valid_dl", None)
         if dl is None:
-            raise ValueError("the data have no validation loader (valid_dl is None): pass a loader, a Dataset or a batch")
+            raise ValueError(
+                "the data have no validation loader (valid_dl is None): pass a loader, a Dataset or a batch"
+            )
         return dl
     loaders = (getattr(learn.data, name, None) for name in ("valid_dl", "train_dl"))
     like = next((dl for dl in loaders if dl is not None), None)
@@ -324,9 +362,7 @@ class _Converted:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.dl:
-            if self.convert is None:
-                yield batch
-            elif isinstance(batch, Tensor):
+            if isinstance(batch, Tensor):
                 yield self._of(batch)
             elif isinstance(batch, (tuple, list)):
                 yield (self._of(batch[0]), *batch[1:])
@@ -334,7 +370,7 @@ class _Converted:
                 yield batch
 
     def _of(self, xb: Any) -> Any:
-        return self.convert(xb) if isinstance(xb, Tensor) and xb.dtype is self.dtype else xb
+        return self.convert(xb) if self.convert and isinstance(xb, Tensor) and xb.dtype is self.dtype else xb
 
 
 def _warn_of_order(dl: Any) -> None:
@@ -395,7 +431,10 @@ def _mean(outputs: list[Any]) -> Any:
 def _each_loss(loss_func: Any) -> Callable[..., Tensor]:
     """A function `(pred, yb, forward)` of the losses (N,) of the samples."""
     if loss_func is None:
-        raise ValueError("losses=True needs a loss function; this learner's model returns a loss of the whole batch")
+        raise ValueError(
+            "the losses of samples need a loss function; this learner has none (loss_func=None), and its model returns "
+            "the loss of a whole batch"
+        )
     reduces = reduction(loss_func)
     if isinstance(getattr(loss_func, "reduction", None), str):
         unreduced: Any = copy.copy(loss_func)
