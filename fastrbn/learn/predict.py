@@ -18,7 +18,6 @@ from fastrbn.random_state import RandomState
 from fastrbn.util import apply_to, items_of, suggestion
 
 from .batch import batch_size, reduction
-from .callback import Callback
 from .events import EVENTS, CancelEpochException
 from .parts import Parts
 from .unpack import Unpack
@@ -94,7 +93,7 @@ def _learner(run: Any, data: Any, learn: Any, what: str) -> tuple[Any, Any]:
     return data, learn
 
 
-def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: Callback) -> None:
+def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: _Collector) -> None:
     """One validation pass over `dl` in a copy of the run, with copies of the callbacks that take part.
 
     The run, its callbacks, random states and the modes of modules stay as they are.
@@ -102,7 +101,7 @@ def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: Callback) ->
     aside = copy.copy(run)
     copies = {id(cb): copy.copy(cb) for cb in run.cbs if cb._outside_fit}
     vars(aside).update({name: copies[id(cb)] for name, cb in vars(run).items() if id(cb) in copies})
-    vars(aside).update(cbs=[*copies.values(), collector], logger=_silent, _outside=True, _parts=Parts())
+    vars(aside).update(cbs=[*copies.values()], logger=_silent, _outside=True, _parts=Parts())
     modes = [(m, m.training) for m in learn.model.modules()]
 
     def validation() -> None:
@@ -112,7 +111,10 @@ def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: Callback) ->
 
     with RandomState([dl]), torch.no_grad():
         aside._prepare(1, learn, None)
-        aside._unpack = unpack
+        aside._unpack, collector.run = unpack, aside
+        for event in EVENTS:
+            if handler := getattr(collector, event, None):
+                aside._handlers[event] += (handler,)
         failed = True
         try:
             aside._scope("train", validation)
@@ -143,10 +145,10 @@ def _devices_differ(run: Any) -> str:
     )
 
 
-class _Collector(Callback):
-    """Sees every batch of a pass, after all other callbacks."""
+class _Collector:
+    """Its methods that are events follow those of all callbacks. No callback itself: it belongs to one pass."""
 
-    _last = _outside_fit = frozenset(EVENTS)
+    run: Any
 
     def after_cancel_epoch(self) -> None:
         raise RuntimeError("a callback cancelled the pass (CancelEpochException), so its result would be of a part")
