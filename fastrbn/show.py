@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from . import plots
 from .learn import predict
@@ -115,7 +115,8 @@ def show_results(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> F
     """
     n, learn = whole("n", n), run.learn if learn is None else learn
     bunch = data if hasattr(data, "valid_dl") else getattr(learn, "data", None) if data is None else None
-    ds: Any = getattr(getattr(bunch, "valid_dl", None), "dataset", None)
+    loader = getattr(bunch, "valid_dl", None)
+    ds: Any = loader.dataset if isinstance(loader, DataLoader) or hasattr(loader, "convert") else None
     if hasattr(ds, "__len__") and hasattr(ds, "__getitem__") and not isinstance(ds, IterableDataset):
         count = min(n, len(ds))
         data = Subset(ds, [i * len(ds) // count for i in range(count)])

@@ -18,10 +18,12 @@ from fastrbn.random_state import RandomState
 from fastrbn.util import apply_to, items_of, suggestion
 
 from .batch import batch_size, reduction
+from .callback import RUN_STATE
 from .events import EVENTS, CancelEpochException
 from .parts import Parts
 from .unpack import Unpack
 
+_LEARNER = ("model", "opt", "loss_func", "data")
 _BATCH = 64  # samples, if the learner's data do not say
 _FLIPS: dict[str, int] = {"hflip": -1, "vflip": -2}  # the dimension that each turns round
 
@@ -85,11 +87,13 @@ def _learner(run: Any, data: Any, learn: Any, what: str) -> tuple[Any, Any]:
             f"{what} was called inside a fit, whose batch and position it would replace: call it after the fit, or on "
             f"a second Runner, Runner(…).{what}(learn=self.learn)"
         )
-    if learn is None and all(hasattr(data, name) for name in ("model", "opt", "loss_func", "data")):
+    if learn is None and all(hasattr(data, name) for name in _LEARNER):
         data, learn = None, data
     learn = run.learn if learn is None else learn
     if learn is None:
         raise TypeError(f"this run has not trained yet: name the learner, run.{what}(learn=learn)")
+    if not all(hasattr(learn, name) for name in _LEARNER):
+        raise TypeError(f"learn must be a Learner, with {', '.join(_LEARNER)}; got {type(learn).__name__}")
     return data, learn
 
 
@@ -101,7 +105,15 @@ def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: _Collector) 
     aside = copy.copy(run)
     copies = {id(cb): copy.copy(cb) for cb in run.cbs if cb._outside_fit}
     vars(aside).update({name: copies[id(cb)] for name, cb in vars(run).items() if id(cb) in copies})
-    vars(aside).update(cbs=[*copies.values()], logger=_silent, _outside=True, _parts=Parts())
+    lent = {"model": learn.model, "opt": learn.opt, "loss_func": learn.loss_func, "data": learn.data, "logger": _silent}
+    vars(aside).update(RUN_STATE, **lent, learn=learn, epochs=1, epoch=0, n_iter=0, n_epochs=0.0)
+    vars(aside).update(cbs=[*copies.values()], _lent=lent, _unpack=unpack, _parts=Parts(), _fitting=True, _outside=True)
+    for cb in aside.cbs:
+        cb.set_runner(aside)
+    collector.run, aside._handlers = aside, aside._resolve()
+    for event in EVENTS:
+        if handler := getattr(collector, event, None):
+            aside._handlers[event] += (handler,)
     modes = [(m, m.training) for m in learn.model.modules()]
 
     def validation() -> None:
@@ -110,11 +122,6 @@ def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: _Collector) 
         aside._scope("epoch", aside._all_batches, "begin_validate", dl)
 
     with RandomState([dl]), torch.no_grad():
-        aside._prepare(1, learn, None)
-        aside._unpack, collector.run = unpack, aside
-        for event in EVENTS:
-            if handler := getattr(collector, event, None):
-                aside._handlers[event] += (handler,)
         failed = True
         try:
             aside._scope("train", validation)

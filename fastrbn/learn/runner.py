@@ -259,7 +259,6 @@ class Runner:
         return prediction.predict(self, data, learn, losses, tta)
 
     def _all_epochs(self) -> None:
-        self.opt.zero_grad()  # an earlier fit may have ended between backward and step
         self._scope("epoch", self, "begin_fit")
         for self.epoch in self._resume.epochs():
             self._scope("epoch", self._all_batches, "begin_epoch", self.data.train_dl)
@@ -401,6 +400,7 @@ class Runner:
         if resume is not None:
             self.resumed_from, state = resuming.find(resume, self)
         self._resume = resuming.Resume(self, state)
+        self.opt.zero_grad()  # an earlier fit may have ended between backward and step
         self._fitting = True
 
     def _finish(self, failed: bool) -> None:
