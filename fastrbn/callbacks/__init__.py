@@ -33,6 +33,7 @@ from .step.schedule import (
 )
 from .track.avg_stats import AvgStats, AvgStatsCallback
 from .track.checkpoint import Checkpoint, CheckpointError
+from .track.class_metrics import F1, ConfusionMatrix, IoU, PerClassAccuracy, TopK
 from .track.loggers import CSVLogger, TensorBoardLogger
 from .track.metrics import EpochMetric, accuracy
 from .track.progress import ProgressCallback
@@ -101,11 +102,13 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CompileCallback",
+    "ConfusionMatrix",
     "CudaCallback",
     "Distributed",
     "EMA",
     "EarlyStopping",
     "EpochMetric",
+    "F1",
     "GradientAccumulation",
     "GradientClip",
     "GraphHolder",
@@ -114,6 +117,7 @@ __all__ = [
     "HaltOnNaN",
     "Hook",
     "Hooks",
+    "IoU",
     "LR_Find",
     "ListContainer",
     "MixUp",
@@ -122,11 +126,13 @@ __all__ = [
     "NonFiniteReport",
     "ParamMagnitudes",
     "ParamScheduler",
+    "PerClassAccuracy",
     "Profiler",
     "ProgressCallback",
     "Recorder",
     "SaveBest",
     "TensorBoardLogger",
+    "TopK",
     "accuracy",
     "annealer",
     "append_stats",

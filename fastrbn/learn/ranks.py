@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,12 @@ class Channel:
         """Destroy this channel's group; the default group stays."""
         torch.distributed.destroy_process_group(self.group)
 
-    def gather(self, numbers: Sequence[float], wait: timedelta | None = None) -> list[list[float]]:
-        """The numbers of each rank; all must give the same number of them."""
+    def gather(self, numbers: Any, wait: timedelta | None = None) -> list[Any]:
+        """What each rank gives: a list of numbers, of the same length on all ranks, or a tensor on the CPU or None."""
+        if not isinstance(numbers, (list, tuple)):
+            found: list[Any] = [None] * self.world
+            torch.distributed.all_gather_object(found, numbers, group=self.group)
+            return found
         # summing a table in which each rank fills its row takes half the time of an all_gather
         rows = [[0.0] * len(numbers) for _ in range(self.world)]
         rows[self.rank] = list(numbers)

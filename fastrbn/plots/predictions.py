@@ -170,7 +170,7 @@ def plot_worst(
     >>> images, losses = torch.rand(3, 1, 8, 8), [0.1, 2.5, 0.7]
     >>> fig = plots.plot_worst(images, [0, 1, 1], [0, 0, 1], losses, probs=[0.9, 0.8, 0.5], classes=["cat", "dog"])
     >>> print(fig.axes[0].get_title("left"))
-    dog
+    target dog
     predicted cat
     loss 2.5, probability 0.80
     """
@@ -184,7 +184,7 @@ def plot_worst(
     texts, right = [], []
     for i in order:
         target, pred = _number(targets[i]), _number(preds[i])
-        text = f"{_called(target, classes)}\npredicted {_called(pred, classes)}\nloss {float(values[i]):.3g}"
+        text = f"target {_called(target, classes)}\npredicted {_called(pred, classes)}\nloss {float(values[i]):.3g}"
         if probs is not None:
             p = torch.as_tensor(probs[i]).flatten()
             text += f", probability {float(p[int(pred)] if len(p) > 1 else p):.2f}"

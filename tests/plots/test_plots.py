@@ -338,9 +338,9 @@ def test_the_worst_predictions_come_first_and_are_told_from_the_right_ones():
     fig = plots.plot_worst(images, [0, 1, 2, 3], torch.tensor([0, 0, 2, 1]), losses, probs, classes="abcd", n=3)
     assert [float(ax.images[0].get_array()[0, 0]) for ax in fig.axes] == [0.25, 0.5, 0.75]
     assert [ax.get_title("left").splitlines() for ax in fig.axes] == [
-        ["b", "predicted a", "loss nan, probability 0.00"],
-        ["c", "predicted c", "loss 3, probability 0.50"],
-        ["d", "predicted b", "loss 1, probability 0.00"],
+        ["target b", "predicted a", "loss nan, probability 0.00"],
+        ["target c", "predicted c", "loss 3, probability 0.50"],
+        ["target d", "predicted b", "loss 1, probability 0.00"],
     ]
     wrong, right, _ = (ax._left_title.get_color() for ax in fig.axes)
     assert wrong != right
@@ -395,7 +395,7 @@ PICTURES = {
     "two classes": lambda: plots.plot_confusion([[9, 1], [0, 0]], ["a class with a long name", "dog"]),
     "21 classes": lambda: plots.plot_confusion(torch.randint(9, (21, 21)), [f"class {i}" for i in range(21)]),
     "worst": lambda: plots.plot_worst(
-        torch.rand(5, 1, 8, 8), [0, 1, 0, 1, 1], [0] * 5, torch.rand(5), torch.rand(5), ["dog", 30 * "w"]
+        torch.rand(5, 1, 8, 8), [0, 1, 0, 1, 1], [0] * 5, torch.rand(5), torch.rand(5), ["dog", "a long name of a class of mine"]
     ),
     "graph": lambda: plots.plot_graph(BOXES, [[(1.5, 2.8), (1.5, 2.2)], [(1.5, 1.8), (1.5, 1.2)]]),
 }

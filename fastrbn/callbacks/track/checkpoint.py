@@ -45,7 +45,7 @@ class Checkpoint(Callback):
         Name of an average such as "valid_loss". Each epoch is saved then, and the file of the best one, `.best_path`,
         stays beside the newest; `.best` is its value. A metric's name alone means that of validation.
     mode : {"min", "max"}, optional
-        The better direction of `monitor`. Needed unless the name ends in `loss` or `accuracy`.
+        The better direction of `monitor`. Needed unless the name ends in `loss`, `accuracy`, `f1` or `iou`.
     on_interrupt : bool, default True
         After Ctrl-C, finish the batch, save, and then end the fit; a second Ctrl-C ends it at once. Not available with
         loaders that have workers (Ctrl-C ends those too), or if the program handles Ctrl-C itself.

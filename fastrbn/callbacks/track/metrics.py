@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def accuracy(out: torch.Tensor, yb: torch.Tensor) -> torch.Tensor:
         Scores; the largest along dimension 1 is the predicted class. One logit per sample, (N, 1) or (N,), means two
         classes: above 0 predicts class 1, as in `F.binary_cross_entropy_with_logits`.
     yb : Tensor (N, *)
-        The classes. For one logit per sample they are 0 and 1, (N,) or (N, 1), of any dtype.
+        The classes. For one logit per sample they are 0 and 1, (N,) or (N, 1), of any dtype. Every target counts, also
+        those of -100 that `F.cross_entropy` ignores; `TopK(1)` leaves these out.
 
     Returns
     -------
@@ -45,24 +47,36 @@ def accuracy(out: torch.Tensor, yb: torch.Tensor) -> torch.Tensor:
     ----------
     fast.ai course, part 2 (2019), notebook 03.
     """
-    if out.dim() == 1 or out.shape[1] == 1:
-        guess, yb = (out > 0).reshape(len(out), *out.shape[2:]), yb.squeeze(1) if yb.dim() == max(out.dim(), 2) else yb
-        predicted = guess.to(torch.uint8)
+    predicted, yb = predicted_classes(out, yb, "accuracy")
+    return (predicted == yb).mean(dtype=torch.float32)
+
+
+def predicted_classes(out: torch.Tensor, yb: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted class and target, both (N, *), for the scores that `accuracy` takes."""
+    if is_one_logit(out):
+        # not bool, which equals no target but 0 and 1 and would index as a mask
+        predicted = (out > 0).reshape(len(out), *out.shape[2:]).to(torch.uint8)
+        target = yb.squeeze(1) if yb.dim() == max(out.dim(), 2) else yb
     else:
-        guess = predicted = out.argmax(dim=1)
-    if guess.shape != yb.shape:
+        predicted, target = out.argmax(dim=1), yb
+    if predicted.shape != target.shape:
         raise ValueError(
-            f"accuracy needs one target for each row of the output; got an output of shape {tuple(out.shape)} and "
+            f"{name} needs one target for each row of the output; got an output of shape {tuple(out.shape)} and "
             f"targets of shape {tuple(yb.shape)}"
         )
-    return (predicted == yb).mean(dtype=torch.float32)
+    return predicted, target
+
+
+def is_one_logit(out: torch.Tensor) -> bool:
+    """True for scores (N,) and (N, 1, *): two classes, or one label."""
+    return out.dim() == 1 or out.shape[1] == 1
 
 
 class EpochMetric:
     """Compute a metric once per pass over all samples, for scores that are not averages of batches: F1, AUC.
 
-    Predictions and targets stay in memory until the pass is over. For a score that can be updated batch by batch, write
-    a class with `update(pred, yb)`, `compute()` and `reset()`.
+    Predictions and targets stay in memory until the pass is over; under `Distributed` each process gets those of all.
+    For a score that can be updated batch by batch, write a class with `update(pred, yb)`, `compute()` and `reset()`.
 
     Parameters
     ----------
@@ -103,12 +117,19 @@ class EpochMetric:
         """The function's value over all batches since `reset`."""
         return self.function(torch.cat(self._preds), torch.cat(self._targets))
 
+    def merge(self, gather: Callable[[Any], list]) -> None:
+        """Replace this process's batches by those of all processes; `gather(value)` returns the value of each."""
+        for kept in (self._preds, self._targets):
+            every = gather(torch.cat(kept).cpu() if kept else None)
+            device = kept[0].device if kept else None
+            kept[:] = [t.to(device) for t in every if t is not None]
+
     def __repr__(self):
         return f"EpochMetric({self.__name__})"
 
 
 def check(metric: Any) -> None:
-    """Raise TypeError unless `metric` is a function of a batch or an object that accumulates."""
+    """Raise TypeError unless `metric` is a function of a batch or an object that accumulates; ValueError if empty."""
     has = [name for name in _PROTOCOL if callable(getattr(metric, name, None))]
     if isinstance(metric, type) and has:
         raise TypeError(
@@ -120,6 +141,8 @@ def check(metric: Any) -> None:
             f"a metric that accumulates must have update(pred, yb), compute() and reset(); {metric!r} lacks {lacks}: "
             f"add what is missing, or pass a function of (pred, yb)"
         )
+    if is_collection(metric) and not list(metric.keys()):
+        raise ValueError(f"a collection of metrics must have at least one; got {metric!r}")
     if not has and not callable(metric):
         raise TypeError(f"a metric must be a function of (pred, yb), such as accuracy; got {metric!r}")
 
@@ -135,39 +158,90 @@ def metric_name(metric: Any) -> str:
     return getattr(metric, "__name__", type(metric).__name__).strip("<>")
 
 
-def column_names(metrics: list) -> list[str]:
-    """`loss` and the names of the metrics, numbered if several have the same name."""
-    names = [metric_name(m) for m in metrics]
-    unique = ["loss", *(n if names.count(n) == 1 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names))]
-    if taken := [n for n in unique if unique.count(n) > 1]:
+def names_of(metrics: Sequence[Any]) -> list[list[str]]:
+    """The names of each metric's values, numbered if several have the same.
+
+    One name each, or the keys of an object that has them, such as torchmetrics' MetricCollection."""
+    given = [list(map(str, m.keys())) if is_collection(m) else [metric_name(m)] for m in metrics]
+    seen: Counter[str] = Counter()
+    times = Counter(n for names in given for n in names)
+    unique: list[list[str]] = []
+    for names in given:
+        unique.append([])
+        for n in names:
+            seen[n] += 1
+            unique[-1].append(n if times[n] == 1 else f"{n}_{seen[n]}")
+    flat = ["loss", *(n for names in unique for n in names)]
+    if taken := [n for n in flat if flat.count(n) > 1]:
         raise ValueError(
-            f"names of metrics must be unique, and 'loss' is the name of the loss; got {', '.join(names)}: rename "
-            f"{taken[0]!r}"
+            f"names of metrics must be unique, and 'loss' is the name of the loss; got "
+            f"{', '.join(n for names in given for n in names)}: rename {taken[0]!r}"
         )
     return unique
 
 
+def is_collection(metric: Any) -> bool:
+    """True if `compute()` returns a dictionary whose keys are known before."""
+    return accumulates(metric) and callable(getattr(metric, "keys", None))
+
+
+def is_scalar(metric: Any) -> bool:
+    """False if the metric says, by `scalar = False`, that it computes several numbers."""
+    return bool(getattr(metric, "scalar", True))
+
+
 def measure(metric: Callable, pred: Any, yb: Any, name: str) -> torch.Tensor | float:
     """The value of a function for a batch: a float, or a tensor of one element without a graph."""
-    return _number(_called(name, metric, pred, yb), name)
+    value = _called(name, metric, pred, yb)
+    shape = getattr(value, "shape", ())
+    if not (value.numel() == 1 if isinstance(value, torch.Tensor) else _is_float(value)):
+        got = f"shape {tuple(shape)}" if shape else f"{value!r}"
+        raise ValueError(
+            f"the metric '{name}' must return one number for a batch; got {got}: return a mean over samples, or pass "
+            f"an object with update(pred, yb), compute() and reset()"
+        )
+    return value.detach() if isinstance(value, torch.Tensor) else float(value)
 
 
-def update(metric: Any, pred: Any, yb: Any, name: str, first: bool) -> None:
-    """Pass a batch to an object that accumulates. A module is moved to the device of the `first` batch of a pass."""
-    if first and isinstance(metric, nn.Module) and isinstance(pred, torch.Tensor):
+def update(metric: Any, pred: Any, yb: Any, name: str, place: bool) -> None:
+    """Pass a batch to an object that accumulates; if `place`, a module is moved to the device of `pred` before."""
+    if place and isinstance(metric, nn.Module) and isinstance(pred, torch.Tensor):
         metric.to(pred.device)
     _called(name, metric.update, pred, yb)
 
 
-def compute(metric: Any, name: str) -> float:
-    """The value that an object has accumulated. Waits for the device."""
-    return float(_number(_called(name, metric.compute), name))
+def compute(metric: Any, names: list[str]) -> dict[str, Any]:
+    """What an object has accumulated, by name: floats, and tensors on the CPU where there are several numbers.
+
+    Waits for the device."""
+    value = _called(names[0], metric.compute)
+    if not (is_collection(metric) and isinstance(value, dict)):
+        return {names[0]: _plain_value(value, names[0])}
+    renamed = dict(zip(map(str, metric.keys()), names))
+    return {renamed.get(str(key), str(key)): _plain_value(v, str(key)) for key, v in value.items()}
 
 
 def state(metric: Any) -> dict:
-    """A copy of the attributes of an object that are plain data."""
+    """A copy of the attributes of an object that are plain data; for a module, of those inside it as well."""
+    if not isinstance(metric, nn.Module):
+        return _plain_attributes(metric)
+    # parameters are no state of a metric, but those of a network that it applies
+    inside = {name: _plain_attributes(m) for name, m in metric.named_modules()}
+    return {name: {k: v for k, v in kept.items() if k != "_parameters"} for name, kept in inside.items()}
+
+
+def load_state(metric: Any, state: dict) -> None:
+    if not isinstance(metric, nn.Module):
+        vars(metric).update(copy.deepcopy(state))
+        return
+    modules: dict[str, Any] = dict(metric.named_modules())
+    for name, kept in state.items():
+        vars(modules[name]).update(copy.deepcopy(kept))
+
+
+def _plain_attributes(thing: Any) -> dict:
     kept = {}
-    for name, value in vars(metric).items():
+    for name, value in vars(thing).items():
         try:
             kept[name] = copy.deepcopy(checkpoint_file.plain(value))
         except TypeError:  # not plain data, such as functions and modules
@@ -175,20 +249,35 @@ def state(metric: Any) -> dict:
     return kept
 
 
-def load_state(metric: Any, state: dict) -> None:
-    vars(metric).update(copy.deepcopy(state))
-
-
 def _called(name: str, function: Callable, *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as e:
-        raise RuntimeError(f"the metric '{name}' failed: {type(e).__name__}: {e}") from e
+        why = " (the batch has no target: yb is None)" if len(args) == 2 and args[1] is None else ""
+        raise RuntimeError(f"the metric '{name}' failed: {type(e).__name__}: {e}{why}") from e
 
 
-def _number(value: Any, name: str) -> torch.Tensor | float:
-    if not isinstance(value, torch.Tensor):
+def _plain_value(value: Any, name: str) -> Any:
+    """A float for one number; tensors and containers of them on the CPU for several."""
+    if isinstance(value, torch.Tensor):
+        return float(value) if value.numel() == 1 else value.detach().cpu()
+    if isinstance(value, dict):
+        return {str(k): _plain_value(v, name) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(v, name) for v in value]
+    if _is_float(value):
         return float(value)
-    if value.numel() != 1:
-        raise ValueError(f"the metric '{name}' must return one number for a batch; got shape {tuple(value.shape)}")
-    return value.detach() if value.requires_grad else value
+    if getattr(value, "shape", ()):  # an array of NumPy
+        return torch.as_tensor(value)
+    raise ValueError(
+        f"the metric '{name}' must compute numbers: a number, a tensor, or a list, tuple or dictionary of them; got "
+        f"{value!r}"
+    )
+
+
+def _is_float(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from fastrbn.util import one_of
@@ -16,8 +17,8 @@ class Monitor:
     name : str
         A column such as `valid_loss` or `train_accuracy`. A metric's name alone means that of validation.
     mode : {"min", "max"} or None
-        The better direction. None: "min" for names whose last word is `loss`, "max" for `accuracy`; other names need
-        it.
+        The better direction. None: "min" for names whose last word is `loss`, "max" for `accuracy`, `f1` and `iou`;
+        other names need it.
     owner : str
         The callback, for error messages.
     """
@@ -25,8 +26,8 @@ class Monitor:
     def __init__(self, name: str, mode: str | None, owner: str):
         if not isinstance(name, str):
             raise TypeError(f"{owner}: monitor must be the name of an average such as 'valid_loss'; got {name!r}")
-        last = name.rstrip("_0123456789").rpartition("_")[2]  # whole words, since inaccuracy should fall
-        known = {"loss": "min", "accuracy": "max"}.get(last)
+        last = re.sub(r"(_\d+|(?<!f)\d+)$", "", name).rpartition("_")[2]  # whole words, since inaccuracy should fall
+        known = {"loss": "min", "accuracy": "max", "f1": "max", "iou": "max"}.get(last)
         mode = known if mode is None else mode
         if mode not in ("min", "max"):
             raise ValueError(
@@ -55,9 +56,17 @@ class Monitor:
         self._stats = stats
 
     def value(self, run: Any) -> float | None:
-        """The value in the epoch that has just ended; None if it was not measured."""
+        """The value in the epoch that has just ended; None if it was not measured.
+
+        ValueError if the metric has computed several numbers."""
         history = self._stats.history
-        return history[-1][self._column] if history and history[-1]["epoch"] == run.epoch else None
+        value = history[-1][self._column] if history and history[-1]["epoch"] == run.epoch else None
+        if value is None and self._column in getattr(self._stats, "several", ()):
+            raise ValueError(
+                f"{self.owner} compares one number an epoch, and the metric {self._column} computes several: choose "
+                f"another, or a metric that averages them"
+            )
+        return value
 
     def better(self, value: float | None, best: float | None) -> bool:
         """True if `value` beats `best` (None: no value yet). NaN never does, and neither does an equal value."""

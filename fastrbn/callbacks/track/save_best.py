@@ -34,7 +34,7 @@ class SaveBest(Callback):
     monitor : str, default "valid_loss"
         Name of an average of `AvgStatsCallback`, which the run needs. A metric's name alone means that of validation.
     mode : {"min", "max"}, optional
-        The better direction. Needed unless the name ends in `loss` or `accuracy`.
+        The better direction. Needed unless the name ends in `loss`, `accuracy`, `f1` or `iou`.
 
     Raises
     ------

@@ -27,7 +27,7 @@ class EarlyStopping(Callback):
     min_delta : float, default 0.0
         What an improvement must exceed, 0 or more.
     mode : {"min", "max"}, optional
-        The better direction. Needed unless the name ends in `loss` or `accuracy`.
+        The better direction. Needed unless the name ends in `loss`, `accuracy`, `f1` or `iou`.
 
     Raises
     ------

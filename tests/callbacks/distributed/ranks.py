@@ -24,11 +24,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastrbn.callbacks import (
+    F1,
     AvgStatsCallback,
     Checkpoint,
+    ConfusionMatrix,
     CSVLogger,
     Distributed,
     EarlyStopping,
+    EpochMetric,
     GradientAccumulation,
     GradientClip,
     HaltOnNaN,
@@ -37,6 +40,7 @@ from fastrbn.callbacks import (
     ParamMagnitudes,
     ProgressCallback,
     Recorder,
+    TopK,
     accuracy,
 )
 from fastrbn.data import BatchLoader, RandomFlip
@@ -193,6 +197,25 @@ def two_ranks_are_one_process_with_twice_the_batch_statistics_and_averages_inclu
     assert_history(got.avg_stats.history, want.avg_stats.history)
     assert_same_on_ranks(ours.model)
     assert (got.distributed.rank, got.distributed.world) == (RANK, WORLD)
+
+
+@check
+def metrics_that_accumulate_are_those_of_all_samples():
+    def metrics():
+        return [F1(), TopK(2), ConfusionMatrix(), EpochMetric(lambda pred, yb: pred.std())]
+
+    def stats(bs, together, valid):
+        run = Runner([AvgStatsCallback(metrics()), *([Distributed(timeout=TIMEOUT)] if together else [])])
+        run.logger = lambda line: None
+        run.fit(1, learner(loaders(bs, valid=valid)))
+        return run.avg_stats
+
+    for valid in (21, 3):  # of 3 samples, rank 1 validates none
+        alone, ours = stats(8, False, valid), stats(4, True, valid)
+        assert_history(ours.history, alone.history, 1e-12)
+        for a, b in ((ours.train_stats, alone.train_stats), (ours.valid_stats, alone.valid_stats)):
+            assert torch.equal(a.values["confusion_matrix"], b.values["confusion_matrix"])
+            assert a.objects["confusion_matrix"].compute().sum() == a.count == b.count
 
 
 @check

@@ -81,7 +81,7 @@ def test_the_best_epochs_file_stays_beside_the_newest_even_after_a_resume(make_l
     [
         ({"every": 0}, "every, unless it is None, must be a whole number, 1 or more; got 0"),
         ({"keep": 2.5}, "keep, unless it is None, must be a whole number"),
-        ({"monitor": "valid_f1"}, "whether 'valid_f1' should fall .* got None"),
+        ({"monitor": "valid_score"}, "whether 'valid_score' should fall .* got None"),
         ({"monitor": "valid_loss", "mode": "low"}, "got 'low'"),
         ({"mode": "min"}, "add monitor, or remove mode"),
     ],

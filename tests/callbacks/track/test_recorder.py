@@ -496,8 +496,10 @@ def test_an_optimiser_without_pytorchs_groups_has_no_rate_in_the_history(make_le
 
 def test_objects_with_different_values_in_processes_are_a_warning():
     stats = AvgStats([F1()], in_train=False)
-    stats._sizes, stats._computed = [4], {"F1": 0.5}
+    stats._sizes, f1 = [4], stats.objects["F1"]
+    f1.hits, f1.guessed, f1.there = 1, 2, 2
     stats._tape.add((torch.tensor(1.0),))
+    of_the_other = iter([[12, 24.0], torch.tensor([12, 1.0]).double()])
     with pytest.warns(UserWarning, match="'F1' is not merged over processes"):
-        stats.merge(lambda numbers: [numbers, [12, 24.0, 12.0]])
+        stats.merge(lambda numbers: [numbers, next(of_the_other)])
     assert stats.avg_stats == [28 / 16, 14 / 16] and stats.count == 16

@@ -146,7 +146,6 @@ def test_only_whole_words_decide_the_direction(cls):
     for name in ("inaccuracy", "valid_inaccuracy", "gloss"):
         with pytest.raises(ValueError, match=f"mode must say whether '{name}' should fall .* or rise"):
             cls(name)
-    assert [cls(name).monitor.mode for name in ("accuracy", "valid_accuracy_2", "top5_accuracy", "loss")] == [
-        *["max"] * 3,
-        "min",
-    ]
+    rising = ("accuracy", "valid_accuracy_2", "top5_accuracy", "f1", "valid_f1_2", "micro_f1", "iou")
+    assert {cls(name).monitor.mode for name in rising} == {"max"}
+    assert {cls(name).monitor.mode for name in ("loss", "valid_loss")} == {"min"}
