@@ -115,7 +115,7 @@ def show_results(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> F
     """
     n, learn = whole("n", n), run.learn if learn is None else learn
     bunch = data if hasattr(data, "valid_dl") else getattr(learn, "data", None) if data is None else None
-    loader = getattr(bunch, "valid_dl", None)
+    loader: Any = getattr(bunch, "valid_dl", None)
     ds: Any = loader.dataset if isinstance(loader, DataLoader) or hasattr(loader, "convert") else None
     if hasattr(ds, "__len__") and hasattr(ds, "__getitem__") and not isinstance(ds, IterableDataset):
         count = min(n, len(ds))
@@ -126,7 +126,7 @@ def show_results(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> F
     if not targets:
         texts, right = [f"predicted {guess}" for guess in named[1]], None
     else:
-        texts = [f"{target}\npredicted {guess}" for target, guess in zip(*named)]
+        texts = [f"target {target}\npredicted {guess}" for target, guess in zip(*named)]
         right = [None if t.is_floating_point() else target == guess for t, target, guess in zip(targets, *named)]
     return plots.plot_images(_images(xb), texts, right, *_statistics(learn.data.valid_dl))
 

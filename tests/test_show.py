@@ -71,7 +71,7 @@ def test_show_batch_draws_the_first_batch_without_normalisation_and_leaves_the_l
 def test_show_results_spreads_over_the_validation_set_and_marks_errors(learn):
     fig = show_results(Runner(), n=4, learn=learn)
     assert titles(fig) == [
-        f"{t}\npredicted {p}" for t, p in [("dark", "dark"), ("dark", "light"), *[("grey",) * 2, ("dark",) * 2]]
+        f"target {t}\npredicted {p}" for t, p in [("dark", "dark"), ("dark", "light"), *[("grey",) * 2, ("dark",) * 2]]
     ]
     assert brightness(fig) == [0, 200, 100, 0]
     right, wrong = colors(fig)[:2]
@@ -82,12 +82,12 @@ def test_show_results_of_given_data_draws_the_first_also_without_targets(learn):
     fig = show_results(Runner(), n=2, data=images(torch.tensor([2, 1, 0])), learn=learn)
     assert titles(fig) == ["predicted light", "predicted grey"]
     loader = DataLoader(TensorDataset(next(iter(learn.data.valid_dl))[0], LEVELS), 3)
-    assert titles(show_results(Runner(), 5, loader, learn))[4] == "grey\npredicted grey"
+    assert titles(show_results(Runner(), 5, loader, learn))[4] == "target grey\npredicted grey"
 
 
 def test_show_worst_finds_the_highest_loss_over_all_batches(learn):
     fig = show_worst(Runner(), n=2, learn=learn)
-    assert titles(fig)[0] == "dark\npredicted light\nloss 10, probability 0.99"
+    assert titles(fig)[0] == "target dark\npredicted light\nloss 10, probability 0.99"
     assert brightness(fig)[0] == 200 and len(fig.axes) == 2
 
 
@@ -105,14 +105,18 @@ def test_images_are_drawn_as_callbacks_reshape_them(learn):
 @pytest.mark.parametrize(
     ("outputs", "targets", "texts"),
     [
-        ([[0.3], [-2.0]], [[1.0], [1.0]], ["grey\npredicted grey", "grey\npredicted dark"]),
-        ([0.25, 2.0], [0.5, 2.0], ["0.5\npredicted 0.25", "2\npredicted 2"]),
+        ([[0.3], [-2.0]], [[1.0], [1.0]], ["target grey\npredicted grey", "target grey\npredicted dark"]),
+        ([0.25, 2.0], [0.5, 2.0], ["target 0.5\npredicted 0.25", "target 2\npredicted 2"]),
         (
             [[3.0, -3, 3], [-1, -1, -1]],
             [[1.0, 0, 1], [0, 1, 0]],
-            ["dark, light\npredicted dark, light", "grey\npredicted none"],
+            ["target dark, light\npredicted dark, light", "target grey\npredicted none"],
         ),
-        ([[0.5, 2.0], [1, 1]], [[0.5, 2.5], [1, 1]], ["0.5, 2.5\npredicted 0.5, 2", "1, 1\npredicted 1, 1"]),
+        (
+            [[0.5, 2.0], [1, 1]],
+            [[0.5, 2.5], [1, 1]],
+            ["target 0.5, 2.5\npredicted 0.5, 2", "target 1, 1\npredicted 1, 1"],
+        ),
     ],
     ids=["two classes", "regression", "several labels", "vectors"],
 )

@@ -46,7 +46,7 @@ class Predictions(NamedTuple):
     losses: Tensor | None
 
 
-def validate(run: Any, data: Any, learn: Any) -> dict[str, float]:
+def validate(run: Any, data: Any, learn: Any) -> dict[str, Any]:
     """See `Runner.validate`."""
     data, learn = _learner(run, data, learn, "validate")
     unpack, judge = Unpack.of(learn), _Judge(run, learn)
@@ -180,15 +180,15 @@ class _Judge(_Collector):
         self.values.append(run.loss.detach())
         self.sizes.append(batch_size(run.xb))
 
-    def numbers(self) -> dict[str, float]:
-        """The averages over samples, by name."""
+    def numbers(self) -> dict[str, Any]:
+        """The averages over samples, by name; of a metric with several numbers a tensor or what it computes."""
         if not sum(self.sizes):
             raise ValueError("validate needs at least one batch; the loader gave none, or callbacks cancelled all")
         values = torch.stack(self.values).tolist()
         weights = [1] * len(values) if self.summed else self.sizes
-        found = {"loss": math.fsum(v * w for v, w in zip(values, weights)) / sum(self.sizes)}
+        found: dict[str, Any] = {"loss": math.fsum(v * w for v, w in zip(values, weights)) / sum(self.sizes)}
         for stats in self.stats:
-            found.update(zip(stats.names, stats.avg_stats))
+            found.update(stats.values)
         return found
 
 

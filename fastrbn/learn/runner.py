@@ -163,7 +163,7 @@ class Runner:
         finally:
             self._finish(failed)
 
-    def validate(self, data: Any = None, learn: Learner | None = None) -> dict[str, float]:
+    def validate(self, data: Any = None, learn: Learner | None = None) -> dict[str, Any]:
         """Measure loss and metrics over a loader, as the validation of a fit does, and return them.
 
         The model is in evaluation mode and without gradients; afterwards modes and random states are as before. The
@@ -180,9 +180,10 @@ class Runner:
 
         Returns
         -------
-        dict of str to float
-            `loss`, averaged over samples, and each metric of the run's AvgStatsCallback by its name. Objects that
-            accumulate, such as a confusion matrix, hold this validation afterwards.
+        dict
+            `loss`, averaged over samples, and each metric of the run's AvgStatsCallback by its name: a float, or what a
+            metric of several numbers computes. Objects that accumulate, such as a ConfusionMatrix, hold this validation
+            afterwards.
 
         Raises
         ------

@@ -23,6 +23,7 @@ from fastrbn.callbacks import (
     HaltOnNaN,
     MixedPrecision,
     MixUp,
+    PerClassAccuracy,
     ProgressCallback,
     Recorder,
     SaveBest,
@@ -178,6 +179,8 @@ def test_metric_objects_hold_the_validation_afterwards():
     run = Runner([AvgStatsCallback(metric)])
     assert run.validate((X[:5], Y[:5]), learn)["Count"] == 5
     assert run.validate(learn=learn)["Count"] == 14 and metric.n == 14
+    several = Runner([AvgStatsCallback([PerClassAccuracy(), accuracy])]).validate(learn=learn)
+    assert several["per_class_accuracy"].shape == (3,) and isinstance(several["accuracy"], float)
 
 
 class Double(Callback):

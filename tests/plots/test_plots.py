@@ -395,7 +395,12 @@ PICTURES = {
     "two classes": lambda: plots.plot_confusion([[9, 1], [0, 0]], ["a class with a long name", "dog"]),
     "21 classes": lambda: plots.plot_confusion(torch.randint(9, (21, 21)), [f"class {i}" for i in range(21)]),
     "worst": lambda: plots.plot_worst(
-        torch.rand(5, 1, 8, 8), [0, 1, 0, 1, 1], [0] * 5, torch.rand(5), torch.rand(5), ["dog", "a long name of a class of mine"]
+        torch.rand(5, 1, 8, 8),
+        [0, 1, 0, 1, 1],
+        [0] * 5,
+        torch.rand(5),
+        torch.rand(5),
+        ["dog", "a long name of a class of mine"],
     ),
     "graph": lambda: plots.plot_graph(BOXES, [[(1.5, 2.8), (1.5, 2.2)], [(1.5, 1.8), (1.5, 1.2)]]),
 }
