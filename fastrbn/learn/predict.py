@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from fastrbn.random_state import RandomState
 from fastrbn.util import apply_to, items_of, suggestion
 
-from .batch import batch_size, reduction
+from .batch import batch_size, reduction, unreduced
 from .callback import RUN_STATE
 from .events import EVENTS, CancelEpochException
 from .parts import Parts
@@ -444,19 +444,14 @@ def _each_loss(loss_func: Any) -> Callable[..., Tensor]:
             "the losses of samples need a loss function; this learner has none (loss_func=None), and its model returns "
             "the loss of a whole batch"
         )
-    reduces = reduction(loss_func)
-    if isinstance(getattr(loss_func, "reduction", None), str):
-        unreduced: Any = copy.copy(loss_func)
-        unreduced.reduction = "none"
-    else:
-        unreduced = None if reduces is None else functools.partial(loss_func, reduction="none")
+    reduces, each = reduction(loss_func), unreduced(loss_func)
 
     def losses(pred: Any, yb: Any, forward: Callable[..., Any]) -> Tensor:
         n = batch_size(yb)
         found = None
-        if unreduced is not None:
+        if each is not None:
             try:
-                found = forward(unreduced, pred, yb)
+                found = forward(each, pred, yb)
             except Exception:  # noqa: BLE001 - it does not reduce as its name says; below it fails with its own error
                 found = None
         if isinstance(found, Tensor) and found.dim() and len(found) == n:
