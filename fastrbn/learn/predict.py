@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
-from torch.utils.data import Dataset as TorchDataset
 
 from fastrbn.random_state import RandomState
 from fastrbn.util import apply_to, items_of, suggestion
 
+from . import source
 from .batch import batch_size, reduction, unreduced
 from .callback import RUN_STATE
 from .events import EVENTS, CancelEpochException
@@ -24,7 +22,6 @@ from .parts import Parts
 from .unpack import Unpack
 
 _LEARNER = ("model", "opt", "loss_func", "data")
-_BATCH = 64  # samples, if the learner's data do not say
 _FLIPS: dict[str, int] = {"hflip": -1, "vflip": -2}  # the dimension that each turns round
 
 
@@ -50,7 +47,7 @@ def validate(run: Any, data: Any, learn: Any) -> dict[str, Any]:
     """See `Runner.validate`."""
     data, learn = _learner(run, data, learn, "validate")
     unpack, judge = Unpack.of(learn), _Judge(run, learn)
-    _pass(run, learn, unpack, _batches(data, learn, unpack), judge)
+    _pass(run, learn, unpack, source.batches(data, learn, unpack), judge)
     return judge.numbers()
 
 
@@ -58,8 +55,8 @@ def predict(run: Any, data: Any, learn: Any, losses: bool, tta: Any) -> Predicti
     """See `Runner.predict`."""
     data, learn = _learner(run, data, learn, "predict")
     unpack, keep = _Predicting(learn, losses, _versions(tta)), _Keep()
-    dl = _batches(data, learn, unpack)
-    _warn_of_order(dl)
+    dl = source.batches(data, learn, unpack)
+    source.warn_of_order(dl)
     _pass(run, learn, unpack, dl, keep)
     return keep.joined(losses)
 
@@ -70,7 +67,7 @@ def examples(run: Any, data: Any, learn: Any, n: int, worst: bool) -> tuple[Any,
     data, learn = _learner(run, data, learn, "predict")
     unpack = _Predicting(learn, losses=worst)
     found = _Examples(n, worst)
-    _pass(run, learn, unpack, _batches(data, learn, unpack), found)
+    _pass(run, learn, unpack, source.batches(data, learn, unpack), found)
     if found.kept is None:
         raise ValueError("at least one batch is needed; the loader gave none")
     xb, *kept = found.kept
@@ -302,92 +299,6 @@ class _Predicting(Unpack):
         if yb is None:
             raise ValueError("losses need targets, and the batches have none: pass pairs (x, y), or leave losses out")
         return self.each(pred, yb, forward)
-
-
-# What to predict
-
-
-def _batches(data: Any, learn: Any, unpack: Unpack) -> Any:
-    """The loader of `data`. For inputs alone, `unpack` then takes them as they are."""
-    if data is None or hasattr(data, "valid_dl"):
-        dl = getattr(learn.data if data is None else data, "valid_dl", None)
-        if dl is None:
-            raise ValueError(
-                "the data have no validation loader (valid_dl is None): pass a loader, a Dataset or a batch"
-            )
-        return dl
-    loaders = (getattr(learn.data, name, None) for name in ("valid_dl", "train_dl"))
-    like = next((dl for dl in loaders if dl is not None), None)
-    size = getattr(like, "batch_size", None) or _BATCH
-    if isinstance(data, TorchDataset):
-        same = {name: getattr(like, name) for name in ("collate_fn", "num_workers") if isinstance(like, DataLoader)}
-        return _Converted(DataLoader(data, size, **same), like)
-    if hasattr(data, "__array__") and not isinstance(data, Tensor):
-        data = _tensor(data, learn.model)
-    if isinstance(data, Tensor):
-        stored = getattr(like, "x", None)
-        if data.dim() == 0 or (isinstance(stored, Tensor) and data.dim() == stored.dim() - 1):
-            raise ValueError(
-                f"predict takes samples along dimension 0; got shape {tuple(data.shape)}: for a single sample x pass "
-                f"x[None]"
-            )
-        unpack.function = None  # it is for whole batches
-        parts = data.split(size)
-        return _Converted(parts, like) if data.dtype is torch.uint8 else parts
-    if isinstance(data, (tuple, Mapping)):
-        return _cut(data, size)
-    if not hasattr(data, "__iter__") or isinstance(data, (str, bytes)):
-        raise TypeError(
-            f"the data must be a loader, a DataBunch, a Dataset, a tensor or array of samples, or a batch (a tuple or "
-            f"dictionary); got {data!r}"
-        )
-    return data
-
-
-def _tensor(array: Any, model: Any) -> Tensor:
-    import numpy as np
-
-    data = torch.from_numpy(np.ascontiguousarray(array))
-    dtype = next((p.dtype for p in model.parameters()), data.dtype)
-    return data.to(dtype) if data.is_floating_point() and dtype.is_floating_point else data  # NumPy's is float64
-
-
-def _cut(batch: Any, size: int) -> list[Any]:
-    return [
-        apply_to(batch, Tensor, lambda t: t[i : i + size] if t.dim() else t)  # noqa: B023 - called at once
-        for i in range(0, batch_size(batch), size)
-    ]
-
-
-class _Converted:
-    """Raw batches as the loader `like` converts its own data, if it does: bytes to floats, normalised, transformed."""
-
-    def __init__(self, dl: Any, like: Any):
-        self.dl, self.convert = dl, getattr(like, "convert", None)
-        self.dtype = getattr(getattr(like, "x", None), "dtype", None)
-
-    def __len__(self) -> int:
-        return len(self.dl)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.dl:
-            if isinstance(batch, Tensor):
-                yield self._of(batch)
-            elif isinstance(batch, (tuple, list)):
-                yield (self._of(batch[0]), *batch[1:])
-            else:
-                yield batch
-
-    def _of(self, xb: Any) -> Any:
-        return self.convert(xb) if self.convert and isinstance(xb, Tensor) and xb.dtype is self.dtype else xb
-
-
-def _warn_of_order(dl: Any) -> None:
-    if getattr(dl, "shuffle", False) is True or isinstance(getattr(dl, "sampler", None), RandomSampler):
-        warnings.warn(
-            "this loader shuffles: the predictions, and the targets beside them, are in its order, not the data set's",
-            stacklevel=4,
-        )
 
 
 # Test-time augmentation
