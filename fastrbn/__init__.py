@@ -17,6 +17,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "CancelEpochException",
     "CancelTrainException",
     "Learner",
+    "Predictions",
     "Runner",
     "TrainEvalCallback",
     "camel2snake",
@@ -143,6 +144,10 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "autograd_graph",
     "leaf_table",
     "record_modules",
+    # pictures of data and predictions
+    "show_batch",
+    "show_results",
+    "show_worst",
     # a table of the model
     "Summary",
     "model_summary",
@@ -150,7 +155,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
 
 # Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below
 # are for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "show", "summary")
 
 if TYPE_CHECKING:
     from .build import (
@@ -252,6 +257,7 @@ if TYPE_CHECKING:
         CancelEpochException,
         CancelTrainException,
         Learner,
+        Predictions,
         Runner,
         TrainEvalCallback,
         camel2snake,
@@ -285,6 +291,7 @@ if TYPE_CHECKING:
         running_batch_norm,
         to_batchnorm,
     )
+    from .show import show_batch, show_results, show_worst
     from .summary import Summary, model_summary
 
 

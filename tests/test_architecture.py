@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "plots": ["util"],
     "models": ["norm", "util"],
     "summary": ["learn.snapshot", "learn.unpack", "util"],
+    "show": ["learn.predict", "learn.unpack", "plots", "random_state", "util"],
     "callbacks.step": ["callbacks.track.monitor", "learn", "util"],  # ReduceLROnPlateau follows an average, too
     "callbacks.track": ["learn", "util"],
     "callbacks.diagnose": ["learn", "graph", "util"],
@@ -262,7 +263,7 @@ def test_the_order_of_callbacks_stands_in_one_table():
     assert sorted(cls.__name__ for cls, _ in table) == sorted({cls.__name__ for cls in callbacks_of_the_package()})
     assert [order for _, order in table] == sorted(order for _, order in table)
     assert [cls._order for cls, _ in table] == [order for _, order in table]
-    assert all(reason for _, _, reason in (*callbacks.ORDER, *callbacks.LAST))
+    assert all(reason for _, _, reason in (*callbacks.ORDER, *callbacks.LAST, *callbacks.OUTSIDE_FIT))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
@@ -271,7 +272,7 @@ def test_no_callback_of_the_package_sets_its_order_itself(file):
         return  # the defaults
     bodies = [n.body for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ClassDef)]
     names = [ast.unparse(t) for body in bodies for n in body if isinstance(n, ast.Assign) for t in n.targets]
-    assert not {"_order", "_last"} & set(names)
+    assert not {"_order", "_last", "_outside_fit"} & set(names)
 
 
 def texts_of_no_encoding(source: str) -> list[int]:

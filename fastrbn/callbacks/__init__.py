@@ -89,8 +89,16 @@ LAST: tuple[tuple[type[Callback], str, str], ...] = (
         "ranks agree on what all other callbacks have let through",
     ),
 )
+# The callbacks that take part in run.validate and run.predict, in these events; the others of ORDER do not.
+OUTSIDE_FIT: tuple[tuple[type[Callback], str, str], ...] = (
+    (CudaCallback, "begin_fit begin_batch", "model and batches must be on one device"),
+    (MixedPrecision, "begin_fit after_fit", "the model computes as in the fit's validation"),
+    (BatchTransformXCallback, "begin_batch", "the model expects transformed batches"),
+)
 for _cls, _order, _ in ORDER:
-    _cls._order = _order
+    _cls._order, _cls._outside_fit = _order, frozenset()
+for _cls, _events, _ in OUTSIDE_FIT:
+    _cls._outside_fit = frozenset(_events.split())
 for _cls, _events, _ in LAST:
     _cls._last = _cls._last | set(_events.split())
 

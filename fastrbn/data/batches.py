@@ -271,6 +271,24 @@ class BatchLoader:
             return batches
         return self._converted(batches, epoch, batch_index)
 
+    def convert(self, x: Tensor) -> Tensor:
+        """Other inputs as this loader's batches have them: on its device, converted, normalised and transformed.
+
+        A loader that shuffles is for training, so its transforms are left out.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, *)
+            Inputs as they are stored, such as bytes.
+
+        Returns
+        -------
+        Tensor
+        """
+        tfms = () if self.shuffle else self.tfms
+        like = BatchLoader(x, x, max(len(x), 1), device=self.device, normalize=self.normalize, tfms=tfms)
+        return next(iter(like))[0]
+
     def set_epoch(self, n: int) -> None:
         """Make the next iteration run epoch `n`, counted from 0."""
         if operator.index(n) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ class DataBunch:
     train_dl, valid_dl : BatchLoader or DataLoader
         Iterables of `(xb, yb)` with a `dataset`. Streams (IterableDataset) are allowed; nothing is read from them here.
     c : int, optional
-        Number of classes. By default the largest target plus one over both sets if the targets are integers in memory,
-        else None.
+        Number of classes. By default that of `classes`; without them, the largest target plus one over both sets if the
+        targets are integers in memory, else None.
     c_in : int, optional
         Number of input channels. By default taken from the first sample: C for images (C, H, W), 1 for flat samples,
         else None.
+    classes : sequence of str, optional
+        Names of the classes, in the order of the labels, for pictures.
 
     Examples
     --------
@@ -41,9 +44,19 @@ class DataBunch:
     fast.ai course notebook 04_callbacks.
     """
 
-    def __init__(self, train_dl: Any, valid_dl: Any, c: int | None = None, c_in: int | None = None) -> None:
+    def __init__(
+        self,
+        train_dl: Any,
+        valid_dl: Any,
+        c: int | None = None,
+        c_in: int | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.train_dl, self.valid_dl = train_dl, valid_dl
-        self.c = _classes(train_dl, valid_dl) if c is None else c
+        self.classes = None if classes is None else tuple(map(str, classes))
+        if c is None:
+            c = _classes(train_dl, valid_dl) if self.classes is None else len(self.classes)
+        self.c = c
         self.c_in = _channels(train_dl) if c_in is None else c_in
 
     @property

@@ -174,4 +174,4 @@ def image_databunch(
     stats, valid_bs = (data.mean, data.std), 2 * bs if valid_bs is None else valid_bs
     train_dl = BatchLoader(train.x, train.y, bs, True, seed, drop_last, device, stats, tfms + last)
     valid_dl = BatchLoader(valid.x, valid.y, valid_bs, device=device, normalize=stats, tfms=last)
-    return DataBunch(train_dl, valid_dl, c=data.c, c_in=data.c_in)
+    return DataBunch(train_dl, valid_dl, c=data.c, c_in=data.c_in, classes=data.classes)

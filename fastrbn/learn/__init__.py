@@ -3,6 +3,7 @@
 from .callback import Callback, TrainEvalCallback, camel2snake
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
 from .learner import Learner
+from .predict import Predictions
 from .runner import Runner
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CancelEpochException",
     "CancelTrainException",
     "Learner",
+    "Predictions",
     "Runner",
     "TrainEvalCallback",
     "camel2snake",

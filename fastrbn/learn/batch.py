@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from typing import Any
 
@@ -45,6 +47,15 @@ def reduction(loss_func: Any) -> str | None:
             return None
         said = parameter.default if parameter is not None else None
     return said if isinstance(said, str) else None
+
+
+def unreduced(loss_func: Any) -> Any:
+    """The loss function without reduction; None if it has neither an attribute nor a parameter for it."""
+    if isinstance(getattr(loss_func, "reduction", None), str):
+        each = copy.copy(loss_func)
+        each.reduction = "none"
+        return each
+    return None if reduction(loss_func) is None else functools.partial(loss_func, reduction="none")
 
 
 def step_size(run: Any) -> int:

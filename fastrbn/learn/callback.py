@@ -67,6 +67,11 @@ class Callback:
     - `_order` (int, default 0): callbacks run by ascending `_order`, equal ones in the order in which they were given.
       In the events that `_last` names, a callback runs after all others. `fastrbn.callbacks.ORDER` lists the package's
       own.
+    - `_outside_fit` (set of events, default `begin_batch` and `after_pred`): the events in which a callback takes part
+      in `run.validate` and `run.predict`. Your callback that transforms batches or predictions therefore does so there
+      too; anything that counts or records in these two events sets `_outside_fit = frozenset()`. There a copy of the
+      callback runs, with `in_train` False, so that attributes it sets are not changed. `fastrbn.callbacks.OUTSIDE_FIT`
+      lists the package's own callbacks that take part.
     - `self.run` is the `Runner`. Attributes that the callback does not have are read from the run, so `self.loss` is
       the run's loss. Writing one of the run's names (`self.loss = …`) raises, because it would only hide the run's.
     - A misspelt event raises when the class is made, with the nearest event.
@@ -90,6 +95,7 @@ class Callback:
 
     _order = 0
     _last: frozenset[str] = frozenset()
+    _outside_fit: frozenset[str] = frozenset({"begin_batch", "after_pred"})
     _needs_opt: tuple[str, ...] = ()  # what the optimiser must have for this callback, by names of `optimiser.NEEDS`
 
     def __init_subclass__(cls, **kwargs: Any):

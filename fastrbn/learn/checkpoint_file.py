@@ -30,6 +30,7 @@ _PARTS = ("model", "opt", "callbacks", "random", "position")
 _CHECKSUM = "blake2b"
 _MARK = b"fastrbn-blake2b:"  # starts the archive's comment; the hash of all bytes up to here, in hexadecimal, follows
 _HASH_BYTES = 32
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # starts files of PyTorch before 1.6, which are no archives
 _FOOTER = len(_MARK) + 2 * _HASH_BYTES
 
 
@@ -99,33 +100,15 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Files written before checksums were added are checked by the archive's own CRC-32 only, with a warning.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-        raise CheckpointError(f"the checkpoint {path} cannot be read: it is not a file")
-    try:
-        with open(path, "rb") as file:
-            sealed = _is_sealed(file, path)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except OSError as e:
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {e.strerror or e}") from e
-    except pickle.UnpicklingError as e:
-        raise CheckpointError(
-            f"the checkpoint {path} holds more than plain data, so it is not opened: it was not written by Checkpoint"
-        ) from e
-    except Exception as e:  # noqa: BLE001 - damaged bytes lead the readers of zip and pickle to any exception
-        why = str(e).strip().partition("\n")[0] or type(e).__name__
-        raise CheckpointError(f"the checkpoint {path} is not whole ({why}): take an earlier one") from e
+    state, sealed = _opened(path := Path(path))
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(
-            f"{path} is not a checkpoint of a run, as Checkpoint writes them; load weights alone with "
-            f"model.load_state_dict"
+            f"{path} is not a checkpoint of a run, as Checkpoint writes them; load weights alone with learn.load"
         )
-    if state["format"] != FORMAT:
+    _check_format(path, state)
+    if "position" not in state and "callbacks" not in state:
         raise CheckpointError(
-            f"the checkpoint {path} has format {state['format']}, of fastrbn {state.get('fastrbn', '(unknown)')}; this "
-            f"version reads format {FORMAT}: resume with the version that wrote it"
+            f"{path} holds weights and no position in a fit, as learn.save writes them: load it with learn.load"
         )
     if missing := [part for part in _PARTS if part not in state]:
         raise CheckpointError(f"the checkpoint {path} lacks {', '.join(missing)}: take an earlier one")
@@ -140,6 +123,58 @@ def read(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """A state with `model`, a state_dict, and perhaps `opt`, tensors on the CPU. CheckpointError as in `read`.
+
+    Reads what `Learner.save` and `Checkpoint` write, and files that hold a state_dict alone or as their `model`.
+    """
+    state, sealed = _opened(path := Path(path))
+    if isinstance(state, dict) and "format" in state:
+        _check_format(path, state)
+        if not sealed and "checksum" in state:
+            raise CheckpointError(f"the checkpoint {path} is not whole (its checksum is missing): take another one")
+    elif isinstance(state, dict):
+        state = {"model": state["model"] if isinstance(state.get("model"), dict) else state}
+    weights = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not any(isinstance(v, torch.Tensor) for v in weights.values()):
+        got = ", ".join(map(repr, [*weights][:3])) if isinstance(weights, dict) else type(state).__name__
+        raise CheckpointError(
+            f"{path} holds no weights; it must be a file of learn.save, Checkpoint or SaveBest, or a state_dict; got "
+            f"{got or 'an empty one'}"
+        )
+    return state
+
+
+def _check_format(path: Path, state: dict[str, Any]) -> None:
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {path} has format {state['format']}, of fastrbn {state.get('fastrbn', '(unknown)')}; this "
+            f"version reads format {FORMAT}: read it with the version that wrote it"
+        )
+
+
+def _opened(path: Path) -> tuple[Any, bool]:
+    """What `torch.load` reads from the file, and whether it has a checksum, which matches."""
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        raise CheckpointError(f"the checkpoint {path} cannot be read: it is not a file")
+    try:
+        with open(path, "rb") as file:
+            sealed = _is_sealed(file, path)
+            return torch.load(file, map_location="cpu", weights_only=True), sealed
+    except CheckpointError:
+        raise
+    except OSError as e:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {e.strerror or e}") from e
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(
+            f"the checkpoint {path} holds more than plain data, so it is not opened: write it with Checkpoint, or with "
+            f"learn.save"
+        ) from e
+    except Exception as e:  # noqa: BLE001 - damaged bytes lead the readers of zip and pickle to any exception
+        why = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise CheckpointError(f"the checkpoint {path} is not whole ({why}): take an earlier one") from e
+
+
 def _is_sealed(file: BinaryIO, path: Path) -> bool:
     """True if `file` ends with a checksum. CheckpointError if its content does not match the checksum or, without one,
     the archive's CRC-32 of each entry. Rewinds `file`."""
@@ -148,6 +183,10 @@ def _is_sealed(file: BinaryIO, path: Path) -> bool:
     footer = file.read()
     file.seek(0)
     if not footer.startswith(_MARK):
+        if file.read(len(_OLD)) == _OLD:
+            file.seek(0)
+            return False
+        file.seek(0)
         with zipfile.ZipFile(file) as archive:  # torch.load does not check them
             if (damaged := archive.testzip()) is not None:
                 raise CheckpointError(f"the checkpoint {path} is damaged (in {damaged}): take an earlier one")

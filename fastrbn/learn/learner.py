@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from . import saving
 from .unpack import Unpack, loss_name
 
 if TYPE_CHECKING:
@@ -95,6 +97,68 @@ class Learner:
         Summary
         """
         return summary(self, xb)
+
+    def save(self, path: str | Path, opt: bool = True) -> Path:
+        """Write the weights and the optimiser's state to a file.
+
+        `torch.load(path, weights_only=True)["model"]` is the model's state_dict, also without this package. A loss
+        function with parameters or buffers is saved, too. The file is written whole, and in several processes by rank 0
+        alone. To resume a fit, use `Checkpoint`.
+
+        Parameters
+        ----------
+        path : str or Path
+            Missing folders are created; a file that exists is replaced.
+        opt : bool, default True
+            False leaves the optimiser's state out, which for Adam is twice the size of the weights.
+
+        Returns
+        -------
+        Path
+
+        Examples
+        --------
+        >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn)
+        >>> run.fit(1, learn)
+        >>> path = learn.save("digits.pt")
+        >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn)
+        >>> learn.load(path)
+        Learner(Sequential, SGD, cross_entropy)
+
+        References
+        ----------
+        fastai's `Learner.save`.
+        """
+        return saving.save(self, path, opt)
+
+    def load(self, path: str | Path, opt: bool = True) -> Learner:
+        """Load weights, and the optimiser's state if the file has it, into this learner.
+
+        Parameters
+        ----------
+        path : str or Path
+            A file that `save`, `Checkpoint` or `SaveBest` wrote, or another with a state_dict alone or as its `model`.
+            Model and optimiser must be made as they were then; tensors go to the devices of those here.
+        opt : bool, default True
+            False loads the weights alone, for another optimiser. Learning rates belong to its state.
+
+        Returns
+        -------
+        Learner
+            This one.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read, or is of another model or optimiser; the message names the first differences.
+            Nothing is changed then.
+
+        References
+        ----------
+        fastai's `Learner.load`.
+        """
+        saving.load(self, path, opt)
+        return self
 
     def __repr__(self) -> str:
         return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss_name(self.loss_func)})"

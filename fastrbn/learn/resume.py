@@ -59,9 +59,9 @@ def find(path: str | Path, run: Any) -> tuple[Path, dict[str, Any]]:
     """File and state of the checkpoint at `path`; CheckpointError if it does not fit `run.learn`."""
 
     def check(state: dict[str, Any]) -> None:
-        _check_module(run.learn.model, state["model"], "model")
+        check_module(run.learn.model, state["model"], "model")
         _check_loss(loss_module(run.learn), state.get("loss"))
-        _check_opt(run.learn.opt, state["opt"], state.get("opt_class"))
+        check_opt(run.learn.opt, state["opt"], state.get("opt_class"))
 
     file, state = checkpoint_file.find(path, check)
     place = state["position"]
@@ -216,10 +216,10 @@ def _check_loss(loss: nn.Module | None, saved: dict[str, Any] | None) -> None:
                 stacklevel=6,
             )
         return
-    _check_module(nn.Module() if loss is None else loss, saved.get("model", {}), "loss function")
+    check_module(nn.Module() if loss is None else loss, saved.get("model", {}), "loss function")
 
 
-def _check_module(module: nn.Module, saved: dict[str, Any], what: str) -> None:
+def check_module(module: nn.Module, saved: dict[str, Any], what: str) -> None:
     """CheckpointError that names the first differences between the module and the state_dict `saved`."""
     here, saved = plain_state_dict(module), {plain_name(name): value for name, value in saved.items()}
     wrong = []
@@ -240,7 +240,7 @@ def _shape(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-def _check_opt(opt: torch.optim.Optimizer, saved: dict[str, Any], saved_class: str | None) -> None:
+def check_opt(opt: torch.optim.Optimizer, saved: dict[str, Any], saved_class: str | None) -> None:
     sizes = [[len(g["params"]) for g in groups] for groups in (opt.param_groups, saved["param_groups"])]
     if sizes[0] != sizes[1]:
         raise CheckpointError(

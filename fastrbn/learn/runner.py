@@ -15,12 +15,14 @@ import torch
 from fastrbn.util import suggestion
 
 from . import optimiser
+from . import predict as prediction
 from . import resume as resuming
 from .batch import length
 from .callback import RUN_STATE, SIGNALS, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
 from .learner import Learner, check_instances, summary
 from .parts import Parts
+from .predict import Predictions
 from .unpack import Unpack
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Runner:
     ----------
     fast.ai course, part 2 (2019), notebooks 04 and 09b.
     """
+
+    _outside = False  # True in the copy of a run that validates or predicts outside a fit
 
     def __init__(self, cbs: Any = None, cb_funcs: Any = None):
         self.cbs: list[Callback] = []
@@ -158,6 +162,102 @@ class Runner:
             raise
         finally:
             self._finish(failed)
+
+    def validate(self, data: Any = None, learn: Learner | None = None) -> dict[str, Any]:
+        """Measure loss and metrics over a loader, as the validation of a fit does, and return them.
+
+        The model is in evaluation mode and without gradients; afterwards modes and random states are as before. The
+        callbacks that transform batches take part, see `Callback`; none records or prints. Weights are those that the
+        model holds, so with `EMA` the trained ones, unless `run.ema.put()` or `EMA(keep=True)` has replaced them. In
+        several processes each one measures all that its loader yields.
+
+        Parameters
+        ----------
+        data : loader, DataBunch, Dataset or (x, y), optional
+            As for `predict`. Default: the validation data of `learn`.
+        learn : Learner, optional
+            By default the one trained last.
+
+        Returns
+        -------
+        dict
+            `loss`, averaged over samples, and each metric of the run's AvgStatsCallback by its name: a float, or what a
+            metric of several numbers computes. Objects that accumulate, such as a ConfusionMatrix, hold this validation
+            afterwards.
+
+        Raises
+        ------
+        RuntimeError
+            Inside a fit of this run; if model and batch are on different devices.
+        ValueError
+            If there is no validation data or no batch.
+
+        Examples
+        --------
+        >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[partial(AvgStatsCallback, accuracy)])
+        >>> sorted(run.validate(learn=learn))
+        ['accuracy', 'loss']
+        """
+        return prediction.validate(self, data, learn)
+
+    def predict(
+        self, data: Any = None, learn: Learner | None = None, *, losses: bool = False, tta: Any = None
+    ) -> Predictions:
+        """Return the model's outputs for a loader, data set or tensor, with the targets if there are any.
+
+        As in `validate`, the run's callbacks prepare the batches, and the run stays as it is. A loader is used as it
+        is; one that shuffles gives its own order, with a warning.
+
+        Parameters
+        ----------
+        data : loader, DataBunch, Dataset, Tensor, array, tuple or dict, optional
+            A DataBunch means its validation loader, as the default does for `learn.data`. Floats in a tensor or array,
+            and a tuple or dictionary, are a batch of any size, as the learner's loaders yield it. Bytes (uint8), and
+            what is in a Dataset, are converted as the validation loader converts its own data, if that is a
+            `BatchLoader`. Samples are along dimension 0.
+        learn : Learner, optional
+            By default the one trained last.
+        losses : bool, default False
+            Also return the loss of each sample. A loss function that has no `reduction` is called sample by sample.
+        tta : str, callable or list of these, optional
+            Test-time augmentation: "hflip" and "vflip" mirror images, a function takes and returns the inputs `xb`
+            after callbacks have prepared them. Outputs (N,) or (N, C) of all versions and of the batch itself are
+            averaged. They are averaged as they are, so that logits remain logits and no guess about them is needed; for
+            logits this is the geometric mean of the probabilities.
+
+        Returns
+        -------
+        Predictions
+            A named tuple of `preds`, `targets` and `losses`, on the CPU.
+
+        Raises
+        ------
+        RuntimeError
+            Inside a fit of this run; if model and batch are on different devices; if a callback cancels a batch.
+        ValueError
+            If there is no batch; if an output has not a row for each sample, as with a single sample in place of a
+            batch.
+        TypeError
+            If `data` is something else.
+
+        Examples
+        --------
+        >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn)
+        >>> run.fit(1, learn)
+        >>> preds, targets, _ = run.predict()
+        >>> preds.shape == (len(targets), 10)
+        True
+        >>> xb, yb = next(iter(data.valid_dl))
+        >>> torch.equal(run.predict(xb).preds, preds[: len(xb)])
+        True
+        >>> run.predict(data.valid_ds, losses=True, tta="hflip").losses.shape == targets.shape
+        True
+
+        References
+        ----------
+        fastai's `Learner.get_preds` and `Learner.tta`.
+        """
+        return prediction.predict(self, data, learn, losses, tta)
 
     def _all_epochs(self) -> None:
         self._scope("epoch", self, "begin_fit")
@@ -333,6 +433,8 @@ class Runner:
         event in `_last` come last."""
 
         def overrides(cb: Callback, event: str) -> bool:
+            if self._outside and event not in cb._outside_fit:
+                return False
             return event in vars(cb) or getattr(type(cb), event) is not getattr(Callback, event)
 
         ordered = {e: sorted(self.cbs, key=lambda cb: e in cb._last) for e in EVENTS}  # noqa: B023

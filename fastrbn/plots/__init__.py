@@ -8,7 +8,7 @@ from .compare import plot_comparison, plot_weight_norms
 from .diagnose import plot_activations, plot_histograms, plot_magnitude_lines, plot_magnitudes
 from .figure import in_notebook, new_figure, png
 from .graph import box_size, plot_graph
-from .predictions import plot_confusion, plot_worst
+from .predictions import plot_confusion, plot_images, plot_worst
 from .training import plot_history, plot_loss, plot_lr, plot_lr_find, plot_run
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "plot_graph",
     "plot_histograms",
     "plot_history",
+    "plot_images",
     "plot_loss",
     "plot_lr",
     "plot_lr_find",

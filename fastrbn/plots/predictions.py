@@ -19,6 +19,7 @@ _LISTED = 25  # pairs
 _LINE = 0.15  # inches that a name needs
 _LARGEST = 15.0  # inches; of more names than fit, every k-th stands at the axes
 _LETTERS = 22  # of a name above an image
+_LINE_LETTERS = 32  # of a line above an image
 
 
 def plot_confusion(matrix: Any, classes: Sequence[str] | None = None) -> Figure:
@@ -180,18 +181,60 @@ def plot_worst(
                 f"plot_worst needs one loss for each sample; got {len(values)} losses, {len(given)} {name}"
             )
     order = values.nan_to_num(math.inf).argsort(descending=True, stable=True)[: max(n, 0)].tolist()
-    columns = max(math.ceil(math.sqrt(len(order))), 1)
-    rows = max(math.ceil(len(order) / columns), 1)
-    fig = new_figure(max(2.3 * columns, 2.3), 2.65 * rows)
-    grid = fig.add_gridspec(rows, columns)
-    for place, i in enumerate(order):
+    texts, right = [], []
+    for i in order:
         target, pred = _number(targets[i]), _number(preds[i])
         text = f"target {_called(target, classes)}\npredicted {_called(pred, classes)}\nloss {float(values[i]):.3g}"
         if probs is not None:
             p = torch.as_tensor(probs[i]).flatten()
             text += f", probability {float(p[int(pred)] if len(p) > 1 else p):.2f}"
-        ax = axes(fig, grid[place // columns, place % columns], grid=False)
-        ax.set_title(text, fontsize=SMALL, loc="left", color=dark(MAIN if target == pred else WARNING))
+        texts.append(text)
+        right.append(target == pred)
+    return plot_images([images[i] for i in order], texts, right, mean, std)
+
+
+def plot_images(
+    images: Sequence[Any] | torch.Tensor,
+    texts: Sequence[str] | None = None,
+    right: Sequence[bool | None] | None = None,
+    mean: Numbers | float | None = None,
+    std: Numbers | float | None = None,
+) -> Figure:
+    """Draw images in rows, each with a text above it.
+
+    Parameters
+    ----------
+    images, mean, std
+        As for `plot_worst`.
+    texts : sequence of N str, optional
+        Lines are cut after 32 characters.
+    right : sequence of N bool or None, optional
+        False makes the text orange, True blue, None black.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        As many rows as columns, or one fewer.
+
+    Examples
+    --------
+    >>> from fastrbn import plots
+    >>> [ax.get_title("left") for ax in plots.plot_images(torch.rand(2, 1, 8, 8), ["cat", "dog"]).axes]
+    ['cat', 'dog']
+    """
+    n = len(images)
+    columns = max(math.ceil(math.sqrt(n)), 1)
+    rows = max(math.ceil(n / columns), 1)
+    lines = max((text.count("\n") + 1 for text in texts or ()), default=0)
+    fig = new_figure(max(2.3 * columns, 2.3), (2.2 + 0.15 * lines) * rows)
+    grid = fig.add_gridspec(rows, columns)
+    for i in range(n):
+        ax = axes(fig, grid[i // columns, i % columns], grid=False)
+        if texts is not None:
+            colors = {None: "black", True: dark(MAIN), False: dark(WARNING)}
+            color = colors[None if right is None else right[i]]
+            text = "\n".join(_short(line, _LINE_LETTERS) for line in texts[i].split("\n"))
+            ax.set_title(text, fontsize=SMALL, loc="left", color=color)
         draw_image(ax, images[i], mean, std)
     return fig
 
@@ -239,5 +282,5 @@ def _called(value: float | int, classes: Sequence[str] | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"
+def _short(name: str, most: int = _LETTERS) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

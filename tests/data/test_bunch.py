@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from fastrbn.data import DataBunch, Dataset, get_dls
+from fastrbn.data import DataBunch, Dataset, get_dls, glyphs, image_databunch
 
 X, Y = torch.arange(20.0).view(10, 2), torch.arange(10) % 4
 
@@ -55,3 +55,12 @@ def test_a_data_set_whose_items_have_names_goes_into_a_bunch():
 
     loader = DataLoader(Named(a=(1, 2)), sampler=["a"])
     assert DataBunch(loader, loader).c_in is None
+
+
+def test_names_of_classes_give_their_number_and_come_with_images():
+    loader = [(torch.zeros(1), torch.zeros(1))]
+    data = DataBunch(loader, loader, c_in=1, classes=["cat", 7])
+    assert (data.c, data.classes) == (2, ("cat", "7"))
+    assert DataBunch(loader, loader, c_in=1).classes is None
+    images = glyphs(16, 10)
+    assert image_databunch(images, 8).classes == images.classes

@@ -363,6 +363,15 @@ def test_images_are_drawn_as_they_were_before_they_were_normalised():
         plots.plot_worst([pixels, pixels], [0], [0], [1.0])
 
 
+def test_images_stand_in_rows_with_coloured_texts():
+    fig = plots.plot_images(torch.rand(5, 1, 4, 4), [f"image {i}" for i in range(5)], [True, False, None, True, False])
+    assert [ax.get_title("left") for ax in fig.axes] == [f"image {i}" for i in range(5)]
+    assert [ax.get_subplotspec().rowspan.start for ax in fig.axes] == [0, 0, 0, 1, 1]
+    right, wrong, neither = (ax._left_title.get_color() for ax in fig.axes[:3])
+    assert len({right, wrong, neither}) == 3
+    assert plots.plot_images(torch.rand(2, 3, 4, 4)).axes[1].get_title("left") == ""
+
+
 WALK = torch.randn(200, 20).div(9).cumsum(0).exp()
 NAMES = [f"layers.{i}.weight" for i in range(20)]
 BOXES = [
@@ -402,6 +411,7 @@ PICTURES = {
         torch.rand(5),
         ["dog", "a long name of a class of mine"],
     ),
+    "images": lambda: plots.plot_images(torch.rand(3, 3, 8, 8), ["M, " * 20 + "\nsecond line"] * 3),
     "graph": lambda: plots.plot_graph(BOXES, [[(1.5, 2.8), (1.5, 2.2)], [(1.5, 1.8), (1.5, 1.2)]]),
 }
 

@@ -18,7 +18,8 @@ class EMA(Callback):
     """Average the weights over the steps, and validate with the averages.
 
     From the first validation batch until `after_epoch` the model holds the averages; then the trained weights are put
-    back, also when the fit is cut short. `SaveBest` saves the averages, `Checkpoint` saves both.
+    back, also when the fit is cut short. `SaveBest` saves the averages, `Checkpoint` saves both. After the fit
+    `run.validate` and `run.predict` use the trained weights, until `put` or `keep` has replaced them.
 
     The `running_mean` and `running_var` of norms are averaged in the same way, because averaged weights evaluate worse
     with the statistics of the trained ones: by 0.3 to 1 % of accuracy for an MLP on MNIST. Averaged statistics were as

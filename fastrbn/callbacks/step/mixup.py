@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fastrbn.learn.batch import reduction as reduction_of
+from fastrbn.learn.batch import unreduced
 from fastrbn.learn.callback import Callback
 from fastrbn.util import apply_to, items_of
 
@@ -229,11 +228,6 @@ class CutMix(_Mixing):
 def _for_each_sample(loss_func: Any) -> tuple[Callable, str]:
     """The loss function without reduction, and how it reduces: "mean" or "sum"."""
     reduction = reduction_of(loss_func)
-    if isinstance(getattr(loss_func, "reduction", None), str):
-        each = copy.copy(loss_func)
-        each.reduction = "none"
-    else:
-        each = functools.partial(loss_func, reduction="none")
     if reduction not in ("mean", "sum"):
         name = getattr(loss_func, "__name__", None) or repr(loss_func)
         raise ValueError(
@@ -241,7 +235,7 @@ def _for_each_sample(loss_func: Any) -> tuple[Callable, str]:
             f"a module with an attribute reduction, or a function with that parameter, such as F.cross_entropy; got "
             f"{name}{'' if reduction is None else f' with reduction={reduction!r}'}"
         )
-    return each, reduction
+    return unreduced(loss_func), reduction
 
 
 def _by_sample(losses: torch.Tensor, share: torch.Tensor, reduction: str) -> torch.Tensor:

@@ -296,6 +296,12 @@ class AvgStatsCallback(Callback):
         run = self.run
         (self.train_stats if run.in_train else self.valid_stats).accumulate(run)
 
+    def _fresh_stats(self) -> AvgStats:
+        """New averages of the same metrics for a validation outside a fit. Objects that accumulate are reset."""
+        stats = copy.copy(self.valid_stats)
+        stats.reset()
+        return stats
+
     def merge(self, gather: Callable[[list[float]], list[list[float]]]) -> None:
         """Replace the epoch's averages by those over all processes; `Distributed` calls this."""
         self.train_stats.merge(gather)
