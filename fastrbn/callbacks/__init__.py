@@ -33,7 +33,7 @@ from .step.schedule import (
 )
 from .track.avg_stats import AvgStats, AvgStatsCallback
 from .track.checkpoint import Checkpoint, CheckpointError
-from .track.loggers import CSVLogger, TensorBoardLogger
+from .track.loggers import CSVLogger, JSONLLogger, Log, TensorBoardLogger
 from .track.metrics import EpochMetric, accuracy
 from .track.progress import ProgressCallback
 from .track.recorder import Recorder
@@ -58,6 +58,8 @@ ORDER: tuple[tuple[type[Callback], int, str], ...] = (
     (BatchTransformXCallback, 2, "transforms the batch on its device"),
     (CSVLogger, 10, "needs the epoch's averages"),
     (GradientClip, 10, "needs unscaled gradients, complete"),
+    (JSONLLogger, 10, "needs the epoch's averages"),
+    (Log, 10, "needs the epoch's averages"),
     (TensorBoardLogger, 10, "needs the epoch's averages"),
     (SaveBest, 20, "needs the epoch's averages"),
     (EMA, 50, "lends the averaged weights until SaveBest is done; later callbacks see the trained ones"),
@@ -106,8 +108,10 @@ __all__ = [
     "HaltOnNaN",
     "Hook",
     "Hooks",
+    "JSONLLogger",
     "LR_Find",
     "ListContainer",
+    "Log",
     "MixUp",
     "MixedPrecision",
     "NonFiniteError",

@@ -29,6 +29,8 @@ from fastrbn.callbacks import (
     GradientClip,
     GraphMonitor,
     HaltOnNaN,
+    JSONLLogger,
+    Log,
     LR_Find,
     MixedPrecision,
     MixUp,
@@ -49,6 +51,10 @@ def double(x):
     return x * 2
 
 
+def forget(numbers, step):
+    pass
+
+
 MAKERS = {
     TrainEvalCallback: TrainEvalCallback,
     ActivationStats: ActivationStats,
@@ -65,6 +71,8 @@ MAKERS = {
     GradientClip: lambda: GradientClip(0.1),
     GraphMonitor: GraphMonitor,
     HaltOnNaN: HaltOnNaN,
+    JSONLLogger: lambda: JSONLLogger(every=1),
+    Log: lambda: Log(forget, every=2),
     LR_Find: lambda: LR_Find(max_iter=20, max_lr=0.1),
     MixUp: MixUp,
     MixedPrecision: lambda: MixedPrecision("fp16", init_scale=1024.0),
