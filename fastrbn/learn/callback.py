@@ -25,7 +25,8 @@ SIGNALS: dict[str, Any] = {
 # them as `self.run.loss = …`: `self.loss = …` would only hide the run's, and raises.
 RUN_STATE: dict[str, Any] = {
     **dict.fromkeys(("learn", "model", "opt", "loss_func", "data")),  # what is trained
-    **dict.fromkeys(("epochs", "epoch", "n_epochs", "n_iter", "iter", "iters", "dl")),  # the position in the fit
+    **dict.fromkeys(("epochs", "max_steps")),  # the length of the fit
+    **dict.fromkeys(("epoch", "n_epochs", "n_iter", "iter", "iters", "dl")),  # the position in it
     **dict.fromkeys(("xb", "yb", "pred", "loss")),  # the batch
     "in_train": False,
     "logger": print,

@@ -337,7 +337,7 @@ class ParamScheduler(Callback):
     def begin_batch(self) -> None:
         run = self.run
         if run.in_train:
-            if run.iters is None and not self._told:
+            if run.iters is None and run.max_steps is None and not self._told:
                 self._told = True
                 warnings.warn(
                     f"the training loader has no length, so schedules move only between epochs: in this fit of "
@@ -345,7 +345,7 @@ class ParamScheduler(Callback):
                     f"or its data set a __len__",
                     stacklevel=2,
                 )
-            pos = run.n_epochs / run.epochs
+            pos = run.pct_train
             for group, f in zip(run.opt.param_groups, self._funcs):
                 set_hyper_parameter(group, self.pname, f(pos))
 

@@ -86,7 +86,7 @@ class ProgressCallback(Callback):
 
     def _begin_pass(self, what: str) -> None:
         run = self.run
-        self._what = what
+        self._what, self._display.epochs = what, run.epochs  # which callbacks may have changed in begin_fit
         self._display.begin_pass(what, run.epoch, run.iters)
         self._next = time.monotonic() + self._display.wait
 
@@ -118,8 +118,8 @@ def _can_draw() -> bool:
     return in_notebook() or (sys.stdout is not None and sys.stdout.isatty())
 
 
-def _pass_name(what: str, epoch: int, epochs: int) -> str:
-    return f"epoch {epoch} ({epoch + 1} of {epochs}) {what}"
+def _pass_name(what: str, epoch: int, epochs: float) -> str:
+    return f"epoch {epoch} {'' if epochs == math.inf else f'({epoch + 1} of {epochs}) '}{what}"
 
 
 class _Log:
@@ -139,7 +139,7 @@ class _Display:
 
     wait = math.inf  # seconds between two calls of `draw`
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: float):
         self.epochs, self.log = epochs, _Log(self._write)
 
     def _write(self, line: str | Sequence[str]) -> None: ...
@@ -158,7 +158,7 @@ class _Display:
 class _Lines(_Display):
     """Plain text, a line at a time: no carriage returns, no escape codes."""
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: float):
         super().__init__(epochs)
         self.wait = _SPEAK
         self._widths: list[int] = []
@@ -182,7 +182,7 @@ class _Lines(_Display):
 class _Bars(_Display):
     """fastprogress, driven step by step, since its bars would rather do the iterating themselves."""
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: float):
         # imported here: the import looks for a notebook, and in one it may import matplotlib
         from fastprogress.fastprogress import master_bar, progress_bar
 
@@ -190,7 +190,8 @@ class _Bars(_Display):
         self.wait = _REDRAW
         self._make, self._bar = progress_bar, None
         self._curves: dict[str, tuple[list, list]] = {"train": ([], []), "valid": ([], [])}
-        self._master = master_bar(range(max(epochs, 1)))  # an empty range makes it warn
+        # of no epochs it would warn; of an unknown number it shows none
+        self._master = master_bar((), total="noinfer" if epochs == math.inf else max(epochs, 1))
         self._master.update(0)
 
     def _write(self, line):
