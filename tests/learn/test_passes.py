@@ -175,7 +175,7 @@ ARGS = {"max_steps": 13, "validate_every": 4}
 @pytest.mark.parametrize("kwargs", [ARGS, {"max_steps": 8}], ids=["validate_every", "max_steps"])
 def test_a_fit_resumed_anywhere_is_the_uninterrupted_one(loader, kwargs, tmp_path):
     def make(folder):
-        return [Checkpoint(tmp_path / folder, every=1, keep=None), GradientAccumulation(2)]
+        return [Checkpoint(tmp_path / folder, 1, keep=None, monitor="train_loss"), GradientAccumulation(2)]
 
     learn = make_learn(loader)
     want = everything(learn, fit(learn=learn, cbs=make("a"), **kwargs))

@@ -190,8 +190,7 @@ class _Bars(_Display):
         self.wait = _REDRAW
         self._make, self._bar = progress_bar, None
         self._curves: dict[str, tuple[list, list]] = {"train": ([], []), "valid": ([], [])}
-        # of no epochs it would warn; of an unknown number it shows none
-        self._master = master_bar((), total="noinfer" if epochs == math.inf else max(epochs, 1))
+        self._master = master_bar(range(int(epochs) if 0 < epochs < math.inf else 1))  # an empty range makes it warn
         self._master.update(0)
 
     def _write(self, line):
@@ -199,7 +198,7 @@ class _Bars(_Display):
 
     def begin_pass(self, what, epoch, total):
         self.end_pass()
-        if 0 < epoch < self.epochs:
+        if 0 < epoch < self.epochs < math.inf:
             self._master.update(epoch)
         if total != 0:
             self._bar = self._make(range(0), total="noinfer" if total is None else total, parent=self._master)
