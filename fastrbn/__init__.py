@@ -76,6 +76,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "load_dataset",
     "load_folder",
     "normalize_to",
+    "overfit",
     "to_channels_last",
     "view_tfm",
     # callbacks
@@ -221,6 +222,7 @@ if TYPE_CHECKING:
         load_dataset,
         load_folder,
         normalize_to,
+        overfit,
         to_channels_last,
         view_tfm,
     )

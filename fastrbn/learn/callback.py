@@ -239,7 +239,7 @@ class TrainEvalCallback(Callback):
     """Put the model into training or evaluation mode, and count batches. Every Runner has one, first at its order.
 
     `n_iter` numbers the training batches of the whole fit from 0. `n_epochs` is the number of epochs completed so far,
-    fractional (0.25: a quarter of the first); schedules read it. An epoch counts as one even if the loader yields more
+    fractional (0.25: a quarter of the first). An epoch counts as one even if the loader yields more
     batches than its length.
 
     Modules that were in evaluation mode before the fit, while the model as a whole was in training mode, stay in it:

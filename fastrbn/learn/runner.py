@@ -39,8 +39,8 @@ class Runner:
     """Run training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
 
     Every callback is reachable by its name: `run.recorder`, a second one as `run.recorder_2`. During a fit the run
-    holds `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger
-    stop_reason`. Callbacks may replace `model opt loss_func data logger`; they are put back after the fit.
+    holds `learn model opt loss_func data epochs max_steps epoch n_epochs n_iter iter iters dl xb yb pred loss in_train
+    logger stop_reason`. Callbacks may replace `model opt loss_func data logger`; they are put back after the fit.
 
     `stop_reason` is None after a fit that ran to its end, otherwise a sentence. `resumed_from` is the checkpoint that
     the fit continued from, or None.

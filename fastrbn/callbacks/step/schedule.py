@@ -342,7 +342,7 @@ class ParamScheduler(Callback):
                 warnings.warn(
                     f"the training loader has no length, so schedules move only between epochs: in this fit of "
                     f"{run.epochs} epochs each takes {run.epochs} values and does not reach its last; give the loader "
-                    f"or its data set a __len__",
+                    f"or its data set a __len__, or pass max_steps to fit",
                     stacklevel=2,
                 )
             pos = run.pct_train
