@@ -35,6 +35,7 @@ class Passes:
         self.limit = math.inf if epochs is None else epochs  # of epochs; cancelled ones count
         self.state: dict[str, Any] | None = None  # of the checkpoint to go on from
         self._rest: Iterator[Any] | None = None  # of the current pass, if an epoch begins within it
+        self._first = 0  # batch of the fit in the current epoch
         self._number, self._taken = -1, 0  # of the current pass, and batches taken from it
         self._before: dict[str, Any] | None = None  # random states before it, for loaders that cannot begin within it
         self._loader: dict[str, Any] | None = None  # the loader's state in it, for those that can
@@ -63,7 +64,8 @@ class Passes:
         if self.state is not None:
             restore(run, self.state)
             place = self.state["position"]
-            within = place["phase"] != "end"
+            longer = place.get("cut") and (run.max_steps is None or run.max_steps > run.n_iter)
+            within = place["phase"] != "end" or longer
             first = place["epoch"] + (not within)
         for epoch in itertools.count(first):
             before = run.n_iter
@@ -83,8 +85,7 @@ class Passes:
         run, n = self.run, length(dl) if self.every is None else self.every
         if run.max_steps is None or n is None:
             return n
-        place = {} if self.state is None else self.state["position"]
-        done = (place["done"] or 0) if place.get("phase") == "train" else 0
+        done = 0 if self.state is None else self.state["position"]["done"] or 0
         return min(n, run.max_steps - run.n_iter + done)
 
     def batches(self, dl: Any) -> Iterable[tuple[int, Any]]:
@@ -102,6 +103,7 @@ class Passes:
             if place["phase"] == "valid":
                 return ()
             done = place["done"] or 0
+        self._first = run.n_iter - done
         left = None if run.max_steps is None else run.max_steps - run.n_iter
         if self.every is not None:
             return enumerate(self._stretch(dl, min(self.every - done, self.every if left is None else left)), done)
@@ -111,11 +113,16 @@ class Passes:
     def place(self, phase: str) -> dict[str, Any]:
         """The place in the data, for a checkpoint."""
         run = self.run
-        within = phase == "train" if self.every is None else self._rest is not None
+        done, size = run.n_iter - self._first, self.every or length(run.data.train_dl) or math.inf
+        ended = phase == "end" and run.max_steps is not None and run.n_iter >= run.max_steps
+        cut = ended and done < size  # a longer fit goes on within this epoch
+        taken = self._taken if self._rest is not None else done if phase == "train" or cut else None
         return {
+            "done": done if phase == "train" or cut else None,
+            "cut": cut,
             "every": self.every,
             "pass": self._number,
-            "taken": None if not within else run.iter + 1 if self.every is None else self._taken,
+            "taken": taken,
             "loader": self._loader,
             "before_pass": self._before,
         }

@@ -31,7 +31,6 @@ def collect(run: Any, phase: str) -> dict[str, Any]:
     position = {
         "phase": phase,
         "epoch": run.epoch,
-        "done": run.iter + 1 if phase == "train" else None,
         "n_iter": run.n_iter,
         "n_epochs": run.n_epochs,
         "epochs": run.epochs,

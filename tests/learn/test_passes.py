@@ -204,15 +204,29 @@ def test_a_fit_interrupted_in_a_validation_between_passes_resumes_there(tmp_path
     assert everything(learn, run) == want
 
 
-def test_the_last_epoch_is_saved_and_more_steps_go_on_from_it(tmp_path):
-    fit(None, make_learn(batch_loader), cbs=[Checkpoint(tmp_path, every=100)], max_steps=7)
+@pytest.mark.parametrize("every", [None, 4])
+def test_the_last_epoch_is_saved_and_a_longer_fit_goes_on_within_it(every, tmp_path):
+    def train(steps, resume=None):
+        torch.manual_seed(1)
+        run = Runner([Recorder(), AvgStatsCallback(), Checkpoint(tmp_path, every=100, overwrite=resume is None)])
+        run.logger = lambda line: None
+        learn = make_learn(batch_loader)
+        run.fit(None, learn, resume, steps, every)
+        return run, learn
+
+    run, whole = train(12)
+    losses = run.recorder.losses
+    train(7)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-0001-step-7.pt"]
-    run = fit(None, make_learn(batch_loader), cbs=[Checkpoint(tmp_path)], max_steps=12, resume=tmp_path)
-    assert run.n_iter == 12 and len(run.recorder.losses) == 12
+    run, learn = train(12, tmp_path)
+    assert run.recorder.losses == losses
+    assert all(map(torch.equal, learn.model.parameters(), whole.model.parameters()))
+    assert [row["epoch"] for row in run.avg_stats.history] == [0, 1, 1, 2]  # the epoch that was cut has two rows
     with pytest.raises(CheckpointError, match="after 12 training batches, beyond the end of a fit of max_steps=8"):
-        fit(None, make_learn(batch_loader), max_steps=8, resume=tmp_path)
-    with pytest.raises(CheckpointError, match="with validate_every=None, which decides what an epoch is; now it is 3"):
-        fit(None, make_learn(batch_loader), max_steps=20, validate_every=3, resume=tmp_path)
+        train(8, tmp_path)
+    every = 3
+    with pytest.raises(CheckpointError, match=r"with validate_every=\w+, which decides what an epoch is; now it is 3"):
+        train(20, tmp_path)
 
 
 def test_a_number_of_steps_that_cannot_be_reached_is_an_error():
