@@ -204,13 +204,13 @@ def test_a_fit_interrupted_in_a_validation_between_passes_resumes_there(tmp_path
     assert everything(learn, run) == want
 
 
-@pytest.mark.parametrize("every", [None, 4])
-def test_the_last_epoch_is_saved_and_a_longer_fit_goes_on_within_it(every, tmp_path):
+@pytest.mark.parametrize(("every", "loader"), [(None, Sequence), (4, batch_loader)])
+def test_the_last_epoch_is_saved_and_a_longer_fit_goes_on_within_it(every, loader, tmp_path):
     def train(steps, resume=None):
         torch.manual_seed(1)
         run = Runner([Recorder(), AvgStatsCallback(), Checkpoint(tmp_path, every=100, overwrite=resume is None)])
         run.logger = lambda line: None
-        learn = make_learn(batch_loader)
+        learn = make_learn(loader)
         run.fit(None, learn, resume, steps, every)
         return run, learn
 
