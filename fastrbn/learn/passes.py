@@ -61,6 +61,8 @@ class Passes:
         """The epochs to run. Restores everything, now that `begin_fit` has come."""
         self.plan()
         run, first, within = self.run, 0, False
+        if run.max_steps is None:
+            self.limit = run.epochs  # a callback may have changed it in begin_fit
         if self.state is not None:
             restore(run, self.state)
             place = self.state["position"]
@@ -126,6 +128,10 @@ class Passes:
             "loader": self._loader,
             "before_pass": self._before,
         }
+
+    def close(self) -> None:
+        """Let go of the loader's iterator, and of its workers with it."""
+        self._rest = self.state = None
 
     def _begin(self, dl: Any) -> Iterator[Any]:
         """An iterator over a new pass."""

@@ -364,6 +364,7 @@ class Runner:
         self._fitting = self.in_train = False
         self.__dict__.update(self._lent, **SIGNALS)
         self._parts.reset()
+        self._passes.close()
         for name in ("pred", "loss"):  # the last batch's graph is not kept
             if isinstance(value := getattr(self, name), torch.Tensor):
                 setattr(self, name, value.detach())

@@ -30,12 +30,16 @@ class Stream(IterableDataset):
     """Without a length, and without an end if asked."""
 
     def __init__(self, endless):
-        self.endless = endless
+        self.endless, self.running = endless, 0
 
     def __iter__(self):
-        yield from BATCHES
-        while self.endless:
+        self.running += 1
+        try:
             yield from BATCHES
+            while self.endless:
+                yield from BATCHES
+        finally:
+            self.running -= 1
 
 
 class Sequence:
@@ -145,8 +149,10 @@ def test_validate_every_makes_epochs_of_so_many_batches_over_the_ends_of_passes(
 
 
 def test_validate_every_works_on_streams_and_without_validation():
-    run = fit(None, make_learn(DataLoader(Stream(endless=True), None), valid=False), max_steps=7, validate_every=3)
+    stream = Stream(endless=True)
+    run = fit(None, make_learn(DataLoader(stream, None), valid=False), max_steps=7, validate_every=3)
     assert run.trace.seen == [(0, 3), 0, 1, 2, (1, 3), 0, 1, 2, (2, 1), 0]
+    assert stream.running == 0, "the fit has kept the loader's iterator"
 
 
 def test_a_sampler_is_told_of_each_pass():
