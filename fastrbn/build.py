@@ -332,19 +332,21 @@ class LabelSmoothingCrossEntropy(nn.CrossEntropyLoss):
 def fit_one_cycle(
     run: Runner,
     learn: Learner,
-    epochs: int,
+    epochs: int | None,
     lr_max: float | Sequence[float] | None = None,
     pct_start: float = 0.3,
     div: float = 25.0,
     div_final: float = 1e4,
     moms: Sequence[float] | None = (0.95, 0.85, 0.95),
     resume: Any = None,
+    max_steps: int | None = None,
+    validate_every: int | None = None,
 ) -> None:
     """Call `run.fit(epochs, learn)` with a one-cycle schedule of learning rate and momentum.
 
     The learning rate rises to `lr_max` and falls again, both along half a cosine; the momentum does the opposite.
     Afterwards the optimiser has its former rates and momenta, and the run its former callbacks. If the training loader
-    has no length, the schedule moves only between epochs, with a warning; give it a `__len__`.
+    has no length, the schedule moves only between epochs, with a warning: give it a `__len__`, or pass `max_steps`.
 
     Parameters
     ----------
@@ -352,8 +354,8 @@ def fit_one_cycle(
         Must not schedule the learning rate already.
     learn : Learner
         Model, optimiser, loss and data.
-    epochs : int
-        Length of the cycle.
+    epochs : int or None
+        Length of the cycle; None if `max_steps` is the length.
     lr_max : float or sequence of float, optional
         Highest learning rate, or one for each parameter group. By default each group's own rate. With one rate for
         groups of different rates, such as those of `param_groups(model, lr=…)`, the largest reaches it, and the others
@@ -367,8 +369,8 @@ def fit_one_cycle(
     moms : three floats or None, default (0.95, 0.85, 0.95)
         Momentum (the first of `betas` for Adam and its kin) at the start, at the highest rate and at the end. None
         leaves it as it is, as does an optimiser without momentum or with a momentum of 0.
-    resume : optional
-        A checkpoint to resume from, as in `run.fit`.
+    resume, max_steps, validate_every : optional
+        As in `run.fit`.
 
     Raises
     ------
@@ -412,7 +414,7 @@ def fit_one_cycle(
     kept = KeptRates(learn.opt)
     run.add_cbs(cbs)
     try:
-        run.fit(epochs, learn, resume=resume)
+        run.fit(epochs, learn, resume, max_steps, validate_every)
     finally:
         run.remove_cbs(cbs)
         kept.restore()

@@ -254,7 +254,7 @@ def test_each_module_has_a_docstring_and_no_star_import(file):
 def callbacks_of_the_package(cls=Callback):
     for sub in cls.__subclasses__():
         if sub.__module__.startswith(("fastrbn.callbacks", "fastrbn.learn")) and not sub.__name__.startswith("_"):
-            yield sub  # others are bases of some
+            yield sub
         yield from callbacks_of_the_package(sub)
 
 

@@ -443,3 +443,7 @@ def test_a_cycle_over_a_loader_without_length_warns():
     ):
         fit_one_cycle(run, learn, 1, 0.1)
     assert run.recorder.lrs[0] == pytest.approx([0.004] * 10)
+    fit_one_cycle(run, learn, None, 0.1, max_steps=20)  # without a warning, and as if the length were known
+    rates, learn.data.train_dl = run.recorder.lrs[0], pairs
+    fit_one_cycle(run, learn, 2, 0.1)
+    assert rates == pytest.approx(run.recorder.lrs[0]) and len(rates) == 20

@@ -38,7 +38,7 @@ from .step.torch_scheduler import TorchScheduler
 from .track.avg_stats import AvgStats, AvgStatsCallback
 from .track.checkpoint import Checkpoint, CheckpointError
 from .track.class_metrics import F1, ConfusionMatrix, IoU, PerClassAccuracy, TopK
-from .track.loggers import CSVLogger, TensorBoardLogger
+from .track.loggers import CSVLogger, JSONLLogger, Log, TensorBoardLogger
 from .track.metrics import EpochMetric, accuracy
 from .track.progress import ProgressCallback
 from .track.recorder import Recorder
@@ -66,6 +66,8 @@ ORDER: tuple[tuple[type[Callback], int, str], ...] = (
     (TorchScheduler, 3, "needs the epoch's averages, and the rate that Warmup puts back after the step"),
     (CSVLogger, 10, "needs the epoch's averages"),
     (GradientClip, 10, "needs unscaled gradients, complete"),
+    (JSONLLogger, 10, "needs the epoch's averages"),
+    (Log, 10, "needs the epoch's averages"),
     (TensorBoardLogger, 10, "needs the epoch's averages"),
     (SaveBest, 20, "needs the epoch's averages"),
     (EMA, 50, "lends the averaged weights until SaveBest is done; later callbacks see the trained ones"),
@@ -130,8 +132,10 @@ __all__ = [
     "Hook",
     "Hooks",
     "IoU",
+    "JSONLLogger",
     "LR_Find",
     "ListContainer",
+    "Log",
     "MixUp",
     "MixedPrecision",
     "NonFiniteError",

@@ -139,6 +139,7 @@ def _add_train(commands) -> None:
         "N",
         "passes over the data (default: 1); the first is epoch 0, on screen as in history.csv and curves.png",
     )
+    setting("max_steps", "N", "end after N training steps, if --epochs are not done before")
     setting(
         "sched",
         "NAME",
@@ -174,7 +175,8 @@ def _add_train(commands) -> None:
         type=Path,
         metavar="RUN",
         help="continue the run in the folder RUN from its newest intact checkpoint, with the run's own arguments; "
-        "--epochs may be larger (the schedule is stretched), --checkpoint-every and --data-dir may differ",
+        "--epochs and --max-steps may be larger (the schedule is stretched), --checkpoint-every and --data-dir may "
+        "differ",
     )
     more = p.add_argument_group("recipe", "none of these is on by default")
     setting("width", "N", "channels of resnet9's first layer (default: 64)", more)

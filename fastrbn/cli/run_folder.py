@@ -47,7 +47,12 @@ RESULTS = (
     "nan_batch.pt",
 )
 
-_MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir")  # training goes on from the same place all the same
+_MAY_CHANGE = (
+    "epochs",
+    "max_steps",
+    "checkpoint_every",
+    "data_dir",
+)  # training goes on from the same place
 _DATA = ("data", "size", "limit", "data_dir")  # described apart in config.json
 
 
@@ -296,7 +301,7 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
             option = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
             raise CliError(
                 f"{option} does not go with --resume: the run has {kept[name]}, got {wanted}; leave it out, or begin "
-                f"another run. What may be another: --epochs, --checkpoint-every, --data-dir",
+                f"another run. What may be another: --epochs, --max-steps, --checkpoint-every, --data-dir",
                 BAD_ARGUMENTS,
             )
     if "cb" not in asked:

@@ -108,6 +108,7 @@ class Settings:
     lr: float = _setting(None, rate)
     sched: str = _setting("lin", one_of(*SCHEDULES))
     epochs: int = _setting(1, whole(0))
+    max_steps: int | None = _setting(None, whole(1))
     width: int | None = _setting(None, whole(1, 4096))
     momentum: float = _setting(0.0, share)
     weight_decay: float = _setting(0.0, share)
@@ -140,7 +141,9 @@ class Settings:
 _FIELDS = {f.name: f for f in fields(Settings)}
 _NEVER_NULL = ("data", "lr", "device", "threads")  # resolved before they are dumped
 # an older config.json may lack these, which then have their defaults
-_ADDED_LATER = "size width momentum weight_decay label_smoothing augment cutout amp channels_last compile".split()
+_ADDED_LATER = (
+    "size width momentum weight_decay label_smoothing augment cutout amp channels_last compile max_steps".split()
+)
 
 
 def rule(name: str) -> Rule | None:

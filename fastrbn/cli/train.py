@@ -126,7 +126,7 @@ def _fit(plan: Plan, learn: Learner, run: Runner, folder: Path, config: dict[str
     settings, began, error = plan.settings, time.perf_counter(), None
     resume = None if plan.config is None else run_folder.start(folder)
     try:
-        run.fit(settings.epochs, learn, resume=resume)
+        run.fit(settings.epochs, learn, resume, settings.max_steps)
     except (Exception, SystemExit) as e:  # noqa: BLE001 - a callback's or the model's: shown, and what was learnt is kept
         if isinstance(e, CheckpointError) and resume is not None and run.resumed_from is None:
             _put_back(plan, folder, ranks)
@@ -137,7 +137,7 @@ def _fit(plan: Plan, learn: Learner, run: Runner, folder: Path, config: dict[str
     seconds = time.perf_counter() - began
     halt = run_folder.callback_of(run, HaltOnNaN)
     report = halt.report if halt is not None else None
-    status, sentence = ranks.worst(*_outcome(settings.epochs, run, error, report, seconds))
+    status, sentence = ranks.worst(*_outcome(settings, run, error, report, seconds))
     if resume is not None and not run_folder.has_learnt(run) and status in (ERROR, INTERRUPTED):
         _put_back(plan, folder, ranks)
         if ranks.rank == 0:
@@ -176,7 +176,9 @@ def _put_back(plan: Plan, folder: Path, ranks: processes.Ranks) -> None:
         run_folder.write_config(folder, plan.config)
 
 
-def _outcome(epochs: int, run: Runner, error: BaseException | None, report: object, seconds: float) -> tuple[int, str]:
+def _outcome(
+    settings: Settings, run: Runner, error: BaseException | None, report: object, seconds: float
+) -> tuple[int, str]:
     """Exit status, and what happened."""
     if error is not None:
         return ERROR, f"error: {run.stop_reason or f'{type(error).__name__}: {error}'}"
@@ -189,7 +191,8 @@ def _outcome(epochs: int, run: Runner, error: BaseException | None, report: obje
     history = run_folder.callback_of(run, AvgStatsCallback).history
     last = history[-1] if history else {}
     reached = f", validation accuracy {last['valid_accuracy']:.2%}" if last.get("valid_accuracy") is not None else ""
-    return DONE, f"done: {_count(epochs, 'epoch')} in {seconds:.1f} s{reached}"
+    length = _count(settings.epochs, "epoch") if run.n_iter != settings.max_steps else _count(run.n_iter, "step")
+    return DONE, f"done: {length} in {seconds:.1f} s{reached}"
 
 
 def _images(settings: Settings) -> ImageData:

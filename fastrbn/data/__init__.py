@@ -5,7 +5,7 @@ and `get_dls` are the course's functions, for your own tensors.
 """
 
 from .batches import BatchLoader, Dataset
-from .bunch import DataBunch, get_dls
+from .bunch import DataBunch, get_dls, overfit
 from .download import data_root
 from .errors import BadDataError, DataError, DataNotFoundError, DownloadError
 from .folder import load_folder
@@ -35,6 +35,7 @@ __all__ = [
     "load_dataset",
     "load_folder",
     "normalize_to",
+    "overfit",
     "to_channels_last",
     "view_tfm",
 ]

@@ -1,8 +1,9 @@
-"""Pairs of loaders: `get_dls` makes them, `DataBunch` holds them for the Learner."""
+"""Pairs of loaders: `get_dls` makes them, `DataBunch` holds them for the Learner, `overfit` keeps a few batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fastrbn.util import whole
 
 from .batches import BatchLoader, Dataset, Transforms
 
-__all__ = ["DataBunch", "get_dls"]
+__all__ = ["DataBunch", "get_dls", "overfit"]
 
 
 class DataBunch:
@@ -150,6 +151,70 @@ def get_dls(
         DataLoader(train_ds, bs, shuffle=shuffle, drop_last=drop_last, generator=generator, **kwargs),
         DataLoader(valid_ds, 2 * bs, **kwargs),
     )
+
+
+def overfit(data: Any, n: int = 1) -> DataBunch:
+    """Keep `n` training batches, for training and validation alike: a model that cannot learn these by heart has a bug.
+
+    The batches are taken from one pass over the training loader, shuffled and transformed as it does. They stay in
+    memory and come in the same order in each epoch.
+
+    Parameters
+    ----------
+    data : DataBunch or any object with a `train_dl`
+        The loader may be any iterable of batches.
+    n : int, default 1
+        The number of batches.
+
+    Returns
+    -------
+    DataBunch
+        With `c` and `c_in` of `data`.
+
+    Raises
+    ------
+    ValueError
+        If `n` is not a whole number of at least 1, or the loader has fewer batches.
+
+    Examples
+    --------
+    >>> few = overfit(data, 2)
+    >>> learn, run = get_learn_run([8, 16], few, 0.2, conv_rbn, cbs=[partial(AvgStatsCallback, accuracy)])
+    >>> run.logger = lambda line: None
+    >>> run.fit(20, learn)
+    >>> run.avg_stats.history[-1]["valid_loss"] < run.avg_stats.history[0]["valid_loss"]
+    True
+
+    References
+    ----------
+    Karpathy, "A Recipe for Training Neural Networks" (2019): overfit one batch. Lightning's `overfit_batches`.
+    """
+    n, loader = whole("overfit: n", n), data.train_dl
+    kept = _Kept(loader, list(itertools.islice(loader, n)))
+    if len(kept) < n:
+        raise ValueError(f"overfit cannot keep {n} batches: the training loader has {len(kept)}. Use a smaller n.")
+    return DataBunch(kept, kept, *(getattr(data, name, None) for name in ("c", "c_in", "classes")))
+
+
+class _Kept:
+    """A loader of batches in memory."""
+
+    def __init__(self, loader: Any, batches: list[Any]) -> None:
+        self.loader, self.batches = loader, batches
+
+    @property
+    def dataset(self) -> Any:
+        """The data set that the batches were taken from, all of it."""
+        return self.loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __repr__(self) -> str:
+        return f"{len(self)} of the batches of {self.loader}"
 
 
 def _why(train: Any, valid: Any, kwargs: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ SIGNALS: dict[str, Any] = {
 # them as `self.run.loss = …`: `self.loss = …` would only hide the run's, and raises.
 RUN_STATE: dict[str, Any] = {
     **dict.fromkeys(("learn", "model", "opt", "loss_func", "data")),  # what is trained
-    **dict.fromkeys(("epochs", "epoch", "n_epochs", "n_iter", "iter", "iters", "dl")),  # the position in the fit
+    **dict.fromkeys(("epochs", "max_steps")),  # the length of the fit
+    **dict.fromkeys(("epoch", "n_epochs", "n_iter", "iter", "iters", "dl")),  # the position in it
     **dict.fromkeys(("xb", "yb", "pred", "loss")),  # the batch
     "in_train": False,
     "logger": print,
@@ -244,7 +245,7 @@ class TrainEvalCallback(Callback):
     """Put the model into training or evaluation mode, and count batches. Every Runner has one, first at its order.
 
     `n_iter` numbers the training batches of the whole fit from 0. `n_epochs` is the number of epochs completed so far,
-    fractional (0.25: a quarter of the first); schedules read it. An epoch counts as one even if the loader yields more
+    fractional (0.25: a quarter of the first). An epoch counts as one even if the loader yields more
     batches than its length.
 
     Modules that were in evaluation mode before the fit, while the model as a whole was in training mode, stay in it:

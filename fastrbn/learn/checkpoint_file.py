@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import math
 import os
 import pickle
 import re
@@ -209,7 +210,8 @@ def _check_parts(path: Path, state: dict[str, Any]) -> None:
             raise CheckpointError(f"the checkpoint {path}: '{part}' must be a dict; got {type(state[part]).__name__}")
     place = state["position"]
     for name in ("epoch", "n_iter", "epochs"):
-        if type(place.get(name)) is not int:
+        unknown = name == "epochs" and place.get(name) == math.inf  # of a fit that max_steps ends
+        if type(place.get(name)) is not int and not unknown:
             got = repr(place[name]) if name in place else "nothing"
             raise CheckpointError(f"the checkpoint {path}: position.{name} must be a whole number; got {got}")
     if place.get("phase") not in ("train", "valid", "end"):

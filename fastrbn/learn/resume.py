@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,12 @@ def collect(run: Any, phase: str) -> dict[str, Any]:
     position = {
         "phase": phase,
         "epoch": run.epoch,
-        "done": run.iter + 1 if phase == "train" else None,
         "n_iter": run.n_iter,
         "n_epochs": run.n_epochs,
         "epochs": run.epochs,
         "iters": length(run.data.train_dl),
+        **run._passes.place(phase),
     }
-    if phase == "train":
-        loader = run.data.train_dl
-        position["loader"] = loader.state_dict(mid_epoch=True) if _skips(loader) else None
-        position["before_pass"] = run._resume.before_pass
     return {
         "position": position,
         **module_state(run.learn.model),
@@ -51,7 +46,7 @@ def collect(run: Any, phase: str) -> dict[str, Any]:
         "callbacks": {
             name: {"class": type(cb).__name__, "state": cb.state_dict()} for name, cb in _callbacks(run).items()
         },
-        "random": _random(run).state_dict(),
+        "random": random_of(run).state_dict(),
     }
 
 
@@ -65,105 +60,41 @@ def find(path: str | Path, run: Any) -> tuple[Path, dict[str, Any]]:
 
     file, state = checkpoint_file.find(path, check)
     place = state["position"]
-    if run.epochs < place["epoch"] + 1:
+    if (every := place.get("every")) != run._passes.every:
+        raise CheckpointError(
+            f"the checkpoint {file} was made with validate_every={every}, which decides what an epoch is; now it is "
+            f"{run._passes.every}: pass the same"
+        )
+    if run._passes.limit < place["epoch"] + 1:
         raise CheckpointError(
             f"the checkpoint {file} was made in epoch {place['epoch']} (the first is 0), beyond the end of a fit of "
             f"{run.epochs}: epochs counts from the very beginning; that fit had {place['epochs']}"
+        )
+    if run.max_steps is not None and run.max_steps < place["n_iter"]:
+        raise CheckpointError(
+            f"the checkpoint {file} was made after {place['n_iter']} training batches, beyond the end of a fit of "
+            f"max_steps={run.max_steps}: max_steps counts from the very beginning"
         )
     _warn_of_callbacks(run, state["callbacks"])
     return file, state
 
 
-class Resume:
-    """The place where a fit begins: its start, or that of a checkpoint's `state`."""
-
-    def __init__(self, run: Any, state: dict[str, Any] | None):
-        self.run, self.state = run, state
-        self.before_pass: dict[str, Any] | None = None  # random states before the current training pass
-
-    def epochs(self) -> Iterable[int]:
-        """The epochs to run. Restores everything, now that `begin_fit` has come."""
-        first = 0
-        if self.state is not None:
-            self._restore(self.state)
-            place = self.state["position"]
-            first = place["epoch"] + (place["phase"] == "end")
-        return range(first, self.run.epochs)
-
-    def batches(self, dl: Any) -> Iterable[tuple[int, Any]]:
-        """`enumerate(dl)`; in the training pass that the checkpoint was made in, the rest of it."""
-        run = self.run
-        if not run.in_train:
-            return enumerate(dl)
-        state, self.state = self.state, None
-        if state is None or state["position"]["phase"] == "end":
-            self.before_pass = None if _skips(dl) else _random(run).state_dict()
-            return enumerate(dl)
-        self._restore(state)  # again: begin_epoch came after the first time
-        place = state["position"]
-        if place["phase"] == "valid":
-            return ()
-        done, iters = place["done"], length(dl)
-        if iters != place["iters"]:
-            raise CheckpointError(
-                f"to go on within an epoch its batches must be the same; the checkpoint was made with {place['iters']} "
-                f"batches an epoch, the training loader has {iters}: use the same data and batch size, or a checkpoint "
-                f"from the end of an epoch"
-            )
-        self.before_pass = place["before_pass"]
-        if _skips(dl):
-            dl.load_state_dict(place["loader"])
-            return enumerate(dl.iter_from(done), done)
-        return enumerate(self._skipped(dl, done, state), done)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        run, place = self.run, state["position"]
-        load_module_state(run.learn.model, state)
-        if state.get("loss"):
-            load_module_state(run.learn.loss_func, state["loss"])
-        load_opt_state(run.learn.opt, state["opt"])
-        for name, cb in _callbacks(run).items():
-            saved = state["callbacks"].get(name)
-            if saved is not None and saved["class"] == type(cb).__name__:
-                cb.load_state_dict(saved["state"])
-        run.epoch, run.n_iter, run.n_epochs = place["epoch"], place["n_iter"], place["n_epochs"]
-        _random(run, state["random"]).restore()
-
-    def _skipped(self, dl: Any, done: int, state: dict[str, Any]) -> Iterator[Any]:
-        """An iterator over `dl` after `done` batches, begun under the random states of the pass: so the order is the
-        same, and samplers and workers have used up the same random numbers."""
-        run = self.run
-        if getattr(dl, "persistent_workers", False) and run.epoch > 0:
-            warnings.warn(
-                "workers that outlive an epoch (persistent_workers=True) have random states that no checkpoint holds: "
-                "if the data set draws random numbers, the resumed fit draws others",
-                stacklevel=2,
-            )
-        if self.before_pass is not None:
-            _random(run, self.before_pass).restore()
-        batches = iter(dl)
-        if batches is dl:
-            warnings.warn(
-                f"the training loader is an iterator ({type(dl).__name__}), which cannot begin its epoch again: its "
-                f"first {done} batches are skipped, which is right only if it starts where the checkpoint's epoch did",
-                stacklevel=2,
-            )
-        skipped = sum(1 for _ in itertools.islice(batches, done))
-        if skipped < done:
-            raise CheckpointError(
-                f"the checkpoint stands after {done} batches of its epoch, and the training loader gave {skipped}: use "
-                f"the same data and batch size"
-            )
-        _random(run, state["random"]).restore(loaders=False)  # the loaders are where they should be
-        return batches
+def restore(run: Any, state: dict[str, Any]) -> None:
+    """Put back everything that `collect` has taken, except the place in the data."""
+    place = state["position"]
+    load_module_state(run.learn.model, state)
+    if state.get("loss"):
+        load_module_state(run.learn.loss_func, state["loss"])
+    load_opt_state(run.learn.opt, state["opt"])
+    for name, cb in _callbacks(run).items():
+        saved = state["callbacks"].get(name)
+        if saved is not None and saved["class"] == type(cb).__name__:
+            cb.load_state_dict(saved["state"])
+    run.epoch, run.n_iter, run.n_epochs = place["epoch"], place["n_iter"], place["n_epochs"]
+    random_of(run, state["random"]).restore()
 
 
-def _skips(dl: Any) -> bool:
-    """True if the loader can begin in the middle of an epoch, like `BatchLoader`."""
-    return hasattr(dl, "iter_from") and hasattr(dl, "load_state_dict")
-
-
-def _random(run: Any, saved: dict[str, Any] | None = None) -> RandomState:
+def random_of(run: Any, saved: dict[str, Any] | None = None) -> RandomState:
     """The random states of the run as they are, or as they were `saved`."""
     state = RandomState((run.data.train_dl, run.data.valid_dl))
     if saved is None:

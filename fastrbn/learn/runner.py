@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import traceback
 import warnings
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastrbn.util import suggestion
+from fastrbn.util import suggestion, whole
 
 from . import optimiser
 from . import predict as prediction
@@ -22,6 +23,7 @@ from .callback import RUN_STATE, SIGNALS, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
 from .learner import Learner, check_instances, summary
 from .parts import Parts
+from .passes import Passes
 from .predict import Predictions
 from .unpack import Unpack
 
@@ -39,8 +41,8 @@ class Runner:
     """Run training: `run.fit(epochs, learn)` fires the events of `Callback` around each step.
 
     Every callback is reachable by its name: `run.recorder`, a second one as `run.recorder_2`. During a fit the run
-    holds `learn model opt loss_func data epochs epoch n_epochs n_iter iter iters dl xb yb pred loss in_train logger
-    stop_reason`. Callbacks may replace `model opt loss_func data logger`; they are put back after the fit.
+    holds `learn model opt loss_func data epochs max_steps epoch n_epochs n_iter iter iters dl xb yb pred loss in_train
+    logger stop_reason`. Callbacks may replace `model opt loss_func data logger`; they are put back after the fit.
 
     `stop_reason` is None after a fit that ran to its end, otherwise a sentence. `resumed_from` is the checkpoint that
     the fit continued from, or None.
@@ -75,7 +77,7 @@ class Runner:
         self.__dict__.update(RUN_STATE)
         self._fitting = self._warned = False
         self._parts = Parts()
-        self._resume = resuming.Resume(self, None)
+        self._passes = Passes(self)
         made = [_make(cb) for cb in (*_as_list(cbs), *_as_list(cb_funcs))]
         if not any(isinstance(cb, TrainEvalCallback) for cb in made):
             made.insert(0, TrainEvalCallback())
@@ -128,30 +130,66 @@ class Runner:
             )
         self._parts.claim(type(owner).__name__, functions)
 
-    def fit(self, epochs: int, learn: Learner | None = None, resume: str | Path | None = None) -> None:
-        """Train for `epochs` passes over `learn.data.train_dl`.
+    @property
+    def pct_train(self) -> float:
+        """The share of the fit's training that is done, 0 to 1; schedules follow it.
+
+        By epochs (`n_epochs`) or by `max_steps`, whichever ends the fit first.
+        """
+        by_epochs = (self.n_epochs or 0.0) / (self._passes.limit or 1)
+        return by_epochs if self.max_steps is None else max(by_epochs, self.n_iter / self.max_steps)
+
+    def fit(
+        self,
+        epochs: int | None = None,
+        learn: Learner | None = None,
+        resume: str | Path | None = None,
+        max_steps: int | None = None,
+        validate_every: int | None = None,
+    ) -> None:
+        """Train for `epochs` passes over `learn.data.train_dl`, or for `max_steps` batches.
 
         `after_fit` fires once for every callback, whatever happens; an error is raised again after it. Ctrl-C ends the
         fit without an error, and `stop_reason` says so.
 
         Parameters
         ----------
-        epochs : int
-            0 or more; in a resumed fit counted from the very beginning.
+        epochs : int, optional
+            0 or more; in a resumed fit counted from the very beginning. May be left out if there is `max_steps`.
         learn : Learner, optional
             By default the one trained last.
         resume : path, optional
             A checkpoint, or a folder that `Checkpoint` wrote (the newest whole file is used). The fit goes on from
             there; make `learn` and callbacks as they were made for the fit that wrote it.
+        max_steps : int, optional
+            End the fit after this many training batches in all, within a pass too; the validation of the last, shorter
+            epoch comes as usual, and schedules reach their end. Together with `epochs`, whichever comes first. With
+            `GradientAccumulation(n)` an optimiser step takes `n` batches.
+        validate_every : int, optional
+            Validate after each `validate_every` training batches and at the end, in place of after each pass. This is
+            then what events, `run.epoch`, history and callbacks call an epoch: averages, `Checkpoint`, `SaveBest`,
+            loggers, and the patience of `EarlyStopping` count by it. Passes over the data go on across; the model is
+            trained on the same batches as without it.
 
         Raises
         ------
+        ValueError
+            If a number is out of range, there is neither `epochs` nor `max_steps`, or the loader has no length, which
+            `epochs` with `validate_every` needs.
         CheckpointError
             If the checkpoint cannot be read, or belongs to another model or optimiser.
         RuntimeError
-            If a fit of this run is under way.
+            If a fit of this run is under way, or the loader has no batches left to reach `max_steps`.
+
+        Examples
+        --------
+        >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[AvgStatsCallback])   # 16 batches a pass
+        >>> run.logger = lambda line: None
+        >>> run.fit(None, learn, max_steps=40, validate_every=10)
+        >>> run.n_iter, len(run.avg_stats.history)
+        (40, 4)
         """
-        self._prepare(epochs, learn, resume)
+        self._prepare(epochs, learn, resume, max_steps, validate_every)
         failed = False
         try:
             self._scope("train", self._all_epochs)
@@ -262,7 +300,7 @@ class Runner:
     def _all_epochs(self) -> None:
         self._scope("epoch", self, "begin_fit")
         optimiser.check_closure(self.opt, self._parts.claims)
-        for self.epoch in self._resume.epochs():
+        for self.epoch in self._passes.epochs():
             self._scope("epoch", self._all_batches, "begin_epoch", self.data.train_dl)
             if self.data.valid_dl is not None:
                 with torch.no_grad():
@@ -270,9 +308,10 @@ class Runner:
             self._scope("epoch", self, "after_epoch")
 
     def _all_batches(self, begin: str, dl: Any) -> None:
-        self.dl, self.iters, self.iter = dl, length(dl), None
+        self.iters = self._passes.iters(dl) if begin == "begin_epoch" else length(dl)
+        self.dl, self.iter = dl, None
         self._scope("batch", self, begin)
-        for self.iter, batch in self._resume.batches(dl):
+        for self.iter, batch in self._passes.batches(dl):
             try:
                 self._scope("batch", self._one_batch, batch)
             except (CancelEpochException, CancelTrainException) as e:
@@ -372,11 +411,20 @@ class Runner:
                 stacklevel=2,
             )
 
-    def _prepare(self, epochs: int, learn: Any, resume: str | Path | None) -> None:
+    def _prepare(
+        self,
+        epochs: int | None,
+        learn: Any,
+        resume: str | Path | None,
+        max_steps: int | None,
+        validate_every: int | None,
+    ) -> None:
         if self._fitting:
             raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs must be a whole number, 0 or more; got {epochs!r}")
+        if (epochs is not None or max_steps is None) and (not isinstance(epochs, int) or epochs is True or epochs < 0):
+            raise ValueError(f"epochs must be a whole number, 0 or more, or None with max_steps; got {epochs!r}")
+        max_steps = None if max_steps is None else whole("max_steps", max_steps)
+        every = None if validate_every is None else whole("validate_every", validate_every)
         learn = self.learn if learn is None else learn
         missing = [a for a in ("model", "opt", "loss_func", "data") if not hasattr(learn, a)]
         if missing:
@@ -389,7 +437,7 @@ class Runner:
             learn.opt, {"the loop": ("step", "zero_grad"), **{_owner(cb): cb._needs_opt for cb in self.cbs}}
         )
         self._unpack = Unpack.of(learn)
-        self.__dict__.update(RUN_STATE, logger=self.logger, epochs=epochs, learn=learn)
+        self.__dict__.update(RUN_STATE, logger=self.logger, epochs=math.inf if epochs is None else epochs, learn=learn)
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
         self.epoch, self.n_iter, self.n_epochs, self.loss = 0, 0, 0.0, torch.tensor(0.0)
         self._lent = {name: getattr(self, name) for name in ("model", "opt", "loss_func", "data", "logger")}
@@ -398,10 +446,10 @@ class Runner:
         for cb in self.cbs:
             cb.set_runner(self)  # it may have been in another run since
         self._handlers = self._resolve()
-        state = None
+        self._passes = Passes(self, epochs, max_steps, every)
+        self._passes.plan()
         if resume is not None:
-            self.resumed_from, state = resuming.find(resume, self)
-        self._resume = resuming.Resume(self, state)
+            self.resumed_from, self._passes.state = resuming.find(resume, self)
         self.opt.zero_grad()  # an earlier fit may have ended between backward and step
         self._fitting = True
 
@@ -417,6 +465,7 @@ class Runner:
         self._fitting = self.in_train = False
         self.__dict__.update(self._lent, **SIGNALS)
         self._parts.reset()
+        self._passes.close()
         for name in ("pred", "loss"):  # the last batch's graph is not kept
             if isinstance(value := getattr(self, name), torch.Tensor):
                 setattr(self, name, value.detach())

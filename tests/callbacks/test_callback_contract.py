@@ -35,6 +35,8 @@ from fastrbn.callbacks import (
     GradientClip,
     GraphMonitor,
     HaltOnNaN,
+    JSONLLogger,
+    Log,
     LR_Find,
     MixedPrecision,
     MixUp,
@@ -57,6 +59,10 @@ def double(x):
     return x * 2
 
 
+def forget(numbers, step):
+    pass
+
+
 MAKERS = {
     TrainEvalCallback: TrainEvalCallback,
     ActivationStats: ActivationStats,
@@ -71,11 +77,13 @@ MAKERS = {
     Distributed: Distributed,
     EMA: EMA,
     EarlyStopping: lambda: EarlyStopping("train_loss", patience=9),
-    Freeze: lambda: Freeze("0", "1", until=1),
+    Freeze: lambda: Freeze("1", "1", until=1),
     GradientAccumulation: lambda: GradientAccumulation(2),
     GradientClip: lambda: GradientClip(0.1),
     GraphMonitor: GraphMonitor,
     HaltOnNaN: HaltOnNaN,
+    JSONLLogger: lambda: JSONLLogger(every=1),
+    Log: lambda: Log(forget, every=2),
     LR_Find: lambda: LR_Find(max_iter=20, max_lr=0.1),
     MixUp: MixUp,
     MixedPrecision: lambda: MixedPrecision("fp16", init_scale=1024.0),

@@ -162,6 +162,13 @@ def trained(cli, *extra):
     assert cli("train", "glyphs", "--limit", 80, "--checkpoint-every", 4, "--out", "a", *extra)[0] == 0
 
 
+def test_max_steps_ends_a_run_within_an_epoch_and_more_of_them_go_on(cli):
+    trained(cli, "--bs", 16, "--epochs", 2, "--max-steps", 7)
+    status, out, _ = cli("train", "--resume", "a", "--max-steps", 9)
+    assert status == 0 and "done: 9 steps in" in out
+    assert json.loads(Path("a/config.json").read_text())["result"]["steps"] == 9
+
+
 def contents(folder):
     return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 

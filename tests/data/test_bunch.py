@@ -1,10 +1,12 @@
 """get_dls and DataBunch: which loader is made for which data, and what a bunch knows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from fastrbn.data import DataBunch, Dataset, get_dls, glyphs, image_databunch
+from fastrbn.data import BatchLoader, DataBunch, Dataset, get_dls, glyphs, image_databunch, overfit
 
 X, Y = torch.arange(20.0).view(10, 2), torch.arange(10) % 4
 
@@ -64,3 +66,35 @@ def test_names_of_classes_give_their_number_and_come_with_images():
     assert DataBunch(loader, loader, c_in=1).classes is None
     images = glyphs(16, 10)
     assert image_databunch(images, 8).classes == images.classes
+
+
+# --- overfit
+
+
+class Draws(Dataset):
+    def __getitem__(self, i):
+        return self.x[i] + torch.rand(()), self.y[i]
+
+
+LOADERS = {
+    "BatchLoader": lambda: BatchLoader(X, Y, 4, shuffle=True),
+    "DataLoader": lambda: DataLoader(Draws(X, Y), 4, shuffle=True),
+    "stream": lambda: DataLoader(Stream(), 2),
+    "list": lambda: [(X[i : i + 4], {"y": Y[i : i + 4]}) for i in (0, 4)],
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_overfit_keeps_the_same_batches_for_every_epoch_and_for_validation(name):
+    data = overfit(SimpleNamespace(train_dl=LOADERS[name](), c=7), 2)
+    passes = [[xb.tolist() for xb, _ in dl] for dl in (data.train_dl, data.train_dl, data.valid_dl)]
+    assert passes[0] == passes[1] == passes[2]
+    assert len(data.train_dl) == len(passes[0]) == 2 and data.c == 7
+    assert "2 of the batches of" in repr(data)
+
+
+def test_overfit_needs_as_many_batches():
+    with pytest.raises(ValueError, match="cannot keep 3 batches: the training loader has 2. Use a smaller n"):
+        overfit(SimpleNamespace(train_dl=LOADERS["list"]()), 3)
+    with pytest.raises(ValueError, match="overfit: n must be a whole number, 1 or more; got 0"):
+        overfit(SimpleNamespace(train_dl=[]), 0)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.data import DistributedSampler
 
 from fastrbn.learn import ranks
 from fastrbn.learn.callback import Callback
@@ -118,6 +117,7 @@ class Distributed(Callback):
         run = self.run
         here = {
             "epochs": run.epochs,
+            "max_steps": run.max_steps,
             "parameters": sum(p.numel() for p in run.learn.model.parameters()),
             "buffers": sum(b.numel() for b in run.learn.model.buffers()),
             "callbacks": [type(cb).__name__ for cb in run.cbs],
@@ -186,11 +186,9 @@ class Distributed(Callback):
         lengths = self._lockstep.begin_epoch(-1 if run.iters is None else run.iters)
         run.iters = None if min(lengths) < 0 else min(lengths)  # schedules and the last batch depend on it
         self._wrap(self._lockstep)
-        for loader, part in self._sharded:
+        for _, part in self._sharded:
             if isinstance(batches := getattr(part, "batch_sampler", None), Part):
-                batches.seed = self._seed + run.epoch
-            if isinstance(sampler := getattr(loader, "sampler", None), DistributedSampler):
-                sampler.set_epoch(run.epoch)
+                batches.seed = self._seed or 0
         self._lockstep.handle_interrupts()
 
     def _wrap(self, lockstep: Lockstep) -> None:

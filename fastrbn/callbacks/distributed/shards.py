@@ -57,12 +57,15 @@ class Part:
     def __init__(self, batches: Any, rank: int, world: int, train: bool):
         self.batches, self.rank, self.world, self.train = batches, rank, world, train
         self.sampler = getattr(batches, "sampler", None)  # RandomState looks for a generator here
-        self.seed, self.warned = 0, rank != 0
+        self.seed, self.epoch, self.warned = 0, 0, rank != 0
+
+    def set_epoch(self, number: int) -> None:
+        self.epoch = number
 
     def __iter__(self) -> Iterator[list[Any]]:
         # an order drawn from the global generator must be the same on all ranks, and leave the generator unchanged
         with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(self.seed)  # not the devices' generators
+            torch.default_generator.manual_seed(self.seed + self.epoch)  # not the devices' generators
             every = [list(batch) for batch in self.batches]
         if not self.train:
             yield from every[self.rank :: self.world]

@@ -341,15 +341,15 @@ class ParamScheduler(Callback):
     def begin_batch(self) -> None:
         run = self.run
         if run.in_train:
-            if run.iters is None and not self._told:
+            if run.iters is None and run.max_steps is None and not self._told:
                 self._told = True
                 warnings.warn(
                     f"the training loader has no length, so schedules move only between epochs: in this fit of "
                     f"{run.epochs} epochs each takes {run.epochs} values and does not reach its last; give the loader "
-                    f"or its data set a __len__",
+                    f"or its data set a __len__, or pass max_steps to fit",
                     stacklevel=2,
                 )
-            pos = run.n_epochs / run.epochs
+            pos = run.pct_train
             for group, f in zip(run.opt.param_groups, self._funcs):
                 set_hyper_parameter(group, self.pname, f(pos))
 
@@ -488,8 +488,8 @@ class KeptRates:
 def steps_in_fit(run: Any) -> int | None:
     """The number of steps that the optimiser takes in the run's fit; None if the length of an epoch is not known."""
     n = next((cb.n for cb in run.cbs if isinstance(cb, GradientAccumulation)), 1)
-    most = getattr(run, "max_steps", None)  # batches
-    size = getattr(getattr(run, "_passes", None), "every", None) or length(run.data.train_dl)  # of an epoch
+    most = run.max_steps  # batches
+    size = run._passes.every or length(run.data.train_dl)  # of an epoch
     if size is None:
         return most if n == 1 else None
     full, rest = divmod(min(run.epochs * size, math.inf if most is None else most), size or 1)

@@ -149,7 +149,7 @@ class Checkpoint(Callback):
 
     def after_epoch(self) -> None:
         run, self._pending = self.run, None
-        last = run.epoch + 1 == run.epochs
+        last = run.epoch + 1 >= run.epochs or (run.max_steps is not None and run.n_iter >= run.max_steps)
         value = None if self.monitor is None else self.monitor.value(run)
         best = self.monitor is not None and self.monitor.better(value, self.best)
         if self.every is None or self.monitor is not None or last or self._asked or self._due:

@@ -86,7 +86,7 @@ class ProgressCallback(Callback):
 
     def _begin_pass(self, what: str) -> None:
         run = self.run
-        self._what = what
+        self._what, self._display.epochs = what, run.epochs  # which callbacks may have changed in begin_fit
         self._display.begin_pass(what, run.epoch, run.iters)
         self._next = time.monotonic() + self._display.wait
 
@@ -124,8 +124,8 @@ def _can_draw() -> bool:
     return True
 
 
-def _pass_name(what: str, epoch: int, epochs: int) -> str:
-    return f"epoch {epoch} ({epoch + 1} of {epochs}) {what}"
+def _pass_name(what: str, epoch: int, epochs: float) -> str:
+    return f"epoch {epoch} {'' if epochs == math.inf else f'({epoch + 1} of {epochs}) '}{what}"
 
 
 class _Log:
@@ -145,7 +145,7 @@ class _Display:
 
     wait = math.inf  # seconds between two calls of `draw`
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: float):
         self.epochs, self.log = epochs, _Log(self._write)
 
     def _write(self, line: str | Sequence[str]) -> None: ...
@@ -164,7 +164,7 @@ class _Display:
 class _Lines(_Display):
     """Plain text, a line at a time: no carriage returns, no escape codes."""
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: float):
         super().__init__(epochs)
         self.wait = _SPEAK
         self._widths: list[int] = []
@@ -188,14 +188,14 @@ class _Lines(_Display):
 class _Bars(_Display):
     """fastprogress, driven step by step, since its bars would rather do the iterating themselves."""
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: float):
         from fastprogress.fastprogress import master_bar, progress_bar
 
         super().__init__(epochs)
         self.wait = _REDRAW
         self._make, self._bar = progress_bar, None
         self._curves: dict[str, tuple[list, list]] = {"train": ([], []), "valid": ([], [])}
-        self._master = master_bar(range(max(epochs, 1)))  # an empty range makes it warn
+        self._master = master_bar(range(int(epochs) if 0 < epochs < math.inf else 1))  # an empty range makes it warn
         self._master.update(0)
 
     def _write(self, line):
@@ -203,7 +203,7 @@ class _Bars(_Display):
 
     def begin_pass(self, what, epoch, total):
         self.end_pass()
-        if 0 < epoch < self.epochs:
+        if 0 < epoch < self.epochs < math.inf:
             self._master.update(epoch)
         if total != 0:
             self._bar = self._make(range(0), total="noinfer" if total is None else total, parent=self._master)

@@ -1,6 +1,7 @@
-"""CSVLogger: the file is complete after each epoch. TensorBoardLogger: what is written."""
+"""Loggers: which numbers come, at which step, and what the files hold after fits, kills and resumed fits."""
 
 import csv
+import json
 import os
 import sys
 import warnings
@@ -10,7 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrbn.callbacks import AvgStatsCallback, CSVLogger, Recorder, TensorBoardLogger, accuracy
+from fastrbn.callbacks import (
+    AvgStatsCallback,
+    Checkpoint,
+    CSVLogger,
+    JSONLLogger,
+    Log,
+    Recorder,
+    TensorBoardLogger,
+    accuracy,
+)
+from fastrbn.callbacks.track import loggers
 from fastrbn.learn import Callback, Runner
 from fastrbn.util import write_whole
 
@@ -183,6 +194,28 @@ def test_tensorboard_gets_every_nth_step_and_the_averages_over_the_steps(make_le
             assert found == [(4 * (i + 1), row[f"{which}_{what}"]) for i, row in enumerate(run.avg_stats.history)]
 
 
+def test_tensorboards_steps_go_on_over_fits(make_learn, tmp_path, writers):
+    run, learn = Runner([TensorBoardLogger(tmp_path, every=2)]), make_learn()
+    for _ in range(2):
+        run.fit(1, learn)
+    assert [[step for tag, step, _ in w.scalars if tag == "loss/step"] for w in writers] == [[0, 2], [4, 6]]
+
+
+def test_a_resumed_tensorboard_discards_what_came_after_the_checkpoint(make_learn, tmp_path, writers):
+    def make():
+        return make_logged(TensorBoardLogger(tmp_path / "tb", every=1), Checkpoint(tmp_path / "c", keep=None))
+
+    run, learn = make(), make_learn()
+    run.fit(1, learn)  # one that is not resumed
+    run.fit(2, learn)
+    run = make()
+    run.fit(2, make_learn(), resume=sorted((tmp_path / "c").iterdir())[1])
+    assert writers[-1].purge_step == 4 + 4
+    assert [step for tag, step, _ in writers[-1].scalars if tag == "loss/step"] == [8, 9, 10, 11]
+    averages = [[s for s in w.scalars if s[0] == "loss/valid"] for w in writers[1:]]
+    assert averages[1][0] == averages[0][0] and [step for _, step, _ in averages[1]] == [8, 12]
+
+
 def test_tensorboard_keeps_the_steps_before_an_error_and_is_closed(make_learn, tmp_path, writers):
     class Ends(Callback):
         def begin_batch(self):
@@ -225,3 +258,126 @@ def test_the_real_tensorboard_can_read_it(make_learn, tmp_path):
         read = EventAccumulator(str(tmp_path))
         read.Reload()
     assert [e.value for e in read.Scalars("loss/step")] == pytest.approx(run.recorder.losses)
+
+
+# --- Log: any function
+
+
+class Calls:
+    """Functions with the signatures of wandb.log and mlflow.log_metrics, which write their calls down."""
+
+    def __init__(self):
+        self.rows = []
+
+    def log(self, data, step=None, commit=None, sync=None):
+        self.rows.append((step, data))
+
+    def log_metrics(self, metrics, step=None, synchronous=None, run_id=None):
+        assert all(isinstance(v, (int, float)) for v in metrics.values())
+        self.rows.append((step, metrics))
+
+
+def make_logged(*loggers):
+    run = Runner([AvgStatsCallback(accuracy), Recorder(), *loggers])
+    run.logger = lambda line: None
+    return run
+
+
+def test_a_function_gets_plain_numbers_and_steps_that_go_on_over_fits(make_learn):
+    wandb, mlflow = Calls(), Calls()
+    run, learn = make_logged(Log(wandb.log, every=3), Log(mlflow.log_metrics)), make_learn()
+    run.fit(2, learn)
+    losses, history = run.recorder.losses, run.avg_stats.history
+    run.fit(1, learn)
+    steps = [(n, {"step_loss": losses[n], "lr": 0.1}) for n in (0, 3, 6)]
+    assert wandb.rows[:5] == [*steps[:2], (4, history[0]), steps[2], (8, history[1])]
+    assert [step for step, _ in wandb.rows[5:]] == [8, 11, 12]
+    assert mlflow.rows == [(4, history[0]), (8, history[1]), (12, run.avg_stats.history[0])]
+
+
+def test_what_was_not_measured_is_left_out_and_other_ranks_log_nothing(make_learn, monkeypatch):
+    calls = Calls()
+    run = make_logged(Log(calls.log_metrics, every=1))
+    run.fit(1, make_learn(n_valid=0))
+    assert list(calls.rows[-1][1]) == ["epoch", "train_loss", "train_accuracy", "lr", "time"]
+    monkeypatch.setattr(loggers, "rank", lambda: 1)
+    seen = len(calls.rows)
+    run.fit(1, make_learn())
+    assert len(calls.rows) == seen
+
+
+def test_steps_of_a_long_epoch_do_not_wait_for_its_end(make_learn, monkeypatch):
+    monkeypatch.setattr(loggers, "_WAIT", 0.0)
+    calls = Calls()
+
+    class Looks(Callback):
+        def after_batch(self):
+            assert not self.run.in_train or len(calls.rows) == self.run.n_iter
+
+    Runner([Log(calls.log, every=1), Looks()]).fit(1, make_learn())
+
+
+def test_a_log_without_numbers_or_function_is_an_error(make_learn):
+    with pytest.raises(ValueError, match="Log has nothing to log: add an AvgStatsCallback to the run.*every=n"):
+        Runner([Log(print)]).fit(1, make_learn())
+    with pytest.raises(TypeError, match=r"a function of \(numbers, step\), such as wandb.log; got 'history'"):
+        Log("history")
+
+
+# --- JSONLLogger
+
+
+def lines(path):
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+def test_json_lines_hold_the_numbers_and_null_for_what_json_has_not(make_learn, tmp_path):
+    def nan(pred, yb):
+        return torch.tensor(float("nan"))
+
+    path = tmp_path / "runs" / "h.jsonl"
+    run = Runner([AvgStatsCallback([accuracy, nan]), Recorder(), JSONLLogger(path, every=2)])
+    run.logger = lambda line: None
+    run.fit(1, make_learn())
+    *steps, epoch = lines(path)
+    assert steps == [{"step": n, "step_loss": run.recorder.losses[n], "lr": 0.1} for n in (0, 2)]
+    (row,) = run.avg_stats.history
+    assert epoch == {"step": 4, **{k: None if "nan" in k else v for k, v in row.items() if k != "time"}}
+
+
+def test_further_fits_add_lines_and_a_new_logger_overwrites_unless_it_appends(make_learn, tmp_path):
+    path, learn = tmp_path / "h.jsonl", make_learn()
+    run = make_logged(JSONLLogger(path))
+    for _ in range(2):
+        run.fit(1, learn)
+    assert [row["step"] for row in lines(path)] == [4, 8]
+    path.write_text(path.read_text() + '{"step": 9')  # as a kill may leave it
+    make_logged(JSONLLogger(path, append=True)).fit(1, learn)
+    assert [row["step"] for row in lines(path)] == [4, 8, 4]
+    make_logged(JSONLLogger(path)).fit(1, learn)
+    assert [row["step"] for row in lines(path)] == [4]
+
+
+@pytest.mark.parametrize("kept", [3, 4, 7])  # steps at the checkpoint: within an epoch, before its end, in the next one
+def test_a_resumed_fit_leaves_the_lines_of_an_uninterrupted_one(make_learn, tmp_path, kept):
+    def make(folder):
+        return make_logged(
+            JSONLLogger(tmp_path / folder / "h.jsonl", every=2), Checkpoint(tmp_path / folder / "c", 1, None)
+        )
+
+    for folder in ("a", "b"):
+        make(folder).fit(3, make_learn())
+    with open(tmp_path / "b" / "h.jsonl", "a") as f:
+        f.write('{"step": 1')
+    (file,) = (tmp_path / "b" / "c").glob(f"checkpoint-{kept:04}-*.pt")
+    make("b").fit(3, make_learn(), resume=file)
+    whole = lines(tmp_path / "a" / "h.jsonl")
+    assert lines(tmp_path / "b" / "h.jsonl") == whole
+    assert [row["step"] for row in whole] == [0, 2, 4, 4, 6, 8, 8, 10, 12]
+    (tmp_path / "b" / "h.jsonl").write_text("")
+    with pytest.warns(UserWarning, match="lines of earlier steps are missing"):
+        make("b").fit(3, make_learn(), resume=file)
