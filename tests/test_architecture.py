@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "cli.settings": ["norm", "util"],
     "cli.options": ["_version", "cli.settings", "util"],
     "cli.build": ["cli.settings", "data", "models"],
+    "export": ["util"],
+    "saved_run": ["cli.build", "cli.settings", "data", "export", "learn", "util"],
 }
 # Imports from inside functions that point upward, each with its reason
 UPWARD = {("learn.learner", "summary"): "Learner.summary returns a table that is made above"}
