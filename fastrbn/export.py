@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrbn.norm import RunningBatchNorm, to_batchnorm
 from fastrbn.util import one_of, write_whole
 
 KINDS = {"onnx": ".onnx", "torch": ".pt2"}  # and how their files' names end
@@ -34,13 +35,14 @@ def export_model(
         raise IsADirectoryError(f"export needs a file; {path} is a folder: add a name, model{KINDS[to]}")
     model = copy.deepcopy(model).cpu().eval()
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    plain = _plain(model, x)
     write, read = (_onnx, _read_onnx) if to == "onnx" else (_torch, _read_torch)
     if to == "onnx":
         _check_packages()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PyTorch about its own exporter
-            content = write(model, x, json.dumps(about, ensure_ascii=False))
+            content = write(plain, x, json.dumps(about, ensure_ascii=False))
             load = read(content)
     except Exception as e:
         why = " ".join(str(e).split())
@@ -50,6 +52,19 @@ def export_model(
     difference = _difference(model, load, x)
     write_whole(path, content)
     return difference
+
+
+def _plain(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model with nn.BatchNorm for running batch norms, which other runtimes know as one operation, if it can."""
+    if not any(isinstance(m, RunningBatchNorm) for m in model.modules()):
+        return model
+    try:
+        plain = to_batchnorm(copy.deepcopy(model))
+        with torch.no_grad():
+            plain(x)
+        return plain
+    except (ValueError, RuntimeError):  # a pruned layer, or one used with other dimensions
+        return model
 
 
 def _kind(path: Path) -> str:

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "cli.settings": ["norm", "util"],
     "cli.options": ["_version", "cli.settings", "util"],
     "cli.build": ["cli.settings", "data", "models"],
-    "export": ["util"],
+    "export": ["norm", "util"],
     "saved_run": ["cli.build", "cli.settings", "data", "export", "learn", "util"],
 }
 # Imports from inside functions that point upward, each with its reason
