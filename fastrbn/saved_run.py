@@ -186,16 +186,18 @@ class SavedRun:
 
     @property
     def trained(self) -> dict[str, Any] | None:
-        """The row of `history` that these weights were validated in; None if there is none.
-
-        The last weights of a run with `EMA` were not: validation used the averages.
-        """
+        """The row of `history` that these weights were validated in; None if there is none."""
         rows: list[dict[str, Any]] = []
         if self._which == "best":
             rows = [row for row in self.history if row["epoch"] == self.results.get("best", {}).get("epoch")]
-        elif self._which == "last" and not any(str(cb).startswith("EMA(") for cb in self._config.get("callbacks", ())):
+        elif self._which == "last" and self._validated_the_last():
             rows = self.history[-1:]
         return rows[0] if rows and rows[0].get("valid_loss") is not None else None
+
+    def _validated_the_last(self) -> bool:
+        """False if validation used the averages of EMA, and they were not kept at the end."""
+        ema = [cb for cb in map(str, self._config.get("callbacks", ())) if cb.startswith("EMA(")]
+        return not ema or self.results.get("status") == 0 and "keep=True" in ema[0]
 
     def predict(self, images: Images | Iterable[Images], bs: int = 64) -> Any:
         """Predict the classes of images.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastrbn import RunError, load_run
+from fastrbn import EMA, RunError, load_run
 from fastrbn.data import BadDataError, load_folder
 from fastrbn.learn import checkpoint_file
 
@@ -163,9 +163,10 @@ def test_the_last_weights_are_those_of_the_newest_checkpoint_if_it_is_newer(trai
     assert load_run(run_copy).weights == run_copy / "model.pt", "ended"
 
 
-def test_averaged_weights_are_not_compared_with_the_last(run_copy):
-    change(run_copy, callbacks=["EMA(0.9)"])
-    assert load_run(run_copy, "last").trained is None and load_run(run_copy).trained is not None
+def test_the_averages_validation_is_not_that_of_weights_without_them(run_copy):
+    for keep, compared in ((False, False), (True, True)):
+        change(run_copy, callbacks=[repr(EMA(keep=keep))])
+        assert (load_run(run_copy, "last").trained is not None) == compared and load_run(run_copy).trained is not None
 
 
 def without(**data):
