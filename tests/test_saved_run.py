@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastrbn import EMA, RunError, load_run
+from fastrbn import EMA, RunError, load_run, saved_run
 from fastrbn.data import BadDataError, load_folder
 from fastrbn.learn import checkpoint_file
 
@@ -204,6 +204,15 @@ def test_what_a_folder_lacks_is_named(run_copy, damage, words):
     with pytest.raises(RunError) as e:
         load_run(run_copy)
     assert words in str(e.value).replace(str(run_copy), "RUN")
+
+
+def test_a_model_that_cannot_be_made_here_is_named(run_copy, monkeypatch):
+    def missing(*_):
+        raise ValueError("there is no package mine")
+
+    monkeypatch.setattr(saved_run, "build_model", missing)
+    with pytest.raises(RunError, match="run: the run's model cannot be made here: there is no package mine"):
+        load_run(run_copy)
 
 
 def test_a_run_of_another_machine_needs_neither_its_device_nor_its_plug_ins(run_copy):
