@@ -289,9 +289,13 @@ class SavedRun:
         DataError
             If the data cannot be found or read.
         RunError
-            If they have other classes now.
+            If they have other classes now, or the loaders cannot be made here.
         """
-        data = build_data(self.settings, self._images())
+        images = self._images()
+        try:
+            data = build_data(self.settings, images)
+        except ValueError as e:
+            raise RunError(f"{self.folder}: the run's loaders cannot be made here: {e}") from e
         for dl in (data.train_dl, data.valid_dl):  # the images may have changed since
             dl.normalize = [*self.transform.mean], [*self.transform.std]
             dl.to(dl.device)

@@ -210,6 +210,9 @@ def test_a_model_that_cannot_be_made_here_is_named(run_copy, monkeypatch):
     def missing(*_):
         raise ValueError("there is no package mine")
 
+    monkeypatch.setattr(saved_run, "build_data", missing)
+    with pytest.raises(RunError, match="run: the run's loaders cannot be made here: there is no package mine"):
+        load_run(run_copy).evaluate()
     monkeypatch.setattr(saved_run, "build_model", missing)
     with pytest.raises(RunError, match="run: the run's model cannot be made here: there is no package mine"):
         load_run(run_copy)
