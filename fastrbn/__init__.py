@@ -151,6 +151,12 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "show_batch",
     "show_results",
     "show_worst",
+    # a run of `fastrbn train`
+    "Evaluation",
+    "ImagePrediction",
+    "RunError",
+    "SavedRun",
+    "load_run",
     # a table of the model
     "Summary",
     "model_summary",
@@ -158,7 +164,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
 
 # Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below
 # are for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "show", "summary")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "show", "summary", "saved_run")
 
 if TYPE_CHECKING:
     from .build import (
@@ -297,6 +303,7 @@ if TYPE_CHECKING:
         running_batch_norm,
         to_batchnorm,
     )
+    from .saved_run import Evaluation, ImagePrediction, RunError, SavedRun, load_run
     from .show import show_batch, show_results, show_worst
     from .summary import Summary, model_summary
 
