@@ -123,8 +123,8 @@ def _add_train(commands) -> None:
     setting(
         "size",
         "N",
-        "for a folder of images: scale each to cover N x N pixels and cut out its centre (default: as they are, which "
-        "must then be of one size)",
+        "scale each image to cover N x N pixels and cut out its centre (default: as they are; in a folder they must "
+        "then be of one size)",
     )
     setting("model", "NAME", f"{MODELS[0]} (default), {MODELS[1]}")
     setting("bs", "N", "batch size; of each process under torchrun (default: 8)")
@@ -235,6 +235,7 @@ def _add_compare(commands) -> None:
         metavar="NAME,…",
         help=f"{NETS[0]} (default), {', '.join(NETS[1:])}; the last two suit cifar10",
     )
+    p.add_argument("--size", type=typed(whole(1)), metavar="N", help="scale images to N x N pixels, as for train")
     p.add_argument("--n-train", type=typed(whole(1)), metavar="N", help="train on the first N images (default: all)")
     p.add_argument("--epochs", type=typed(whole(1)), default=1, metavar="N", help="passes over the data (default: 1)")
     p.add_argument("--augment", action="store_true", help="random crops and left-right flips; not for digits")

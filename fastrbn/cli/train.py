@@ -213,15 +213,13 @@ def _images(settings: Settings) -> ImageData:
                 "MNIST was not found and could not be downloaded (`fastrbn train mnist` says why); training on "
                 "generated digits (glyphs)"
             )
-            return load_dataset("glyphs")
+            return load_dataset("glyphs", **size)
     except DownloadError as e:
         raise CliError(f"{e} `fastrbn train glyphs` needs no download.") from e
     except DataNotFoundError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
     except DataError as e:
         raise CliError(str(e)) from e
-    except ValueError as e:  # a size for images that have their own
-        raise CliError(f"--size: {e}", BAD_ARGUMENTS) from e
     except MemoryError as e:
         raise CliError(f"{name} does not fit into memory; a smaller --size may") from e
 

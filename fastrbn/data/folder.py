@@ -94,7 +94,7 @@ def load_folder(
     >>> load_folder("pets", valid=0.5)
     ImageData('pets', 2 training and 2 validation images of (3, 8, 8), 2 classes)
     """
-    path, shape = Path(path), _check_size(size)
+    path, shape = Path(path), check_size(size)
     check_valid(valid)
     if not path.is_dir():
         raise DataNotFoundError(f"there is no folder {path}. Give an existing folder of images.")
@@ -254,7 +254,7 @@ def _read(file: str, size: tuple[int, int] | None) -> np.ndarray:
     return a if a.ndim == 3 else a[:, :, None]
 
 
-def _check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)

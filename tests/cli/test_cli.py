@@ -408,7 +408,6 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--lr fast", "must be a finite number above 0; got 'fast'"),
         ("--epochs -1", "--epochs: must be a whole number, 0 or more; got '-1'"),
         ("--size 0", "--size: must be a whole number, 1 or more; got '0'"),
-        ("--size 32", "--size: size is only for folders of images; glyphs has a fixed size"),
         ("--bs 99999999999999999999", "--bs: must be a whole number, 2147483647 at most; got '99999999999999999999'"),
         ("--seed 9223372036854775808", "--seed: must be a whole number, 9223372036854775807 at most"),
         ("--threads 99999999999", "--threads: must be a whole number, 1024 at most"),
