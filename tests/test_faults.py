@@ -562,14 +562,14 @@ def test_the_command_goes_on_after(fault, cli, monkeypatch):
     assert cli(*TRAIN, "whole")[0] == 0
     with monkeypatch.context() as m, pytest.warns(RuntimeWarning) if "disk" in fault else nullcontext():
         if how is None:
-            made = cli_train.image_databunch
+            made = cli_train.build_data
 
             def databunch(*args, **kwargs):
                 data = made(*args, **kwargs)
                 data.train_dl = Breaks(data.train_dl, 3, 2)
                 return data
 
-            m.setattr(cli_train, "image_databunch", databunch)
+            m.setattr(cli_train, "build_data", databunch)
         else:
             how(m)
         got, told = cli(*TRAIN, "a")

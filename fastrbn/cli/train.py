@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from fastrbn.build import LabelSmoothingCrossEntropy, get_learn_run, get_runner
+from fastrbn.build import LabelSmoothingCrossEntropy, get_runner
 from fastrbn.callbacks import (
     AvgStatsCallback,
     Checkpoint,
@@ -44,20 +44,18 @@ from fastrbn.data import (
     DataNotFoundError,
     DownloadError,
     ImageData,
-    image_databunch,
     load_dataset,
 )
 from fastrbn.learn import Callback, Learner, Runner
-from fastrbn.models import conv_bn, conv_gn, conv_rbn, resnet9
 
 from . import ranks as processes
 from . import run_folder
+from .build import build_data, build_model
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
 from .plugins import make_callback
 from .run_folder import Plan
-from .settings import COMPILE, NFS, Settings, settle
+from .settings import COMPILE, Settings, settle
 
-BUILDERS = {"running": conv_rbn, "batch": conv_bn, "group": conv_gn}
 MAGNITUDES = 500  # about as many moments as params.png has columns
 
 
@@ -225,44 +223,29 @@ def _images(settings: Settings) -> ImageData:
 
 
 def _databunch(settings: Settings, images: ImageData, world: int) -> DataBunch:
-    """The data on the device. A compiled model does not get an epoch's last, smaller batch, for which it would be
-    compiled once more (unless there is no whole one)."""
+    """The data on the device."""
     side, cutout = min(images.train.x.shape[2:]), settings.cutout
     if cutout is not None and cutout >= side:
         raise CliError(
             f"--cutout must leave some of the images, whose shorter side is {side}; got {cutout}", BAD_ARGUMENTS
         )
-    n = min(len(images.train), settings.limit or len(images.train))
     try:
-        return image_databunch(
-            images,
-            settings.bs,
-            seed=settings.seed,
-            device=torch.device(settings.device),
-            limit=settings.limit,
-            cutout=cutout,
-            channels_last=settings.channels_last,
-            drop_last=settings.compile is not None and n >= settings.bs * world,
-        )
+        return build_data(settings, images, world)
     except ValueError as e:
         raise CliError(f"cannot train on {images.name}: {e}") from e
 
 
 def _build(settings: Settings, data: DataBunch) -> tuple[Learner, Runner]:
     """The learner and its runner, on the device."""
+    assert data.c_in is not None and data.c is not None  # as always with images
     momentum = settings.momentum
-    recipe: dict[str, Any] = {} if settings.recipe is None else {"recipe": settings.recipe}
-    how: dict[str, Any] = {
-        "opt_func": partial(optim.SGD, momentum=momentum, nesterov=True) if momentum else None,
-        "weight_decay": settings.weight_decay or None,
-    }
-    if settings.model == "cnn":
-        learn, run = get_learn_run(NFS, data, settings.lr, BUILDERS[settings.norm], **how, **recipe)
-    else:
-        width: dict[str, Any] = {} if settings.width is None else {"width": settings.width}
-        assert data.c_in is not None and data.c is not None  # as always with images
-        model = resnet9(c_in=data.c_in, c_out=data.c, norm=settings.norm, **recipe, **width)
-        learn, run = get_runner(model, data, lr=settings.lr, **how)
+    learn, run = get_runner(
+        build_model(settings, data.c_in, data.c),
+        data,
+        lr=settings.lr,
+        opt_func=partial(optim.SGD, momentum=momentum, nesterov=True) if momentum else None,
+        weight_decay=settings.weight_decay or None,
+    )
     learn.model.to(settings.device)
     if settings.channels_last:
         learn.model.to(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import fastrbn
+from fastrbn.cli import build as cli_build
 from fastrbn.cli import main, plugins, run_folder
 from fastrbn.cli import ranks as cli_ranks
 from fastrbn.cli import train as cli_train
@@ -182,7 +183,7 @@ def test_the_default_folder_is_named_after_data_layer_and_time_and_never_shared(
 def test_each_model_trains_with_each_layer(cli, monkeypatch, layer, kind, model):
     built = []
     monkeypatch.setattr(cli_train, "load_dataset", lambda *_: small(16, 10))
-    monkeypatch.setattr(cli_train, "resnet9", lambda **kw: resnet9(width=8, **kw))  # an eighth of the field's width
+    monkeypatch.setattr(cli_build, "resnet9", lambda **kw: resnet9(width=8, **kw))  # an eighth of the field's width
     monkeypatch.setattr(cli_train, "_build", keep(built, cli_train._build))
     status, out, _ = cli("train", "glyphs", "--layer", layer, "--model", model, "--out", "r")
     assert status == 0 and f"{model} of {layer}" in out

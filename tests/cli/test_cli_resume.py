@@ -232,7 +232,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(c
 def test_force_keeps_the_old_results_until_the_new_run_is_made(cli, monkeypatch):
     trained(cli)
     before = contents("a")
-    monkeypatch.setattr(cli_train, "get_learn_run", lambda *a, **kw: int("no net"))
+    monkeypatch.setattr(cli_train, "get_runner", lambda *a, **kw: int("no net"))
     status, _, err = cli("train", "glyphs", "--out", "a", "--force")
     assert status == 1 and "cannot be trained" in err
     assert contents("a") == before
