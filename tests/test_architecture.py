@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "compare": ["_version", "callbacks", "compare.peers", "data", "learn", "models", "norm", "plots", "util"],
     "cli.settings": ["norm", "util"],
     "cli.options": ["_version", "cli.settings", "util"],
-    "cli.build": ["cli.settings", "data", "models"],
+    "cli.nets": ["norm", "util"],
+    "cli.build": ["cli.nets", "cli.settings", "data", "models"],
 }
 # Imports from inside functions that point upward, each with its reason
 UPWARD = {("learn.learner", "summary"): "Learner.summary returns a table that is made above"}

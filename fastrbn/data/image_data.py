@@ -94,9 +94,9 @@ class ImageData:
 
 
 def resized(images: ImageData, size: tuple[int, int]) -> ImageData:
-    """`images` scaled to cover `size` (height, width) and cropped at the centre, as a folder's are when it is loaded."""
-    sets = (Dataset(_resized(part.x, size), part.y) for part in (images.train, images.valid))
-    return ImageData(images.name, *sets, images.classes)
+    """`images` scaled to cover `size` (height, width) and cropped at the centre, as those of a folder are."""
+    train, valid = (Dataset(_resized(part.x, size), part.y) for part in (images.train, images.valid))
+    return ImageData(images.name, train, valid, images.classes)
 
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
