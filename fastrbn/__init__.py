@@ -131,6 +131,12 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "autograd_graph",
     "leaf_table",
     "record_modules",
+    # a run of `fastrbn train`
+    "Evaluation",
+    "ImagePrediction",
+    "RunError",
+    "SavedRun",
+    "load_run",
     # a table of the model
     "Summary",
     "model_summary",
@@ -138,7 +144,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
 
 # Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below
 # are for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary", "saved_run")
 
 if TYPE_CHECKING:
     from .build import (
@@ -261,6 +267,7 @@ if TYPE_CHECKING:
         running_batch_norm,
         to_batchnorm,
     )
+    from .saved_run import Evaluation, ImagePrediction, RunError, SavedRun, load_run
     from .summary import Summary, model_summary
 
 

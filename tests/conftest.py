@@ -6,10 +6,12 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny: more threads cost more than they bring
 os.environ["MPLBACKEND"] = "Agg"
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
@@ -29,3 +31,28 @@ def real_data():
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip(f"no MNIST under {root}: set FASTRBN_DATA to the folder that holds MNIST/raw")
     return root
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """Photos of two classes, and a run of two epochs on them: a folder with `photos` and `run`. Change a copy only."""
+    from fastrbn.cli import main, run_folder
+
+    root, draw = tmp_path_factory.mktemp("trained_run"), torch.Generator().manual_seed(1)
+    for c, level in (("cat", 128), ("dog", 256)):
+        (root / "photos" / c).mkdir(parents=True)
+        for i in range(8):
+            height, width = torch.randint(9, 14, (2,), generator=draw).tolist()
+            x = torch.randint(level, (height, width, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(x.numpy()).save(root / "photos" / c / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.plots, "png", lambda figure: b"a picture")
+        size = "--size 8 --bs 4 --epochs 2 --label-smoothing 0.1 --cb SaveBest --device cpu"
+        assert main(["train", str(root / "photos"), *size.split(), "--out", str(root / "run")]) == 0
+    return root
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path):
+    """A copy of that run's folder, to change."""
+    return Path(shutil.copytree(trained_run / "run", tmp_path / "run"))

@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "cli.options": ["_version", "cli.settings", "util"],
     "cli.nets": ["norm", "util"],
     "cli.build": ["cli.nets", "cli.settings", "data", "models"],
+    "export": ["norm", "util"],
+    "saved_run": ["cli.build", "cli.settings", "data", "export", "learn", "util"],
 }
 # Imports from inside functions that point upward, each with its reason
 UPWARD = {("learn.learner", "summary"): "Learner.summary returns a table that is made above"}

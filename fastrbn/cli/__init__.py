@@ -1,4 +1,4 @@
-"""The command line: `fastrbn train`, `fastrbn compare`, `fastrbn callbacks`; `python -m fastrbn` is the same.
+"""The command line: `fastrbn train | predict | eval | export | compare | callbacks`; `python -m fastrbn` is the same.
 
 Exit status: 0 done, 1 error, 2 bad arguments, 3 halted on NaN or Inf, 130 interrupted; each with one sentence that says
 what happened and, once training has begun, where the results are.
@@ -51,6 +51,10 @@ def _run(argv: list[str]) -> int:
             from .compare import compare
 
             return compare(args)
+        if args.command != "callbacks":
+            from . import predict
+
+            return getattr(predict, args.command)(args)
         from .plugins import listing
 
         print("\n".join(listing()))

@@ -77,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fastrbn {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_predict(commands)
+    _add_eval(commands)
+    _add_export(commands)
     _add_compare(commands)
     commands.add_parser(
         "callbacks",
@@ -212,6 +215,75 @@ def _add_train(commands) -> None:
         nargs="?",
         const=COMPILE[0],
     )
+
+
+def _add_run(p, device: bool = True) -> None:
+    """The arguments of a command that loads a run."""
+    p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of fastrbn train")
+    p.add_argument(
+        "--weights",
+        type=typed(one_of("best", "last")),
+        default="best",
+        metavar="NAME",
+        help="best (default): those that SaveBest kept, or the last if the run had none; last",
+    )
+    if device:
+        p.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:N, mps")
+
+
+def _add_predict(commands) -> None:
+    p = commands.add_parser(
+        "predict",
+        help="say which classes images are of",
+        description="Print a line for each image, with tabs: its path, the most probable class and the probability.",
+        epilog="An image that cannot be read is named on stderr, and the exit status is 1; the others are still done.",
+        allow_abbrev=False,
+    )
+    _add_run(p)
+    p.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="an image, or a folder of them at any depth; several"
+    )
+    p.add_argument(
+        "--top", type=typed(whole(1)), default=1, metavar="N", help="the N most probable classes (default: 1)"
+    )
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write the lines there too, as a table with a header")
+
+
+def _add_eval(commands) -> None:
+    p = commands.add_parser(
+        "eval",
+        help="measure a run's loss and accuracy",
+        description="Measure loss and accuracy of a run's model on its validation images, beside what the training "
+        "measured, or on others.",
+        allow_abbrev=False,
+    )
+    _add_run(p)
+    which = p.add_mutually_exclusive_group()
+    which.add_argument(
+        "--data", type=Path, metavar="DIR", help="other images: a folder with one folder for each class of the run"
+    )
+    which.add_argument(
+        "--split",
+        type=typed(one_of("valid", "test")),
+        default="valid",
+        metavar="NAME",
+        help="of the run's data: valid (default), as in training; test, all test images",
+    )
+    p.add_argument("--per-class", action="store_true", help="print the accuracy of each class too")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data sets (default: the run's)")
+
+
+def _add_export(commands) -> None:
+    p = commands.add_parser(
+        "export",
+        help="write a run's model for use without fastrbn",
+        description="Write the model of a run as ONNX or as a PyTorch export (.pt2), in evaluation mode and for "
+        "batches of any size. The file is compared with the model, and holds the classes and how images are prepared.",
+        allow_abbrev=False,
+    )
+    _add_run(p, device=False)
+    p.add_argument("--to", type=typed(one_of("onnx", "torch")), required=True, metavar="KIND", help="onnx or torch")
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: model.onnx or model.pt2 in the run's folder")
 
 
 def _add_compare(commands) -> None:

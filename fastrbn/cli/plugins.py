@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrbn import callbacks as built_in_package
+from fastrbn.callbacks import SaveBest
 from fastrbn.learn import Callback
 from fastrbn.util import suggestion
 
@@ -65,12 +66,17 @@ def outside(spec: str, folder: Path) -> str | None:
     factory, kwargs = _built_in(name.strip()), _arguments(rest, spec)
     if factory is None:
         return "gives text to a plug-in" if _text_in([*kwargs.values()]) else None
-    default = inspect.signature(factory).parameters.get("path")
+    default = None if factory is SaveBest else inspect.signature(factory).parameters.get("path")
     path = kwargs.get("path", None if default is None else default.default)
     if path in (None, inspect.Parameter.empty):
         return None
     inside = isinstance(path, str) and "\0" not in path and Path(path).resolve().is_relative_to(folder.resolve())
     return None if inside else f"writes to {path}, which is outside {folder}"
+
+
+def has_path(spec: str) -> bool:
+    """Whether `spec` says where the callback's file or folder goes."""
+    return "path" in _arguments(spec.partition(":")[2], spec)
 
 
 def listing() -> list[str]:

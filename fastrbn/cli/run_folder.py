@@ -24,7 +24,7 @@ from torch import nn
 
 from fastrbn import plots
 from fastrbn._version import __version__
-from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, ParamMagnitudes, Recorder
+from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, ParamMagnitudes, Recorder, SaveBest
 from fastrbn.data import DataBunch, ImageData
 from fastrbn.learn import Learner, Runner, checkpoint_file
 from fastrbn.norm import get_recipe
@@ -32,13 +32,17 @@ from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DONE, CliError
 from .plugins import outside
-from .settings import NFS, Settings, of_config, split_norm, wrong
+from .settings import NFS, Settings, of_config, read_config, split_norm
 
 CHECKPOINTS = "checkpoints"  # a folder
 REPORT = "nan_report.txt"
+BEST = "best.pt"  # of SaveBest, unless its path is given
 RESULTS = (
     "config.json",
     "model.pt",
+    BEST,
+    "model.onnx",
+    "model.pt2",
     "history.csv",
     "curves.png",
     "params.png",
@@ -236,6 +240,15 @@ def write_results(folder: Path, run: Runner, model: nn.Module, report: object = 
     return failures
 
 
+def best_of(run: Runner, folder: Path) -> dict[str, Any]:
+    """What config.json says of the weights that SaveBest wrote; empty if it wrote none."""
+    best = callback_of(run, SaveBest)
+    if best is None or best.best is None:
+        return {}
+    file = best.path.relative_to(folder.absolute()) if best.path.is_relative_to(folder.absolute()) else best.path
+    return {"best": {"file": str(file), "epoch": best.best_epoch, best.monitor.name: best.best}}
+
+
 def callback_of(run: Runner, cls: type) -> Any:
     """The run's callback that is a `cls` and no subclass, or None."""
     return next((cb for cb in run.cbs if type(cb) is cls), None)
@@ -356,13 +369,9 @@ def _check_callbacks(specs: tuple[str, ...], folder: Path) -> None:
 
 def _load(folder: Path) -> tuple[dict[str, Any], Settings]:
     """The config.json of a run that can be resumed, and its settings. CliError if it is missing, damaged or odd."""
-    path, problem = folder / "config.json", " is no configuration of a run"
+    path, where = folder / "config.json", ""
     try:
-        if path.exists() and not path.is_file():  # a named pipe would be waited for
-            raise OSError(None, "it is not a file")
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-        _check(config)
-        problem = ""
+        config = read_config(path)
         arguments = config.get("arguments", {"checkpoint_every": None})
         if isinstance(arguments, dict) and arguments.get("checkpoint_every", 0) is None:
             raise CliError(
@@ -370,30 +379,14 @@ def _load(folder: Path) -> tuple[dict[str, Any], Settings]:
                 f"to go on from",
                 BAD_ARGUMENTS,
             )
+        where = f"{path}: "
         return config, of_config(arguments)
     except OSError as e:
         raise CliError(
             f"--resume needs the folder of a run, with its config.json; {path} cannot be read: {e.strerror or e}",
             BAD_ARGUMENTS,
         ) from e
-    except (ValueError, RecursionError) as e:  # a byte that is not UTF-8 is a ValueError too
+    except ValueError as e:
         raise CliError(
-            f"--resume: {path}{problem}: {e}; edit the file or restore it from a copy, or train in another folder",
-            BAD_ARGUMENTS,
+            f"--resume: {where}{e}; edit the file or restore it from a copy, or train in another folder", BAD_ARGUMENTS
         ) from e
-
-
-def _check(config: Any) -> None:
-    """ValueError if what resuming reads, beside the settings, is not of its kind."""
-    if not isinstance(config, dict):
-        raise wrong("it", "must be an object", config)
-    parts: dict[str, tuple[type, str]] = {"command": (str, "text"), "started": (str, "text")}
-    parts |= {"resumed": (list, "a list"), "result": (dict, "an object")}
-    for name, (kind, rule) in parts.items():
-        if name not in config and kind is str:
-            raise ValueError(f"{name} is missing")
-        if not isinstance(config.get(name, kind()), kind):
-            raise wrong(name, f"must be {rule}", config[name])
-    steps = config.get("result", {}).get("steps", 0)
-    if type(steps) is not int:
-        raise wrong("result.steps", "must be a whole number", steps)

@@ -204,6 +204,34 @@ def settle(given: Mapping[str, Any], world: int = 1) -> Settings:
     return Settings(**values)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """What the config.json `path` of a run holds. OSError if it cannot be read; ValueError if it is not one."""
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise OSError(None, "it is not a file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        _check(config)
+    except (ValueError, RecursionError) as e:  # a byte that is not UTF-8 is a ValueError too
+        raise ValueError(f"{path} is no configuration of a run: {e}") from e
+    return config
+
+
+def _check(config: Any) -> None:
+    """ValueError if what is read beside the settings is not of its kind."""
+    if not isinstance(config, dict):
+        raise wrong("it", "must be an object", config)
+    parts: dict[str, tuple[type, str]] = {"command": (str, "text"), "started": (str, "text")}
+    parts |= {"resumed": (list, "a list"), "result": (dict, "an object")}
+    for name, (kind, rule) in parts.items():
+        if name not in config and kind is str:
+            raise ValueError(f"{name} is missing")
+        if not isinstance(config.get(name, kind()), kind):
+            raise wrong(name, f"must be {rule}", config[name])
+    steps = config.get("result", {}).get("steps", 0)
+    if type(steps) is not int:
+        raise wrong("result.steps", "must be a whole number", steps)
+
+
 def of_config(kept: Any) -> Settings:
     """The settings that a config.json holds under `arguments`, each checked as the command line checks it.
 

@@ -32,6 +32,7 @@ from fastrbn.callbacks import (
     ParamScheduler,
     ProgressCallback,
     Recorder,
+    SaveBest,
     TensorBoardLogger,
     accuracy,
     combine_scheds,
@@ -54,7 +55,7 @@ from . import nets, run_folder
 from . import ranks as processes
 from .build import build_data, build_model
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
-from .plugins import make_callback
+from .plugins import has_path, make_callback
 from .run_folder import Plan
 from .settings import COMPILE, MODELS, Settings, of_file, settle
 
@@ -159,7 +160,13 @@ def _fit(plan: Plan, learn: Learner, run: Runner, folder: Path, config: dict[str
     if ranks.rank != 0:
         return status
     failures = run_folder.write_results(folder, run, learn.model, report)
-    config["result"] = {"status": status, "reason": run.stop_reason, "seconds": round(seconds, 2), "steps": run.n_iter}
+    config["result"] = {
+        "status": status,
+        "reason": run.stop_reason,
+        "seconds": round(seconds, 2),
+        "steps": run.n_iter,
+        **run_folder.best_of(run, folder),
+    }
     try:
         run_folder.write_config(folder, config)
     except CliError as e:
@@ -322,7 +329,9 @@ def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callbac
     own.append(ParamMagnitudes(every=max(1, steps * settings.epochs // MAGNITUDES)))
     if not settings.no_halt:
         own.append(HaltOnNaN(path=folder))
-    for cb in added:
+    for spec, cb in zip(settings.cb, added):
+        if type(cb) is SaveBest and not has_path(spec):
+            cb.path = folder.absolute() / run_folder.BEST
         if type(cb) is HaltOnNaN and cb.path is None:
             cb.path = folder
         if type(cb) is TensorBoardLogger and cb.path is None:

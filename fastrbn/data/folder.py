@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,32 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from .batches import Dataset
 from .decoded import decode_once
 from .errors import BadDataError, DataNotFoundError
 from .image_data import ImageData
+from .image_file import UNREADABLE, read_bytes
 from .split import check_valid, split
 
-__all__ = ["load_folder"]
+__all__ = ["files_in", "listing", "load_folder"]
 
 VALID_NAMES = ("valid", "val", "test")
-BYTE_MODES = {
-    "1": "L",
-    "L": "L",
-    "LA": "RGB",
-    "P": "RGB",
-    "PA": "RGB",
-    "RGB": "RGB",
-    "RGBA": "RGB",
-    "RGBX": "RGB",
-    "CMYK": "RGB",
-    "YCbCr": "RGB",
-    "HSV": "RGB",
-    "LAB": "RGB",
-}
 CHUNK = 256  # images per task of a thread; passing single ones costs as much as decoding a small image
 
 
@@ -100,13 +85,13 @@ def load_folder(
         raise DataNotFoundError(f"there is no folder {path}. Give an existing folder of images.")
     held = _validation_folder(path, valid)
     seen: dict[str, str] = {}
-    files, y, classes = _listing(path if held is None else path / "train", seen)
+    files, y, classes = listing(path if held is None else path / "train", seen)
     if held is None:
         train, rest = split(y, 0.2 if isinstance(valid, str) else valid, seed, classes)
         x = _images(files, shape, workers, cache)
         sets = Dataset(x[train], y[train]), Dataset(x[rest], y[rest])
     else:
-        valid_files, valid_y, valid_classes = _listing(held, seen)
+        valid_files, valid_y, valid_classes = listing(held, seen)
         if valid_classes != classes:
             odd = sorted(set(classes) ^ set(valid_classes))
             raise BadDataError(
@@ -116,7 +101,7 @@ def load_folder(
         x = _images(files + valid_files, shape, workers, cache)
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
         sets = Dataset(x[order], y[order]), Dataset(x[len(y) :], valid_y)
-    return ImageData(_shown(path.resolve().name), *sets, tuple(map(_shown, classes)))
+    return ImageData(_shown(path.resolve().name), *sets, classes)
 
 
 def _shown(name: str) -> str:
@@ -148,15 +133,15 @@ def _validation_folder(path: Path, valid: str | float) -> Path | None:
     return found[0]
 
 
-def _listing(folder: Path, seen: dict[str, str]) -> tuple[list[str], Tensor, tuple[str, ...]]:
-    """(files, labels, class names) under `folder`; for `seen` see `_found`."""
+def listing(folder: Path, seen: dict[str, str]) -> tuple[list[str], Tensor, tuple[str, ...]]:
+    """(files, labels, class names) under `folder`, which has a folder for each class; for `seen` see `files_in`."""
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
     if not classes:
         raise BadDataError(
             f"{folder} must contain a folder of images for each class; it has no folders. "
             "Move the images into folders named after their classes."
         )
-    found = [_found(folder / c, seen) for c in classes]
+    found = [files_in(folder / c, seen) for c in classes]
     empty = [str(folder / c) for c, files in zip(classes, found) if not files]
     if empty:
         raise BadDataError(
@@ -164,11 +149,11 @@ def _listing(folder: Path, seen: dict[str, str]) -> tuple[list[str], Tensor, tup
             f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}. Remove it, or add images."
         )
     y = torch.repeat_interleave(torch.tensor([len(files) for files in found]))
-    return [file for files in found for file in files], y, tuple(classes)
+    return [file for files in found for file in files], y, tuple(map(_shown, classes))
 
 
-def _found(folder: Path, seen: dict[str, str]) -> list[str]:
-    """Image files under `folder`, in order.
+def files_in(folder: str | Path, seen: dict[str, str]) -> list[str]:
+    """Image files under `folder`, at any depth, in order.
 
     `seen` maps the real path of each folder listed so far to its path. A link to one of them is an error: it would
     duplicate images and put them into both sets.
@@ -235,23 +220,10 @@ def _read_all(files: list[str], size: tuple[int, int] | None) -> tuple[list[np.n
     good, bad = [], []
     for file in files:
         try:
-            good.append(_read(file, size))
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # Pillow's
+            good.append(read_bytes(file, size))
+        except UNREADABLE as e:
             bad.append(f"{file} ({e})")
     return good, bad
-
-
-def _read(file: str, size: tuple[int, int] | None) -> np.ndarray:
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise ValueError("neither a file nor a link to one")  # opening a named pipe would wait for a writer
-    with Image.open(file) as opened:
-        if opened.mode not in BYTE_MODES:
-            raise ValueError(f"mode {opened.mode}, not 8 bits per channel")
-        im = opened.convert(BYTE_MODES[opened.mode])
-        if size is not None:
-            im = ImageOps.fit(im, size[::-1], Image.Resampling.BILINEAR)
-        a = np.asarray(im)
-    return a if a.ndim == 3 else a[:, :, None]
 
 
 def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
