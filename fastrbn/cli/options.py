@@ -198,7 +198,7 @@ def _add_train(commands) -> None:
         help="continue the run in the folder RUN from its newest intact checkpoint, with the run's own arguments; "
         "--epochs may be larger (the schedule is stretched), --checkpoint-every and --data-dir may differ",
     )
-    more = p.add_argument_group("recipe", "none of these is on by default")
+    more = p.add_argument_group("recipe", "off by default")
     setting("width", "N", "channels of resnet9's first layer (default: 64)", more)
     setting("momentum", "X", "of SGD (Nesterov's) and RMSprop (default: 0)", more)
     setting("weight_decay", "X", "for weights, not for norms and biases (default: 0; for AdamW 0.01)", more)
@@ -326,7 +326,12 @@ def _add_compare(commands) -> None:
         metavar="NAME,…",
         help=f"{NETS[0]} (default), {', '.join(NETS[1:])}; the last two suit cifar10",
     )
-    p.add_argument("--size", type=typed(whole(1)), metavar="N", help="scale images to N x N pixels, as for train")
+    p.add_argument(
+        "--size",
+        type=typed(whole(1)),
+        metavar="N",
+        help="scale images to N x N pixels, as for train (default: as they are)",
+    )
     p.add_argument("--n-train", type=typed(whole(1)), metavar="N", help="train on the first N images (default: all)")
     p.add_argument("--epochs", type=typed(whole(1)), default=1, metavar="N", help="passes over the data (default: 1)")
     p.add_argument("--augment", action="store_true", help="random crops and left-right flips; not for digits")

@@ -12,6 +12,7 @@ import torch
 from torch import nn, optim
 from torchvision import models
 
+from fastrbn import load_run
 from fastrbn.cli import main, nets, run_folder
 from fastrbn.cli import train as cli_train
 from fastrbn.cli.build import build_model
@@ -109,6 +110,7 @@ def test_a_function_in_the_current_directory_makes_the_model_and_its_run_is_resu
     }
     assert main(["train", "--resume", "r", "--epochs", "2", "--opt", "ADAMW"]) == 0
     assert config("r")["result"]["steps"] == 8
+    assert load_run("r").model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert cli("--model", "mine:Flat", "--norm", "own", "--out", "flat", "--epochs", 0)[1].count("with its own norms")
 
 
