@@ -167,7 +167,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not (isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values())):
+    if not (
+        isinstance(state, dict)
+        and state
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    ):
         names = ", ".join(map(str, [*state][:_SHOWN])) if isinstance(state, dict) else ""
         raise ValueError(
             f"{path} must hold a state_dict, tensors by name; it holds {_kind(state)}"
@@ -179,25 +183,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Put the weights of `state` into `model`, except a head of another number of classes. Returns what was adapted."""
-    own, layers, told = model.state_dict(), _weighted(model), []
+    own, adapted = model.state_dict(), []
     # torchvision's older files of densenets have norm.1 for norm1
     renamed = {key if key in own else re.sub(r"\.(norm|relu|conv)\.([12])\.", r".\1\2.", key): key for key in state}
     state = {new: state[key] for new, key in renamed.items()}
     state = {key: v for key, v in state.items() if key in own or key.rpartition(".")[2] not in ADDITIONS}
     if auxiliary := [key for key in state if key not in own and key.lower().startswith("aux")]:
         state = {key: v for key, v in state.items() if key not in auxiliary}
-        told.append("its auxiliary heads are left out")
+        adapted.append("its auxiliary heads are left out")
+    layers = [key for name, _ in _weighted(model) if (key := f"{name}.weight".lstrip(".")) in own]
     if layers:
-        stem, head = (f"{layers[i][0]}.weight" for i in (0, -1))
-        c_in, found = own[stem].shape[1:2].numel(), state.get(stem)
-        if stem != head and found is not None and found.dim() > 2 and found.shape[1] != c_in:
-            state[stem] = _for_channels(found, c_in)
-            told.append(f"its {found.shape[1]} input channels are summed up for {c_in}")
-        old, parts = state.get(head), [key for key in own if key.rpartition(".")[0] == head.rpartition(".")[0]]
-        if old is None or old.shape[0] != own[head].shape[0] and old.shape[1:] == own[head].shape[1:]:
-            state.update({key: own[key] for key in parts})
-            had = "has no head" if old is None else f"head of {old.shape[0]} classes is left out"
-            told.append(f"its {had}: that of {own[head].shape[0]} starts from random weights")
+        stem, head = layers[0], layers[-1]
+        old, c_in = state.get(stem), own[stem].shape[1]
+        if stem != head and old is not None and old.dim() > 2 and old.shape[1] != c_in:
+            state[stem] = _for_channels(old, c_in)
+            adapted.append(f"the weights of its {old.shape[1]} input channels are summed for {c_in}")
+        old, c = state.get(head), len(own[head])
+        if old is None or len(old) != c and old.shape[1:] == own[head].shape[1:]:
+            state.update({key: own[key] for key in own if key.rpartition(".")[0] == head.rpartition(".")[0]})
+            had = "it has no head" if old is None else f"its head of {len(old)} classes is left out"
+            adapted.append(f"{had}: that of {c} starts from random weights")
     other = [key for key, v in state.items() if key in own and v.shape != own[key].shape]
     missing, unknown = model.load_state_dict({k: v for k, v in state.items() if k not in other}, strict=False)
     groups = [
@@ -212,4 +217,4 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
             if keys
         )
         raise ValueError(f"the weights are not those of this net ({said}): give a file of the same net")
-    return told
+    return adapted

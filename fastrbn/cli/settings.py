@@ -86,8 +86,8 @@ def optimiser(text: str) -> str:
     return one_of(*OPTIMISERS)({name.lower(): name for name in OPTIMISERS}.get(text.lower(), text))
 
 
-def model(text: str) -> str:
-    """One of `MODELS`, a net of torchvision, or package.module:function."""
+def net(text: str) -> str:
+    """One of `MODELS`, a classification net of torchvision, or package.module:function."""
     module, colon, function = text.partition(":")
     if colon:
         if not all(part.isidentifier() for part in (*module.split("."), function)):
@@ -119,7 +119,7 @@ class Settings:
 
     data: str | None = _setting(None)  # None: MNIST, or glyphs where it cannot be had
     size: int | None = _setting(None, whole(1))
-    model: str = _setting("cnn", model)
+    model: str = _setting("cnn", net)
     pretrained: Path | None = _setting(None)
     norm: str = _setting("running")  # of NORMS
     recipe: str | None = _setting(None)  # of running batch norm
@@ -247,9 +247,10 @@ def of_config(kept: Any) -> Settings:
 def of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options `given`, and those of a JSON file for the others.
 
-    The file is an object of options by name (`bs`, `weight_decay`, …), or the config.json of a run, whose `arguments`
-    are taken; the rest describes that run. ValueError names the first that is wrong.
+    The file is an object of options by name (`bs`, `weight_decay`, …), or the config.json of a run (or the
+    run's folder), whose `arguments` are taken; the rest describes that run. ValueError names the first that is wrong.
     """
+    path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
         arguments = config.get("arguments") if isinstance(config, dict) else None

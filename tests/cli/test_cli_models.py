@@ -157,7 +157,7 @@ def test_a_net_of_torchvision_takes_the_channels_classes_and_norms_that_are_aske
 def test_weights_of_torchvision_give_the_same_output_for_grey_images_in_one_channel():
     whole = models.get_model(NET, num_classes=7).eval()
     grey = build_model(settle({"model": NET}), 1, 7).eval()
-    assert nets.load_weights(grey, whole.state_dict()) == ["its 3 input channels are summed up for 1"]
+    assert nets.load_weights(grey, whole.state_dict()) == ["the weights of its 3 input channels are summed for 1"]
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(grey(x), whole(x.expand(-1, 3, -1, -1)))
 
@@ -208,6 +208,13 @@ def test_another_head_is_left_out_and_whatever_else_does_not_fit_is_listed():
     with pytest.raises(ValueError, match="not those of this net .1 of another shape: 0.weight .2, 3, 3, 3. for") as e:
         nets.load_weights(net(), state)
     assert "1 missing: 1.bias; 1 unknown to the net: more): give a file of the same net" in str(e.value)
+
+
+def test_weights_load_into_a_single_layer_and_a_net_without_its_head():
+    layer = nn.Linear(4, 3)
+    assert nets.load_weights(layer, {"weight": torch.ones(2, 4), "bias": torch.ones(2)})[0].startswith("its head of 2")
+    state = {key: value for key, value in net().state_dict().items() if not key.startswith("3.")}
+    assert nets.load_weights(net(), state) == ["it has no head: that of 3 starts from random weights"]
 
 
 def test_names_of_older_densenets_and_auxiliary_heads_are_known():
@@ -290,7 +297,7 @@ def test_settings_reach_the_optimiser(given, want):
 
 def test_the_configuration_of_a_run_trains_the_same_again_and_given_options_win(cli):
     assert cli("--model", "mine:small", "--norm", "course", "--bs", 10, "--momentum", 0.5, "--out", "a")[0] == 0
-    assert cli("--config", "a/config.json", "--out", "b")[0] == 0
+    assert cli("--config", "a", "--out", "b")[0] == 0, "the folder will do"
     assert same(weights("a"), weights("b")) and config("a")["arguments"] == config("b")["arguments"]
     status, out, _ = cli("--config", "a/config.json", "--bs", 20, "--norm", "own", "--out", "c")
     assert status == 0 and "batch size 20" in out and "with its own norms" in out
