@@ -113,7 +113,7 @@ def _module(name: str, spec: str) -> Any:
             here = [path.stem for path in Path().glob("*.py")]
             raise ValueError(
                 f"{spec}: there is no module '{e.name}' in {os.getcwd()} nor among the installed packages."
-                f"{suggestion(e.name, here)} Start the command in the folder that has it"
+                f"{suggestion(e.name, here)} Start in the folder that has it"
             ) from None
         raise ValueError(f"{spec}: {name} cannot be imported: {told(e)}") from e
 

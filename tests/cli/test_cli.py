@@ -423,7 +423,7 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--model convnext_tinny", "Did you mean 'convnext_tiny'?"),
         ("--model nets.small", "got 'nets.small'. Put a colon before the function"),
         ("--model my/nets.py:small", "written package.module:function; got … write my.nets:small"),
-        ("--model nets:small", "--model nets:small: there is no module 'nets' in … Start the command in the folder"),
+        ("--model nets:small", "--model nets:small: there is no module 'nets' in … Start in the folder"),
         ("--model json:dmups", "--model json:dmups: needs a function or class … json has none of that name. Did you"),
         ("--model json:dumps", "'obj' too: give that a default, or rename it"),
         ("--model resnet18 --norm batch", "--norm must be own, which keeps the norms of resnet18, or running … batch"),
