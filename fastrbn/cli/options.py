@@ -148,7 +148,7 @@ def _add_train(commands) -> None:
         "lr",
         "X",
         "learning rate (default: 2·bs/(bs + 32) with bs summed over processes, 0.4 at batch 8; a quarter of that for "
-        "other models than cnn; times 1 − momentum; for other optimisers than SGD PyTorch's default)",
+        "resnet9, a sixteenth for other nets; times 1 − momentum; for other optimisers than SGD PyTorch's default)",
     )
     setting(
         "epochs",

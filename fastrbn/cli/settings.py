@@ -355,9 +355,10 @@ def default_lr(bs: int, model: str = "cnn", momentum: float = 0.0) -> float:
     It passes through the rates measured to train the course's net well with a linear schedule (0.4 at batch 8, 1.0 at
     32) and near the others (0.1 at 2, 1.5 at 128). A step of SGD with momentum m moves on for 1/(1 − m) steps' worth.
     resnet9 trained best at a quarter of the rate or near it, at batches of 8 to 256, in short trainings: its largest
-    features reach its last layer undamped (Page divides them by 8). Other nets get that rate too.
+    features reach its last layer undamped (Page divides them by 8). Other nets get a sixteenth: resnet18 on the first
+    images of MNIST reached 84 % with that (0.025), 52 % with a quarter at batch 8, and 90 % and 37 % at batch 32.
     """
-    return 2 * bs / (bs + 32) * (1 - momentum) * (1 if model == "cnn" else 0.25)
+    return 2 * bs / (bs + 32) * (1 - momentum) * {"cnn": 1, "resnet9": 0.25}.get(model, 0.0625)
 
 
 def find_device(name: str, known: str) -> str:

@@ -234,6 +234,7 @@ def test_the_schedule_moves_the_rate_that_trains(cli, monkeypatch, sched):
 
 def test_the_default_rate_is_the_measured_one_at_batch_8_and_grows_below_2():
     assert default_lr(8) == 0.4 and default_lr(32) == 1.0
+    assert default_lr(8, "resnet9") == 0.1 and default_lr(8, "resnet18") == default_lr(8, "mine:net") == 0.025
     rates = [default_lr(bs) for bs in (1, 2, 8, 64, 512, 100_000)]
     assert rates == sorted(rates) and rates[-1] < 2
 
