@@ -132,14 +132,20 @@ def load_run(folder: str | Path, weights: str = "best", device: torch.device | s
             f"{file} does not fit the model that {folder / 'config.json'} describes ({settings.model} of "
             f"{settings.layer}): {why[:300]}{'…' if len(why) > 300 else ''} Are both files of the same run?"
         ) from e
-    return SavedRun(folder, config, settings, classes, transform, model.to(settings.device).eval(), file, which)
+    history = _history(folder / "history.csv")
+    model = model.to(settings.device).eval()
+    trained = _trained(history, config, which)
+    return SavedRun(folder, model, classes, transform, settings, file, history, trained, config)
 
 
+@dataclass(repr=False, eq=False)
 class SavedRun:
     """A run that was loaded with `load_run`.
 
-    Attributes
+    Parameters
     ----------
+    folder : Path
+        The run's folder.
     model : nn.Module
         In evaluation mode. Takes float32 (N, C, H, W) and returns scores (N, classes) before softmax.
     classes : tuple of str
@@ -150,13 +156,14 @@ class SavedRun:
         which are its `size`, `mean` and `std`.
     settings : object
         The options that the run was trained with, as attributes: `settings.bs`, `settings.lr`.
-    results : dict
-        How the run ended: `status`, `reason`, `seconds`, `steps`, and `best` if it had a `SaveBest`. Empty if it has
-        not.
-    history : list of dict
-        A row for each epoch, as in history.csv.
     weights : Path
         The file that the weights came from.
+    history : list of dict
+        A row for each epoch, as in history.csv.
+    trained : dict or None
+        The row of `history` that these weights were validated in; None if there is none.
+    config : dict
+        What config.json holds.
 
     Examples
     --------
@@ -168,34 +175,28 @@ class SavedRun:
     >>> run.export("digits.onnx")                            # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        settings: Settings,
-        classes: tuple[str, ...],
-        transform: ImageTransform,
-        model: nn.Module,
-        weights: Path,
-        which: str,
-    ):
-        self.folder, self._config, self.settings, self._which = folder, config, settings, which
-        self.classes, self.transform, self.model, self.weights = classes, transform, model, weights
-        self.results: dict[str, Any] = config.get("result", {})
-        self.history = _history(folder / "history.csv")
+    folder: Path
+    model: nn.Module
+    classes: tuple[str, ...]
+    transform: ImageTransform
+    settings: Settings
+    weights: Path
+    history: list[dict[str, Any]]
+    trained: dict[str, Any] | None
+    config: dict[str, Any]
 
     @property
-    def trained(self) -> dict[str, Any] | None:
-        """The row of `history` that these weights were validated in; None if there is none.
+    def results(self) -> dict[str, Any]:
+        """How the run ended: `status`, `reason`, `seconds`, `steps`, and `best` if it had a `SaveBest`.
 
-        The last weights of a run with `EMA` were not: validation used the averages.
+        Empty if it has not ended, or was killed.
         """
-        rows: list[dict[str, Any]] = []
-        if self._which == "best":
-            rows = [row for row in self.history if row["epoch"] == self.results.get("best", {}).get("epoch")]
-        elif self._which == "last" and not any(str(cb).startswith("EMA(") for cb in self._config.get("callbacks", ())):
-            rows = self.history[-1:]
-        return rows[0] if rows and rows[0].get("valid_loss") is not None else None
+        return self.config.get("result", {})
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model is now."""
+        return next((p.device for p in self.model.parameters()), torch.device(self.settings.device))
 
     def predict(self, images: Images | Iterable[Images], bs: int = 64) -> Any:
         """Predict the classes of images.
@@ -260,7 +261,7 @@ class SavedRun:
 
     @torch.inference_mode()
     def _measure(self, loader: Iterable[Any]) -> Evaluation:
-        device, c, dtype = torch.device(self.settings.device), len(self.classes), _DTYPES.get(self.settings.amp or "")
+        device, c, dtype = self._device, len(self.classes), _DTYPES.get(self.settings.amp or "")
         total, confusion = 0.0, torch.zeros(c * c, dtype=torch.int64)
         self.model.eval()
         for xb, yb in loader:
@@ -294,7 +295,7 @@ class SavedRun:
         for dl in (data.train_dl, data.valid_dl):  # the images may have changed since
             dl.normalize = [*self.transform.mean], [*self.transform.std]
             dl.to(dl.device)
-        kept = self._config["data"]
+        kept = self.config["data"]
         now, then = (len(data.train_ds), len(data.valid_ds)), (kept.get("train"), kept.get("valid"))
         if now != then:
             warnings.warn(
@@ -397,7 +398,7 @@ def predictions(
 ) -> Iterator[tuple[Any, ImagePrediction | Exception]]:
     """Each image, or its path, with its prediction, or with the error of one that cannot be read."""
     whole("bs", bs)
-    device, sources = torch.device(run.settings.device), _sources(images)
+    device, sources = run._device, _sources(images)
     run.model.eval()
     with ThreadPoolExecutor() as pool:
         while chunk := list(islice(sources, bs)):
@@ -504,9 +505,9 @@ def _about(path: Path, config: dict[str, Any]) -> tuple[tuple[str, ...], ImageTr
 def _weights(folder: Path, config: dict[str, Any], which: str) -> tuple[Path, dict[str, Any], str]:
     """File and state_dict of the best or the last weights, and which they are: "best", "last", or "checkpoint"."""
     result = config.get("result", {})
-    best = result.get("best")
-    kept = folder / (best["file"] if isinstance(best, dict) and isinstance(best.get("file"), str) else "best.pt")
-    if which == "best" and (best is not None or kept.is_file()):
+    best = _best(config)
+    kept = folder / str(best.get("file", "best.pt"))
+    if which == "best" and (best or kept.is_file()):
         return kept, _state(kept), "best"
     model, saved = folder / "model.pt", checkpoint_file.files(folder / "checkpoints")
     steps = result.get("steps", -1) if model.exists() else -1
@@ -523,6 +524,12 @@ def _weights(folder: Path, config: dict[str, Any], which: str) -> tuple[Path, di
             f"its end, or train with --checkpoint-every"
         )
     return model, _state(model), "last"
+
+
+def _best(config: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says of the weights that SaveBest wrote; empty if it wrote none."""
+    best = config.get("result", {}).get("best", {})
+    return best if isinstance(best, dict) else {}
 
 
 def _state(file: Path) -> dict[str, Any]:
@@ -547,3 +554,15 @@ def _history(file: Path) -> list[dict[str, Any]]:
         return [{**row, "epoch": int(row["epoch"] or 0)} for row in rows]
     except (OSError, ValueError, KeyError, TypeError):  # it is not needed for inference
         return []
+
+
+def _trained(history: list[dict[str, Any]], config: dict[str, Any], which: str) -> dict[str, Any] | None:
+    """The row of the epoch in which the best, or the last, weights were validated."""
+    result = config.get("result", {})
+    if which == "best":
+        rows = [row for row in history if row["epoch"] == _best(config).get("epoch")]
+    else:
+        ema = [cb for cb in map(str, config.get("callbacks", ())) if cb.startswith("EMA(")]
+        kept = not ema or result.get("status") == 0 and "keep=True" in ema[0]  # else the averages were validated
+        rows = history[-1:] if which == "last" and kept else []
+    return rows[0] if rows and rows[0].get("valid_loss") is not None else None

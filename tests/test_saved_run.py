@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastrbn import RunError, load_run
+from fastrbn import EMA, RunError, load_run, saved_run
 from fastrbn.data import BadDataError, load_folder
 from fastrbn.learn import checkpoint_file
 
@@ -163,9 +163,10 @@ def test_the_last_weights_are_those_of_the_newest_checkpoint_if_it_is_newer(trai
     assert load_run(run_copy).weights == run_copy / "model.pt", "ended"
 
 
-def test_averaged_weights_are_not_compared_with_the_last(run_copy):
-    change(run_copy, callbacks=["EMA(0.9)"])
-    assert load_run(run_copy, "last").trained is None and load_run(run_copy).trained is not None
+def test_the_averages_validation_is_not_that_of_weights_without_them(run_copy):
+    for keep, compared in ((False, False), (True, True)):
+        change(run_copy, callbacks=[repr(EMA(keep=keep))])
+        assert (load_run(run_copy, "last").trained is not None) == compared and load_run(run_copy).trained is not None
 
 
 def without(**data):
@@ -203,6 +204,15 @@ def test_what_a_folder_lacks_is_named(run_copy, damage, words):
     with pytest.raises(RunError) as e:
         load_run(run_copy)
     assert words in str(e.value).replace(str(run_copy), "RUN")
+
+
+def test_a_model_that_cannot_be_made_here_is_named(run_copy, monkeypatch):
+    def missing(*_):
+        raise ValueError("there is no package mine")
+
+    monkeypatch.setattr(saved_run, "build_model", missing)
+    with pytest.raises(RunError, match="run: the run's model cannot be made here: there is no package mine"):
+        load_run(run_copy)
 
 
 def test_a_run_of_another_machine_needs_neither_its_device_nor_its_plug_ins(run_copy):

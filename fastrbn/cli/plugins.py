@@ -74,9 +74,9 @@ def outside(spec: str, folder: Path) -> str | None:
     return None if inside else f"writes to {path}, which is outside {folder}"
 
 
-def has_path(spec: str) -> bool:
-    """Whether `spec` says where the callback's file or folder goes."""
-    return "path" in _arguments(spec.partition(":")[2], spec)
+def gives(spec: str, name: str) -> bool:
+    """Whether `spec` gives the argument `name` a value."""
+    return name in _arguments(spec.partition(":")[2], spec)
 
 
 def listing() -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn, optim
 
 from fastrbn.build import LabelSmoothingCrossEntropy, get_runner
 from fastrbn.callbacks import (
+    EMA,
     AvgStatsCallback,
     Checkpoint,
     CheckpointError,
@@ -55,7 +56,7 @@ from . import nets, run_folder
 from . import ranks as processes
 from .build import build_data, build_model
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
-from .plugins import has_path, make_callback
+from .plugins import gives, make_callback
 from .run_folder import Plan
 from .settings import COMPILE, MODELS, Settings, of_file, settle
 
@@ -330,8 +331,10 @@ def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callbac
     if not settings.no_halt:
         own.append(HaltOnNaN(path=folder))
     for spec, cb in zip(settings.cb, added):
-        if type(cb) is SaveBest and not has_path(spec):
+        if type(cb) is SaveBest and not gives(spec, "path"):
             cb.path = folder.absolute() / run_folder.BEST
+        if type(cb) is EMA and not gives(spec, "keep"):
+            cb.keep = True  # model.pt is all that stays of a run: it gets the weights that were validated
         if type(cb) is HaltOnNaN and cb.path is None:
             cb.path = folder
         if type(cb) is TensorBoardLogger and cb.path is None:

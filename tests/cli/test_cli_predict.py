@@ -162,3 +162,10 @@ def test_a_path_of_save_best_is_kept_and_found(cli, tmp_path, monkeypatch):
     run = load_run(tmp_path / "run")
     assert run.weights == tmp_path / "kept.pt" and run.trained == run.history[0]
     assert run.results["best"] == {"file": str(run.weights), "epoch": 0, "accuracy": run.history[0]["valid_accuracy"]}
+
+
+def test_the_averages_of_ema_are_the_runs_weights(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.plots, "png", lambda figure: b"a picture")
+    assert cli("train", "photos", "--size", 8, "--cb", "ema:decay=0.5", "--out", tmp_path / "run")[0] == 0
+    run = load_run(tmp_path / "run")
+    assert run.evaluate().loss == pytest.approx(run.trained["valid_loss"])
