@@ -44,8 +44,9 @@ MAY_IMPORT = {
     "compare": ["_version", "callbacks", "compare.peers", "data", "learn", "models", "norm", "plots", "util"],
     "cli.settings": ["norm", "util"],
     "cli.options": ["_version", "cli.settings", "util"],
-    "cli.augment": ["data", "util"],
-    "cli.build": ["cli.augment", "cli.settings", "data", "models"],
+    "cli.augment": ["cli.nets", "data"],
+    "cli.nets": ["norm", "util"],
+    "cli.build": ["cli.augment", "cli.nets", "cli.settings", "data", "models"],
     "export": ["norm", "util"],
     "saved_run": ["cli.build", "cli.settings", "data", "export", "learn", "util"],
 }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from typing import Any
 
 from fastrbn.data import RandomCrop, RandomFlip
-from fastrbn.util import suggestion
+
+from .nets import told, users_function
 
 
 def transforms(names: str | None, size: tuple[int, int]) -> list[Any] | None:
@@ -42,19 +40,9 @@ def _named(name: str, size: tuple[int, int]) -> Any:
 
 def _users(spec: str) -> Any:
     """What the function `package.module:function` returns; modules are looked for in the current folder too."""
-    module, _, attribute = spec.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
     try:
-        home = importlib.import_module(module)
-        function = getattr(home, attribute)
+        function = users_function(spec)
         return function()
-    except AttributeError as e:
-        if e.name != attribute:
-            raise ValueError(f"--augment {spec} failed: {type(e).__name__}: {e}") from e
-        raise ValueError(f"--augment {spec}: {module} has no '{attribute}'.{suggestion(attribute, vars(home))}") from e
     except (Exception, SystemExit) as e:
-        raise ValueError(
-            f"--augment {spec} must name a function that takes no arguments and returns transforms; it failed with "
-            f"{type(e).__name__}: {e}"
-        ) from e
+        why = str(e) if isinstance(e, ValueError) and str(e).startswith(spec) else f"it failed: {told(e)}"
+        raise ValueError(f"--augment must name a function that takes no arguments and returns transforms; {why}") from e

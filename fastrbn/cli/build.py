@@ -12,18 +12,24 @@ from fastrbn.data import DataBunch, ImageData, image_databunch
 from fastrbn.models import conv_bn, conv_gn, conv_rbn, get_cnn_model, init_cnn, resnet9
 
 from .augment import transforms
+from .nets import named_net
 from .settings import NFS, Settings
 
 _LAYERS = {"running": conv_rbn, "batch": conv_bn, "group": conv_gn}
 
 
 def build_model(settings: Settings, c_in: int, c: int) -> nn.Module:
-    """The model with initial weights, on the CPU, for images of `c_in` channels and `c` classes."""
+    """The model with initial weights, on the CPU, for images of `c_in` channels and `c` classes.
+
+    ValueError if it cannot be made here.
+    """
     recipe: dict[str, Any] = {} if settings.recipe is None else {"recipe": settings.recipe}
     if settings.model == "cnn":
         model = get_cnn_model(SimpleNamespace(c_in=c_in, c=c), NFS, _LAYERS[settings.norm], **recipe)
         init_cnn(model)
         return model
+    if settings.model != "resnet9":
+        return named_net(settings.model, c_in, c, settings.recipe)
     width: dict[str, Any] = {} if settings.width is None else {"width": settings.width}
     return resnet9(c_in=c_in, c_out=c, norm=settings.norm, **recipe, **width)
 

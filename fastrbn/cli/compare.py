@@ -31,7 +31,7 @@ def compare(args: Namespace) -> int:
             args.bs,
             args.seeds,
             args.lr_factors,
-            _data(args.data),
+            [f"{name}@{args.size}" if args.size else name for name in _data(args.data)],
             args.net,
             n_train=args.n_train,
             epochs=args.epochs,

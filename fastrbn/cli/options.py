@@ -13,7 +13,7 @@ from typing import Any
 from fastrbn._version import __version__
 from fastrbn.util import suggestion
 
-from .settings import COMPILE, MANY, MODELS, Rule, one_of, rate, rule, whole
+from .settings import COMPILE, MANY, MODELS, OPTIMISERS, Rule, one_of, rate, rule, whole
 
 DONE, ERROR, BAD_ARGUMENTS, HALTED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -118,7 +118,8 @@ def _add_train(commands) -> None:
         "norm",
         "NAME",
         "running (default), batch, group, or a recipe of running batch norm, such as course; `conv_rbn`, `conv_bn` and "
-        "`conv_gn` are other names of the first three",
+        "`conv_gn` are other names of the first three. For other models than cnn and resnet9: running or a recipe "
+        "replaces their batch norms, own keeps their norms",
         norm,
     )
     norm.add_argument("--layer", dest="norm", metavar="NAME", help="another spelling of --norm")
@@ -126,16 +127,28 @@ def _add_train(commands) -> None:
     setting(
         "size",
         "N",
-        "for a folder of images: scale each to cover N x N pixels and cut out its centre (default: as they are, which "
-        "must then be of one size)",
+        "scale each image to cover N x N pixels and cut out its centre (default: as they are; in a folder they must "
+        "then be of one size)",
     )
-    setting("model", "NAME", f"{MODELS[0]} (default), {MODELS[1]}")
+    setting(
+        "model",
+        "NAME",
+        f"{MODELS[0]} (default), {MODELS[1]}, a classification net of torchvision (resnet18, convnext_tiny, …), or "
+        "your own, package.module:function; it is called with c_in=CHANNELS, classes=N, as far as it takes them",
+    )
+    p.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="FILE",
+        help="start from these weights, a state_dict saved by torch.save, except a head of another number of classes",
+    )
     setting("bs", "N", "batch size; of each process under torchrun (default: 8)")
+    setting("opt", "NAME", f"optimiser of torch.optim, in any case: {', '.join(OPTIMISERS)} (default: SGD)")
     setting(
         "lr",
         "X",
         "learning rate (default: 2·bs/(bs + 32) with bs summed over processes, 0.4 at batch 8; a quarter of that for "
-        "resnet9; times 1 − momentum)",
+        "resnet9, a sixteenth for other nets; times 1 − momentum; for other optimisers than SGD PyTorch's default)",
     )
     setting(
         "epochs",
@@ -165,6 +178,12 @@ def _add_train(commands) -> None:
         "add a callback, by its class name or in snake case; repeatable; `fastrbn callbacks` lists them",
         action="append",
     )
+    p.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="take options from a JSON file, by name with _ for -, or from a run's config.json; options given here win",
+    )
     p.add_argument("--no-halt", action="store_true", help="continue after NaN or Inf")
     p.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATA-LAYER-DATE-TIME)")
     p.add_argument("--force", action="store_true", help="write into --out although it is not empty")
@@ -181,10 +200,10 @@ def _add_train(commands) -> None:
         "--epochs and --max-steps may be larger (the schedule is stretched), --checkpoint-every and --data-dir may "
         "differ",
     )
-    more = p.add_argument_group("recipe", "none of these is on by default")
+    more = p.add_argument_group("recipe", "off by default")
     setting("width", "N", "channels of resnet9's first layer (default: 64)", more)
-    setting("momentum", "X", "Nesterov momentum of SGD (default: 0)", more)
-    setting("weight_decay", "X", "for weights, not for norms and biases (default: 0)", more)
+    setting("momentum", "X", "of SGD (Nesterov's) and RMSprop (default: 0)", more)
+    setting("weight_decay", "X", "for weights, not for norms and biases (default: 0; for AdamW 0.01)", more)
     setting("label_smoothing", "X", "share of the target spread over all classes", more)
     setting(
         "augment",
@@ -316,6 +335,12 @@ def _add_compare(commands) -> None:
         default=["cnn"],
         metavar="NAME,…",
         help=f"{NETS[0]} (default), {', '.join(NETS[1:])}; the last two suit cifar10",
+    )
+    p.add_argument(
+        "--size",
+        type=typed(whole(1)),
+        metavar="N",
+        help="scale images to N x N pixels, as for train (default: as they are)",
     )
     p.add_argument("--n-train", type=typed(whole(1)), metavar="N", help="train on the first N images (default: all)")
     p.add_argument("--epochs", type=typed(whole(1)), default=1, metavar="N", help="passes over the data (default: 1)")

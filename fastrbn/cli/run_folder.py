@@ -308,6 +308,8 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
     if "norm" in asked:
         asked["norm"], recipe = split_norm(asked["norm"])
         asked.update({} if recipe is None else {"recipe": recipe})
+    if "pretrained" in asked:
+        asked["pretrained"] = str(asked["pretrained"].resolve())
     kept = {**settings.dump(), "out": folder, "force": False}
     for name, wanted in sorted(asked.items()):
         if name not in _MAY_CHANGE and wanted != kept[name]:
@@ -348,6 +350,11 @@ def start(folder: Path) -> Path | None:
         return None
     print(f"going on from {there[-1][1]}", flush=True)
     return folder / CHECKPOINTS
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` has a checkpoint to resume from."""
+    return bool(checkpoint_file.files(folder / CHECKPOINTS))
 
 
 def has_learnt(run: Runner) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import inspect
 import shlex
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from fastrbn.build import LabelSmoothingCrossEntropy, get_runner
 from fastrbn.callbacks import (
@@ -49,16 +50,18 @@ from fastrbn.data import (
     load_dataset,
 )
 from fastrbn.learn import Callback, Learner, Runner
+from fastrbn.norm import RunningBatchNorm
 
+from . import nets, run_folder
 from . import ranks as processes
-from . import run_folder
 from .augment import transforms
 from .build import build_data, build_model
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
 from .plugins import gives, make_callback
 from .run_folder import Plan
-from .settings import COMPILE, Settings, settle
+from .settings import COMPILE, MODELS, Settings, of_file, settle
 
+EVERY_NET = 224  # pixels a side for which every net of torchvision is made
 MAGNITUDES = 500  # about as many moments as params.png has columns
 
 
@@ -79,7 +82,12 @@ def _plan(given: Mapping[str, Any], command: str, ranks: processes.Ranks) -> Pla
     """A new run, the one to resume, or the one that torchrun starts again."""
     options = dict(given)
     earlier, out, force = options.pop("resume", None), options.get("out"), options.get("force", False)
+    file = options.pop("config", None)
     try:
+        if file is not None and earlier is not None:
+            raise ValueError("--config does not go with --resume, which takes the run's own options: leave one out")
+        if file is not None:
+            options = of_file(file, options)
         if earlier is not None:
             return run_folder.resumed(earlier, options, command)
         again = ranks.first(lambda: processes.restarted(out))
@@ -101,14 +109,24 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
         transforms(settings.augment, (1, 1))
     except ValueError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
+    weights = _check_model(plan)
     images = ranks.first_then_others(lambda: _images(settings))
     torch.manual_seed(settings.seed)
     data = _databunch(settings, images, ranks.world)
     try:
-        learn, run = _build(settings, data)
+        learn, run = _build(settings, data, weights)
         _try_a_batch(learn.model, data, settings, ranks.world)
-    except (ValueError, RuntimeError) as e:
-        raise CliError(f"{settings.model} of {settings.layer} cannot be trained on {images}: {e}") from e
+    except CliError:
+        raise
+    except Exception as e:  # noqa: BLE001 - a net of the user's or of torchvision's may raise anything
+        net, told, hint = settings.model, str(e), ""
+        if net in MODELS:
+            net = f"{net} of {settings.layer}"
+        elif ":" in net:
+            told = nets.told(e)
+        elif min(images.train.x.shape[2:]) < EVERY_NET:
+            told, hint = told.rstrip(".!"), f"; every net of torchvision takes images of --size {EVERY_NET}"
+        raise CliError(f"{net} cannot be trained on {images}: {told}{hint}") from e
     folder = Path(ranks.first(lambda: str(run_folder.open_folder(plan, images.name, held))))
     run.add_cbs(_callbacks(settings, folder, len(data.train_dl) // ranks.world, added))
     if ranks.world > 1 and not any(type(cb) is Distributed for cb in added):
@@ -118,7 +136,7 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
         if plan.config is None:
             run_folder.drop_results(folder)
         run_folder.write_config(folder, config)
-    _announce(settings, config)
+    _announce(settings, config, learn.model)
     print(f"results in {folder}", flush=True)
     return _fit(plan, learn, run, folder, config, ranks)
 
@@ -203,6 +221,19 @@ def _outcome(
     return DONE, f"done: {length} in {seconds:.1f} s{reached}"
 
 
+def _check_model(plan: Plan) -> dict[str, Tensor] | None:
+    """The weights to start from, if they are in a file. CliError for a model or a file that is not there."""
+    settings, option = plan.settings, "--model"
+    try:
+        if settings.model not in MODELS:
+            nets.find(settings.model)
+        option = "--pretrained"
+        again = plan.config is not None and plan.folder is not None and run_folder.has_checkpoint(plan.folder)
+        return None if settings.pretrained is None or again else nets.read_weights(settings.pretrained)
+    except ValueError as e:
+        raise CliError(f"{option} {e}", BAD_ARGUMENTS) from e
+
+
 def _images(settings: Settings) -> ImageData:
     """The data set; without a name MNIST, or where that cannot be had, glyphs."""
     name, root = settings.data, settings.data_dir
@@ -227,15 +258,13 @@ def _images(settings: Settings) -> ImageData:
                 "MNIST was not found and could not be downloaded (`fastrbn train mnist` says why); training on "
                 "generated digits (glyphs)"
             )
-            return load_dataset("glyphs")
+            return load_dataset("glyphs", **size)
     except DownloadError as e:
         raise CliError(f"{e} `fastrbn train glyphs` needs no download.") from e
     except DataNotFoundError as e:
         raise CliError(str(e), BAD_ARGUMENTS) from e
     except DataError as e:
         raise CliError(str(e)) from e
-    except ValueError as e:  # a size for images that have their own
-        raise CliError(f"--size: {e}", BAD_ARGUMENTS) from e
     except MemoryError as e:
         raise CliError(f"{name} does not fit into memory; a smaller --size may") from e
 
@@ -253,16 +282,19 @@ def _databunch(settings: Settings, images: ImageData, world: int) -> DataBunch:
         raise CliError(f"cannot train on {images.name}: {e}") from e
 
 
-def _build(settings: Settings, data: DataBunch) -> tuple[Learner, Runner]:
-    """The learner and its runner, on the device."""
+def _build(settings: Settings, data: DataBunch, weights: dict[str, Tensor] | None = None) -> tuple[Learner, Runner]:
+    """The learner and its runner, on the device; the model has the `weights` of another."""
     assert data.c_in is not None and data.c is not None  # as always with images
-    momentum = settings.momentum
+    option = "--model"
+    try:
+        model = build_model(settings, data.c_in, data.c)
+        option = f"--pretrained {settings.pretrained}:"
+        for line in nets.load_weights(model, weights) if weights is not None else ():
+            print(f"{settings.pretrained}: {line}")
+    except ValueError as e:
+        raise CliError(f"{option} {e}") from e
     learn, run = get_runner(
-        build_model(settings, data.c_in, data.c),
-        data,
-        lr=settings.lr,
-        opt_func=partial(optim.SGD, momentum=momentum, nesterov=True) if momentum else None,
-        weight_decay=settings.weight_decay or None,
+        model, data, lr=settings.lr, opt_func=_optimiser(settings), weight_decay=settings.weight_decay or None
     )
     learn.model.to(settings.device)
     if settings.channels_last:
@@ -272,6 +304,17 @@ def _build(settings: Settings, data: DataBunch) -> tuple[Learner, Runner]:
     return learn, run
 
 
+def _optimiser(settings: Settings) -> Callable[..., optim.Optimizer]:
+    """The optimiser's class with its settings; `get_runner` puts the weight decay into parameter groups."""
+    cls: Callable[..., optim.Optimizer] = getattr(optim, settings.opt)
+    takes = inspect.signature(cls).parameters
+    how: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in takes and not settings.weight_decay else {}
+    if settings.momentum:
+        how["momentum"] = settings.momentum
+        how |= {"nesterov": True} if "nesterov" in takes else {}
+    return partial(cls, **how)
+
+
 @torch.no_grad()
 def _try_a_batch(model: nn.Module, data: DataBunch, settings: Settings, world: int) -> None:
     """Raise what a copy of the model raises in the forward pass of an epoch's smallest batch: for images too small for
@@ -279,7 +322,14 @@ def _try_a_batch(model: nn.Module, data: DataBunch, settings: Settings, world: i
     x, bs = data.train_dl.x, settings.bs
     dropped = world > 1 or settings.compile is not None and len(x) >= bs
     left = 0 if dropped else len(x) % bs
-    copy.deepcopy(model).train()(torch.zeros(left or min(bs, len(x)), *x.shape[1:], device=x.device))
+    n = left or min(bs, len(x))
+    pred = copy.deepcopy(model).train()(torch.zeros(n, *x.shape[1:], device=x.device))
+    if not isinstance(pred, Tensor) or pred.shape != (n, data.c):
+        got = f"a tensor {tuple(pred.shape)}" if isinstance(pred, Tensor) else f"a {type(pred).__name__}"
+        raise ValueError(
+            f"the model must return a number for each image and class, ({n}, {data.c}); it returned {got}: its last "
+            f"layer must have as many outputs as there are classes"
+        )
 
 
 def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callback]) -> list[Callback]:
@@ -320,7 +370,18 @@ def _schedule(name: str, lr: float) -> Callable[[float], float] | None:
     }[name]
 
 
-def _announce(settings: Settings, config: dict[str, Any]) -> None:
+def _net(settings: Settings, model: nn.Module) -> str:
+    """The net and its norms in a few words."""
+    recipe = f" (recipe {settings.recipe})" if settings.recipe else ""
+    if settings.model in MODELS:
+        return f"{settings.model} of {settings.layer}{recipe}"
+    n = sum(isinstance(m, RunningBatchNorm) for m in model.modules())
+    if settings.norm == "own":
+        return f"{settings.model} with its own norms"
+    return f"{settings.model} with {_count(n, 'running batch norm') + recipe if n else 'no batch norm to replace'}"
+
+
+def _announce(settings: Settings, config: dict[str, Any], model: nn.Module) -> None:
     data, world, lr = config["data"], config["processes"], settings.lr
     shape = "×".join(map(str, data["shape"]))
     print(
@@ -333,14 +394,13 @@ def _announce(settings: Settings, config: dict[str, Any]) -> None:
         "cos": f"{lr:.4g} → {lr / 10:.4g} (cosine)",
         "1cycle": f"{lr / 10:.4g} → {lr:.4g} → {lr / 100:.4g} (one cycle)",
     }[settings.sched]
-    recipe = f" (recipe {settings.recipe})" if settings.recipe else ""
     step, bs = world * settings.bs, f"batch size {settings.bs}"
     bs += f" on each of {world} processes ({step} a step)" if world > 1 else ""
     bs += ", more than there are images" if step > data["train"] else ""
     compiled = "compiled" if settings.compile == COMPILE[0] else f"compiled ({settings.compile})"
     fast = [settings.amp, "channels last" if settings.channels_last else None, compiled if settings.compile else None]
     print(
-        f"{settings.model} of {settings.layer}{recipe}, {config['parameters']} parameters, {bs}, learning rate {path}, "
+        f"{_net(settings, model)}, {config['parameters']} parameters, {settings.opt}, {bs}, learning rate {path}, "
         + ", ".join([_count(settings.epochs, "epoch"), f"on {settings.device}", *filter(None, fast)])
     )
 

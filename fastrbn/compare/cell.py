@@ -141,7 +141,7 @@ def load_images(name: str, root: str | Path | None = None) -> ImageData:
     Parameters
     ----------
     name : str
-        Data set or folder.
+        Data set or folder, optionally with a size to scale the images to: "cifar10@64".
     root : str or Path, optional
         Folder of the data sets; by default $FASTRBN_DATA or a cache.
 
@@ -159,7 +159,14 @@ def load_images(name: str, root: str | Path | None = None) -> ImageData:
     >>> load_images("glyphs").c
     10
     """
-    return load_dataset(name, root)
+    name, size = split_size(name)
+    return load_dataset(name, root, size=size)
+
+
+def split_size(data: str) -> tuple[str, int | None]:
+    """The name of a cell's data and the size after its @, None without one. A folder may have an @ in its name."""
+    name, _, size = data.rpartition("@")
+    return (name, int(size)) if name and size.isdecimal() and not Path(data).is_dir() else (data, None)
 
 
 @dataclass(frozen=True)

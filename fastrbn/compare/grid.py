@@ -18,7 +18,7 @@ import torch
 from fastrbn.util import one_of, whole, write_whole
 
 from . import table
-from .cell import NETS, Cell, code_of, key_of, load_images
+from .cell import NETS, Cell, code_of, key_of, load_images, split_size
 from .norms import describe, get_norm
 from .tasks import ZOO, get_task
 from .workers import in_processes, in_this_process
@@ -270,7 +270,8 @@ def _resolve_data(cells: list[Cell], root: str | Path | None, log: Callable[[str
         images = load_images(name, root)
         if images.c < 2:
             raise ValueError(f"training needs images of two classes or more; {name} has one, {images.classes[0]}")
-        real = images.name if images.name == f"{name}-jpeg" else name
+        bare, _ = split_size(name)
+        real = f"{images.name}{name[len(bare) :]}" if images.name == f"{bare}-jpeg" else name
         if real != name:
             log(f"{name} was not found in its original format; using the JPEG images in {real}, and that name")
         resolved[name] = real, len(images.train)

@@ -79,7 +79,7 @@ def load_folder(
     >>> load_folder("pets", valid=0.5)
     ImageData('pets', 2 training and 2 validation images of (3, 8, 8), 2 classes)
     """
-    path, shape = Path(path), _check_size(size)
+    path, shape = Path(path), check_size(size)
     check_valid(valid)
     if not path.is_dir():
         raise DataNotFoundError(f"there is no folder {path}. Give an existing folder of images.")
@@ -226,7 +226,7 @@ def _read_all(files: list[str], size: tuple[int, int] | None) -> tuple[list[np.n
     return good, bad
 
 
-def _check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)

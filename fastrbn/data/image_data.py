@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import BatchLoader, Dataset, Transforms
@@ -16,6 +18,7 @@ from .transforms import Cutout, RandomCrop, RandomFlip, to_channels_last
 __all__ = ["ImageData", "image_databunch"]
 
 AUGMENTED = ("cifar10", "cifar100", "cifar10-jpeg", "cifar100-jpeg")
+CHUNK = 1000  # images scaled at once
 LEAST_VALID = 500  # with fewer images the accuracy of a quick run would be mostly chance
 
 
@@ -88,6 +91,23 @@ class ImageData:
             f"ImageData({self.name!r}, {len(self.train)} training and {len(self.valid)} validation images of "
             f"{tuple(self.train.x.shape[1:])}, {self.c} classes)"
         )
+
+
+def resized(images: ImageData, size: tuple[int, int]) -> ImageData:
+    """`images` scaled to cover `size` (height, width) and cropped at the centre, as those of a folder are."""
+    train, valid = (Dataset(_resized(part.x, size), part.y) for part in (images.train, images.valid))
+    return ImageData(images.name, train, valid, images.classes)
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = x.shape[2:]
+    h, w = min(height, round(width * size[0] / size[1])), min(width, round(height * size[1] / size[0]))
+    top, left = (height - h) // 2, (width - w) // 2
+    x = x[:, :, top : top + max(h, 1), left : left + max(w, 1)]
+    out = torch.from_numpy(np.empty((*x.shape[:2], *size), np.uint8))  # a MemoryError if there is not enough
+    for part, into in zip(x.split(CHUNK), out.split(CHUNK)):
+        into.copy_(F.interpolate(part, size, mode="bilinear", antialias=True))
+    return out
 
 
 def image_databunch(

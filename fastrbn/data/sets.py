@@ -15,9 +15,9 @@ from fastrbn.util import suggestion
 from .batches import Dataset
 from .download import data_root, torchvision_set
 from .errors import BadDataError, DataNotFoundError
-from .folder import load_folder
+from .folder import check_size, load_folder
 from .glyphs import glyphs
-from .image_data import ImageData
+from .image_data import ImageData, resized
 from .split import check_valid, split
 
 __all__ = ["NAMES", "get_data", "load_dataset"]
@@ -91,7 +91,7 @@ def load_dataset(
         split, which keeps the test images for the end), for cifar10 and cifar100 the test images, for a folder see
         `load_folder`.
     size : int or (height, width), optional
-        For folders: the size to scale images to; see `load_folder`.
+        Scale each image to cover this size and crop it at the centre. By default images keep their size.
     seed : int, default 0
         Seed of the split, of a folder's order, and of glyphs.
     workers : int, optional
@@ -110,7 +110,7 @@ def load_dataset(
     DownloadError
         If the download fails, within seconds if there is no network. Also an OSError.
     ValueError
-        If `valid` or `size` does not fit the data set.
+        If `valid` does not fit the data set, or `size` is not a size.
 
     Notes
     -----
@@ -122,26 +122,28 @@ def load_dataset(
     --------
     >>> load_dataset("glyphs")
     ImageData('glyphs', 20000 training and 4000 validation images of (1, 28, 28), 10 classes)
+    >>> load_dataset("cifar10", size=64)              # doctest: +SKIP
+    ImageData('cifar10', 50000 training and 10000 validation images of (3, 64, 64), 10 classes)
     >>> images = load_dataset("cifar10", valid=0.1)   # doctest: +SKIP
     """
-    name = str(name_or_path)
+    name, shape = str(name_or_path), check_size(size)
     check_valid(valid)
     jpeg = name.endswith(JPEG) and name.removesuffix(JPEG) in _CLASSES
     if name not in NAMES and not (jpeg and (data_root(root) / name).is_dir()):
         _check_path(name)
         return load_folder(name, size=size, valid=valid, seed=seed, workers=workers)
-    if size is not None:
-        raise ValueError(f"size is only for folders of images; {name} has a fixed size. Leave it out.")
-    if jpeg:
-        return _jpeg(data_root(root) / name, valid, seed, workers)
     if name == "glyphs":
         if not isinstance(valid, str):
             raise ValueError(
                 "glyphs draws its own validation set; pass n_train and n_valid to fastrbn.glyphs "
                 f"instead of valid={valid}."
             )
-        return glyphs(seed=seed)
-    return _named(name, data_root(root), download, valid, seed, workers)
+        images = glyphs(seed=seed)
+    elif jpeg:
+        images = _jpeg(data_root(root) / name, valid, seed, workers)
+    else:
+        images = _named(name, data_root(root), download, valid, seed, workers)
+    return images if shape is None else resized(images, shape)
 
 
 def _jpeg(folder: Path, valid: str | float, seed: int, workers: int | None) -> ImageData:

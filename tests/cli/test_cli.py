@@ -234,6 +234,7 @@ def test_the_schedule_moves_the_rate_that_trains(cli, monkeypatch, sched):
 
 def test_the_default_rate_is_the_measured_one_at_batch_8_and_grows_below_2():
     assert default_lr(8) == 0.4 and default_lr(32) == 1.0
+    assert default_lr(8, "resnet9") == 0.1 and default_lr(8, "resnet18") == default_lr(8, "mine:net") == 0.025
     rates = [default_lr(bs) for bs in (1, 2, 8, 64, 512, 100_000)]
     assert rates == sorted(rates) and rates[-1] < 2
 
@@ -409,7 +410,6 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
         ("--lr fast", "must be a finite number above 0; got 'fast'"),
         ("--epochs -1", "--epochs: must be a whole number, 0 or more; got '-1'"),
         ("--size 0", "--size: must be a whole number, 1 or more; got '0'"),
-        ("--size 32", "--size: size is only for folders of images; glyphs has a fixed size"),
         ("--bs 99999999999999999999", "--bs: must be a whole number, 2147483647 at most; got '99999999999999999999'"),
         ("--seed 9223372036854775808", "--seed: must be a whole number, 9223372036854775807 at most"),
         ("--threads 99999999999", "--threads: must be a whole number, 1024 at most"),
@@ -420,7 +420,22 @@ def test_a_damaged_mnist_is_an_error_and_not_a_reason_to_fall_back(cli, tmp_path
             "--layer conv_rnb",
             "--norm must be one of running, batch, group … conv_gn; got 'conv_rnb'. Did you mean 'conv_rbn'?",
         ),
-        ("--model resnet", "must be one of cnn, resnet9; got 'resnet'. Did you mean 'resnet9'?"),
+        ("--model resnet", "--model: must be cnn, resnet9, a classification net … 'resnet'. Did you mean 'resnet9'?"),
+        ("--model convnext_tinny", "Did you mean 'convnext_tiny'?"),
+        ("--model nets.small", "got 'nets.small'. Put a colon before the function"),
+        ("--model my/nets.py:small", "written package.module:function; got … write my.nets:small"),
+        ("--model nets:small", "--model nets:small: there is no module 'nets' in … Start in the folder"),
+        ("--model json:dmups", "--model json:dmups: needs a function or class … json has none of that name. Did you"),
+        ("--model json:dumps", "'obj' too: give that a default, or rename it"),
+        ("--model resnet18 --norm batch", "--norm must be own, which keeps the norms of resnet18, or running … batch"),
+        ("--norm own", "--norm must be running, batch, group or a recipe for the model cnn; got own"),
+        ("--opt adamm", "--opt: must be one of … got 'adamm'. Did you mean 'Adam'?"),
+        ("--opt lbfgs", "--opt: must be one of"),
+        ("--opt adamw --momentum 0.9", "--momentum is no setting of --opt AdamW: leave it out"),
+        ("--opt rprop --weight-decay 0.1", "--weight-decay is no setting of --opt Rprop: leave it out"),
+        ("--pretrained nowhere.pt", "--pretrained nowhere.pt is not there: give a file of weights"),
+        ("--config nowhere.json", "--config must be a JSON file of options; nowhere.json cannot be read: No such file"),
+        ("--config a.json --resume r", "--config does not go with --resume"),
         ("--sched cosine", "none, lin, cos, 1cycle; got 'cosine'"),
         ("--recipe corse", "must be one of default … got 'corse'. Did you mean 'course'?"),
         ("--layer conv_bn --recipe course", "--recipe is for --norm running, and --norm is conv_bn"),

@@ -180,7 +180,10 @@ def test_resume_goes_on_with_the_recipe_and_with_the_data_that_were_found(cli, c
 @pytest.mark.parametrize(
     "args, words",
     [
-        ("--norm bacth", "--norm must be one of running, batch, group, default, … got 'bacth'. Did you mean 'batch'?"),
+        (
+            "--norm bacth",
+            "--norm must be one of running, batch, group, own, … got 'bacth'. Did you mean 'batch'?",
+        ),
         ("--norm batch --layer conv_gn", "argument --layer: not allowed with argument --norm"),
         ("--norm course --recipe detached", "--norm course is a recipe already, and --recipe is detached"),
         ("--norm batch --recipe course", "--recipe is for --norm running, and --norm is batch"),

@@ -82,6 +82,16 @@ def test_a_folder_of_one_class_is_refused(cli, tmp_path):
     assert cli("--bs", 2, data="set") == (2, "", f"fastrbn compare: error: {words}\n")
 
 
+def test_photos_of_differing_sizes_are_compared_at_one(cli, tmp_path):
+    for i in range(8):
+        (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8 + i, 9), 30 * i).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
+    status, out, err = cli("--norms", "batchnorm", "--bs", 2, "--seeds", 0, data="photos")
+    assert status == 1 and "images must have one size" in err
+    status, out, err = cli("--norms", "batchnorm", "--bs", 2, "--seeds", 0, "--size", 8, data="photos")
+    assert status == 0 and [row["data"] for row in read_rows("compare/cells.csv")] == ["photos@8"], err
+
+
 def test_the_table_can_be_drawn_again_without_training(cli):
     assert cli("--norms", "default", "--bs", 8, "--seeds", 0)[0] == 0
     Path("compare/table.md").unlink()

@@ -471,6 +471,9 @@ def test_the_jpeg_folder_is_found_under_the_data_root(tmp_path):
     for name in ("cifar10", "cifar10-jpeg"):
         images = compare.load_images(name, tmp_path)
         assert (images.name, len(images.train), images.c_in) == ("cifar10-jpeg", 2, 3)
+    assert compare.load_images("cifar10@8", tmp_path).train.x.shape[2:] == (8, 8)
+    cells, lines = compare.cells_of(["default"], [2], data=["cifar10@8"]), []
+    assert grid._resolve_data(cells, tmp_path, lines.append)[0].data == "cifar10-jpeg@8"
 
 
 # processes

@@ -156,10 +156,16 @@ def test_a_share_of_the_training_images_may_be_held_out_instead_of_the_test_imag
     assert (len(data.train), len(data.valid), data.name) == (6, 2, "cifar10-jpeg")
 
 
-def test_a_missing_set_without_images_is_not_found_and_a_size_is_refused(tmp_path, images):
+def test_a_missing_set_without_images_is_not_found(tmp_path, images):
     with pytest.raises(DataNotFoundError, match="CIFAR100 was not found in"):
         load_dataset("cifar100", images, download=False)
     with pytest.raises(DataNotFoundError, match="'cifar100-jpeg' is neither"):
         load_dataset("cifar100-jpeg", images)
-    with pytest.raises(ValueError, match="size is only for folders of images; cifar10-jpeg has a fixed size"):
-        load_dataset("cifar10-jpeg", images, size=8)
+
+
+def test_a_size_leaves_the_cache_as_it_is(images):
+    load_dataset("cifar10", images)
+    before = (images / "cifar10-jpeg.decoded.pt").stat().st_mtime_ns
+    data = load_dataset("cifar10-jpeg", images, size=8)
+    assert data.train.x.shape[2:] == (8, 8) and data.name == "cifar10-jpeg"
+    assert (images / "cifar10-jpeg.decoded.pt").stat().st_mtime_ns == before

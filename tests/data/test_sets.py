@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image, ImageOps
 
-from fastrbn.data import BadDataError, DataNotFoundError, DownloadError, data_root, get_data, load_dataset
+from fastrbn.data import BadDataError, DataNotFoundError, DownloadError, data_root, get_data, glyphs, load_dataset, sets
 from fastrbn.data import download as download_module
 
 REAL = Path(os.environ.get("FASTRBN_DATA") or "/nowhere")
@@ -153,6 +154,18 @@ def test_mnist_has_the_courses_split_and_its_test_images_on_demand(fake_mnist, m
     assert (data.name, data.c, data.c_in, data.train.x.dtype) == ("mnist", 10, 1, torch.uint8)
     data = load_dataset("mnist", tmp_path, valid="test")
     assert len(data.train) == 60000 and torch.equal(image_numbers(data.valid.x), torch.arange(10000))
+
+
+@pytest.mark.parametrize("size, shape", [(40, (40, 40)), ((9, 14), (9, 14))])
+def test_the_images_of_a_named_set_are_scaled_as_a_folders_are(size, shape, monkeypatch, tmp_path):
+    monkeypatch.setattr(sets, "glyphs", lambda seed: glyphs(30, 10, seed))
+    data = load_dataset("glyphs", size=size)
+    assert data.train.x.shape == (30, 1, *shape) and data.valid.x.shape == (10, 1, *shape)
+    assert data.train.x.dtype == torch.uint8 and torch.equal(data.train.y, glyphs(30, 10).train.y)
+    for x, got in zip(glyphs(30, 10).train.x, data.train.x):
+        want = ImageOps.fit(Image.fromarray(x[0].numpy()), shape[::-1], Image.Resampling.BILINEAR)
+        off = (torch.from_numpy(np.array(want)).int() - got[0].int()).abs().float()
+        assert off.mean() < (0.01 if shape[0] == shape[1] else 3), "Pillow crops between pixels"
 
 
 def test_a_share_splits_by_seed_class_by_class(fake_mnist, mirror, tmp_path):
@@ -334,7 +347,7 @@ def test_a_damaged_cifar_file_is_named(fake_cifar, tmp_path):
         (("mnist",), {"valid": "train"}, ValueError, "'auto', 'test', or the share.*'train'"),
         (("mnist",), {"valid": 1.5}, ValueError, "1.5"),
         (("mnist",), {"valid": 1}, ValueError, "got 1"),
-        (("mnist",), {"size": 32}, ValueError, "size is only for folders"),
+        (("mnist",), {"size": 0}, ValueError, "size must be a side in pixels or .height, width.; got 0"),
         (("glyphs",), {"valid": 0.5}, ValueError, "n_valid"),
     ],
 )
