@@ -124,6 +124,9 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "sched_exp",
     "sched_lin",
     "sched_no",
+    # diagnosis in other loops
+    "Watch",
+    "watch",
     # the autograd graph
     "AutogradGraph",
     "GraphNode",
@@ -138,7 +141,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
 
 # Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below
 # are for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "summary", "watching")
 
 if TYPE_CHECKING:
     from .build import (
@@ -262,6 +265,7 @@ if TYPE_CHECKING:
         to_batchnorm,
     )
     from .summary import Summary, model_summary
+    from .watching import Watch, watch
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastrbn.learn.snapshot import RandomState
 
-from .report import BUFFER, SPOILT
+from .report import BUFFER, SPOILT, UNSEEN
 from .state import KeptState, ModelHook, dense, is_finite
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their output is that of a module inside
@@ -98,7 +98,7 @@ class Batch:
     """What it takes to go through a batch a second time: its place, its tensors, and the state it began with."""
 
     step: int
-    epoch: int
+    epoch: int | None
     batch: int
     in_train: bool
     xb: Any
@@ -159,8 +159,9 @@ def replay(run: Any, batch: Batch, backward: bool = False) -> Trace:
                 restore(state)
             run.n_iter, run.epoch, run.iter, run.in_train = batch.step, batch.epoch, batch.batch, batch.in_train
             run.xb, run.yb = batch.xb, batch.yb
-            run.pred = run._parts.forward(model, batch.xb)
-            run.loss = run._parts.forward(run.loss_func, run.pred, batch.yb)
+            forward, unpack = run._parts.forward, run._unpack
+            run.pred = unpack.call_model(model, batch.xb, forward)
+            run.loss = unpack.call_loss(run.loss_func, run.pred, batch.yb, forward)
             trace.see("loss", "loss", run.loss)
             if backward:
                 run.loss.backward()
@@ -227,6 +228,8 @@ def locate(
             return phase, spoilt, SPOILT
     if (name := trace.first("module", evidence)) is not None:
         return "forward", name, trace.note
+    if batch.loss is None and ("loss", "loss") in trace.bad:
+        return "backward", "loss", UNSEEN
     if late and (name := trace.first("loss", evidence)) is not None:
         lost = f"{_LOST}: a loss function or a weight that was other just then"
         return "forward", name, trace.note or ("" if ("loss", name) in trace.bad else lost)
