@@ -121,8 +121,9 @@ def get_runner(
     lr: float = 0.6,
     cbs: Any = None,
     opt_func: Callable[..., optim.Optimizer] | None = None,
-    loss_func: Callable[..., Tensor] = F.cross_entropy,
+    loss_func: Callable[..., Tensor] | None = F.cross_entropy,
     weight_decay: float | None = None,
+    unpack: Callable[[Any], tuple[Any, Any, Any]] | None = None,
 ) -> tuple[Learner, Runner]:
     """Make a learner and a run for your own model; train with `run.fit(epochs, learn)`.
 
@@ -138,11 +139,13 @@ def get_runner(
         Callbacks, or callables that make them, such as classes and `partial`s.
     opt_func : callable, default optim.SGD
         `opt_func(parameters, lr=lr)` makes the optimiser.
-    loss_func : callable, default F.cross_entropy
-        `loss_func(pred, yb)` returns a scalar tensor.
+    loss_func : callable or None, default F.cross_entropy
+        `loss_func(pred, yb)` returns a scalar tensor. None: the model returns its loss.
     weight_decay : float, optional
         Weight decay for the optimiser, applied with `param_groups`. By default there is one group with the decay of
         `opt_func`.
+    unpack : callable, optional
+        `unpack(batch)` returns `(args, kwargs, target)`, for batches that `Learner` does not understand by itself.
 
     Returns
     -------
@@ -170,10 +173,10 @@ def get_runner(
         raise ValueError(f"lr must be a finite number, 0 or more; got {lr!r}")
     opt_func = optim.SGD if opt_func is None else opt_func
     for name, func in (("opt_func", opt_func), ("loss_func", loss_func)):
-        if not callable(func):
+        if not callable(func) and not (func is None and name == "loss_func"):
             raise TypeError(f"{name} must be callable; got {func!r}: pass the function or class itself")
     opt = opt_func(model.parameters() if weight_decay is None else param_groups(model, weight_decay), lr=lr)
-    return Learner(model, opt, loss_func, data), Runner(cb_funcs=cbs)
+    return Learner(model, opt, loss_func, data, unpack), Runner(cb_funcs=cbs)
 
 
 def get_learn_run(

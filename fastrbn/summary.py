@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .learn.snapshot import RandomState, Snapshot
+from .learn.unpack import Unpack, loss_name
 from .util import apply_to
 
 __all__ = ["Summary", "model_summary"]
@@ -109,7 +110,8 @@ def model_summary(model: nn.Module, xb: Any) -> Summary:
     model : nn.Module
         Any model.
     xb : Tensor or nested tensors
-        A batch as the model takes it; moved to the device of the model's first parameter.
+        A batch as the model takes it: a tuple for a model of several inputs, a dictionary for one that takes them by
+        name. It is moved to the device of the model's first parameter.
 
     Returns
     -------
@@ -135,13 +137,18 @@ def model_summary(model: nn.Module, xb: Any) -> Summary:
     parameters: 44, trainable 44, frozen 0
     buffers: 20; together 264 bytes
     """
+    unpack = Unpack(model)
+    return _summarise(model, unpack.inputs(xb), unpack)
+
+
+def _summarise(model: nn.Module, xb: Any, unpack: Unpack) -> Summary:
     xb = _to(xb, next((p.device for p in model.parameters()), None))
     lazy = list(dict.fromkeys(name.rpartition(".")[0] for name in _lazy(model)))
     if lazy:
-        model = _initialised_copy(model, xb)
+        model = _initialised_copy(model, xb, unpack)
     shapes: dict[nn.Module, list[str]] = {}
     with _parameters_unchanged(model), Snapshot([model], parameters=False), _watched(model, shapes):
-        _forward(model, xb)
+        _forward(model, xb, unpack)
     params, buffers = list(model.parameters()), list(model.buffers())
     return Summary(
         rows=_rows(model, shapes),
@@ -161,14 +168,14 @@ def _lazy(model: nn.Module) -> dict[str, Any]:
     return {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)}
 
 
-def _initialised_copy(model: nn.Module, xb: Any) -> nn.Module:
+def _initialised_copy(model: nn.Module, xb: Any, unpack: Unpack) -> nn.Module:
     # torch cannot copy lazy buffers, so the copy gets new ones
     fresh = {
         id(t): type(t)(requires_grad=t.requires_grad, device=t.device, dtype=t.dtype) for t in _lazy(model).values()
     }
     model = copy.deepcopy(model, fresh)
     with RandomState():
-        _forward(model, xb)
+        _forward(model, xb, unpack)
     if left := list(_lazy(model)):
         raise ValueError(
             f"a summary needs the size of every parameter; the batch does not reach the lazy modules of "
@@ -177,11 +184,11 @@ def _initialised_copy(model: nn.Module, xb: Any) -> nn.Module:
     return model
 
 
-def _forward(model: nn.Module, xb: Any) -> None:
+def _forward(model: nn.Module, xb: Any, unpack: Unpack) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            model(xb)
+            unpack.call_model(model, xb)
     except Exception as e:
         raise RuntimeError(
             f"the model failed on a batch of shape {_shape(xb)}, {type(e).__name__}: {e}. Pass a batch as the model "
@@ -208,12 +215,14 @@ def of_learner(learn: Any, xb: Any = None, cbs: Sequence[Any] = ()) -> Summary:
     Summary
     """
     with RandomState((learn.data.train_dl, learn.data.valid_dl)):
-        xb = _prepared(_first_batch(learn.data), cbs) if xb is None else xb
-        found = model_summary(learn.model, xb)
-    loss = getattr(learn.loss_func, "__name__", type(learn.loss_func).__name__)
+        unpack = Unpack.of(learn)
+        xb = _prepared(unpack(_first_batch(learn.data)), cbs) if xb is None else unpack.inputs(xb)
+        found = _summarise(learn.model, xb, unpack)
     stepped = {p for g in learn.opt.param_groups for p in g["params"]}
     missing = [n for n, p in learn.model.named_parameters() if p.requires_grad and p not in stepped]
-    found.notes.append(f"optimiser: {type(learn.opt).__name__}, {_groups(learn.opt)}; loss: {loss}")
+    found.notes.append(
+        f"optimiser: {type(learn.opt).__name__}, {_groups(learn.opt)}; loss: {loss_name(learn.loss_func)}"
+    )
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         found.notes.append(f"trainable, but not in the optimiser: {', '.join(missing[:3])}{more}")
@@ -241,10 +250,9 @@ def _first_batch(data: Any) -> Any:
         raise ValueError("the training loader has no batch to try: pass one, summary(xb)") from None
 
 
-def _prepared(batch: Any, cbs: Iterable[object]) -> Any:
+def _prepared(batch: tuple[Any, Any], cbs: Iterable[object]) -> Any:
     """The inputs of `batch` after the callbacks that change batches, which see a stand-in for the run."""
-    xb, yb = batch
-    stand_in = _Batch(xb, yb)
+    stand_in = _Batch(*batch)
     for cb in cbs:
         if _overrides(cb, "begin_batch") and not _overrides(cb, "begin_fit"):
             mine: Any = type(cb).__new__(type(cb))

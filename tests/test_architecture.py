@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "graph": ["util"],
     "plots": ["util"],
     "models": ["norm", "util"],
-    "summary": ["learn.snapshot", "util"],
+    "summary": ["learn.snapshot", "learn.unpack", "util"],
     "callbacks.step": ["learn", "util"],
     "callbacks.track": ["learn", "util"],
     "callbacks.diagnose": ["learn", "graph", "util"],

@@ -110,8 +110,8 @@ def test_wrong_arguments_of_the_builders_are_named(data):
         get_runner([nn.Linear(2, 2)], data)
     with pytest.raises(TypeError, match="opt_func must be callable; got 'sgd'"):
         get_runner(nn.Linear(2, 2), data, opt_func="sgd")
-    with pytest.raises(TypeError, match="loss_func must be callable; got None"):
-        get_runner(nn.Linear(2, 2), data, loss_func=None)
+    with pytest.raises(TypeError, match="loss_func must be callable; got 'mse'"):
+        get_runner(nn.Linear(2, 2), data, loss_func="mse")
     with pytest.raises(ValueError, match="whole number, 1 or more; got -8"):
         get_learn_run([-8], data, 0.1, conv_rbn)
     with pytest.raises(TypeError, match="layer must be a function"):

@@ -1,4 +1,4 @@
-"""Facts about batches and loaders: pairs, sizes, lengths, and how a loss reduces them."""
+"""Facts about batches and loaders: sizes, lengths, and how a loss reduces them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,7 @@ from typing import Any
 
 import torch
 
-
-def pair(batch: Any) -> Any:
-    """`batch` itself if it is a pair; otherwise a TypeError that says what came."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch
-    advice = "wrap the loader, or give a DataLoader a collate_fn that returns a pair"
-    if isinstance(batch, torch.Tensor):
-        got = f"a tensor of shape {tuple(batch.shape)}"
-    elif isinstance(batch, dict):
-        names = list(batch)
-        got = f"a dictionary with {', '.join(map(repr, names))}"
-        if len(names) > 1:
-            advice += f", such as (batch[{names[0]!r}], batch[{names[1]!r}])"
-    else:
-        got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
-    raise TypeError(f"a loader must yield pairs (xb, yb), tuples or lists of two; got {got}: {advice}")
+from fastrbn.util import items_of
 
 
 def length(dl: Any) -> int | None:
@@ -34,10 +19,19 @@ def length(dl: Any) -> int | None:
 
 
 def batch_size(xb: Any) -> int:
-    """The number of samples; for several inputs (a tuple, list or dictionary) that of the first."""
-    while isinstance(xb, (list, tuple, dict)):
+    """The number of samples; for several inputs (tuples, lists, dictionaries) that of the first tensor with samples."""
+    for t in items_of(xb, torch.Tensor):
+        if t.dim():
+            return len(t)
+    while isinstance(xb, (list, tuple, dict)) and xb:
         xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
-    return len(xb)
+    try:
+        return len(xb)
+    except TypeError:
+        raise TypeError(
+            f"the number of samples in a batch is the length of its first tensor; got {type(xb).__name__} without "
+            f"tensors or a length: give that class __len__, or let the learner's unpack return tensors"
+        ) from None
 
 
 def reduction(loss_func: Any) -> str | None:

@@ -113,7 +113,10 @@ class Callback:
         """Before the training batches of an epoch (`epoch` counts from 0)."""
 
     def begin_batch(self) -> None:
-        """The batch is in `xb` and `yb`; replace it with `self.run.xb = …`. Also in validation (`in_train`)."""
+        """The batch is in `xb` and `yb`; replace it with `self.run.xb = …`. Also in validation (`in_train`).
+
+        `xb` is a tuple or a dictionary if the model takes several inputs, `yb` None without a target; see `Learner`.
+        """
 
     def after_pred(self) -> None:
         """`pred` holds the model's output; replace it with `self.run.pred = …`."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .unpack import Unpack, loss_name
+
 if TYPE_CHECKING:
     from fastrbn.summary import Summary
 
@@ -20,11 +22,27 @@ class Learner:
     model : nn.Module
     opt : torch.optim.Optimizer
         Over the model's parameters.
-    loss_func : callable
-        `loss_func(pred, yb)` returns a scalar tensor.
+    loss_func : callable or None
+        `loss_func(pred, yb)` returns a scalar tensor. None: the model returns its loss, as a scalar tensor, in `.loss`
+        or in `["loss"]`; batches `(x, y)` then go to the model whole if its `forward` takes two arguments.
     data : object
-        Has `train_dl` and `valid_dl` (None: no validation), loaders that yield pairs `(xb, yb)`: `BatchLoader`s, torch
-        `DataLoader`s, or any iterable of pairs that can be iterated once an epoch.
+        Has `train_dl` and `valid_dl` (None: no validation): `BatchLoader`s, torch `DataLoader`s, or any iterable of
+        batches that can be iterated once an epoch.
+    unpack : callable, optional
+        `unpack(batch)` returns `(args, kwargs, target)`: the model is called as `model(*args, **kwargs)`, the loss as
+        `loss_func(pred, target)`; the target may be None. `run.xb` is the one argument, a tuple of several, or a
+        dictionary. By default a batch is understood from the arguments of the model's `forward`:
+
+        - `(x, y)`: `model(x)` and the target y.
+        - `((a, b), y)`, or `(a, b, y)` if forward requires two arguments: `model(a, b)`.
+        - `({"a": a, "b": b}, y)`, or a dictionary with one more key (y, target, targets, label or labels):
+          `model(a=a, b=b)`. A dictionary of one input and a target may name the input as it likes.
+        - A tensor, `[x]`, or a dictionary of arguments alone: no target.
+
+    Raises
+    ------
+    TypeError
+        If a class is given in place of an instance; in the fit, if a batch cannot be understood.
 
     Examples
     --------
@@ -32,14 +50,35 @@ class Learner:
     >>> learn = Learner(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, data)
     >>> Runner().fit(1, learn)
 
+    A model of two inputs, with batches that are dictionaries:
+
+    >>> class Pair(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.lin = nn.Linear(6, 2)
+    ...     def forward(self, left, right):
+    ...         return self.lin(torch.cat([left, right], 1))
+    >>> batches = [{"left": torch.randn(4, 3), "right": torch.randn(4, 3), "label": torch.arange(4) % 2}] * 8
+    >>> model = Pair()
+    >>> learn = Learner(model, optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, DataBunch(batches, None, 2))
+    >>> Runner().fit(1, learn)
+
     References
     ----------
     fast.ai course, part 2 (2019), notebook 04.
     """
 
-    def __init__(self, model: nn.Module, opt: torch.optim.Optimizer, loss_func: Callable[..., torch.Tensor], data: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        opt: torch.optim.Optimizer,
+        loss_func: Callable[..., torch.Tensor] | None,
+        data: Any,
+        unpack: Callable[[Any], tuple[Any, Any, Any]] | None = None,
+    ):
         check_instances(model, opt, loss_func)
-        self.model, self.opt, self.loss_func, self.data = model, opt, loss_func, data
+        self.model, self.opt, self.loss_func, self.data, self.unpack = model, opt, loss_func, data, unpack
+        Unpack.of(self)  # raises now, and not in the fit, if `unpack` is not a function
 
     def summary(self, xb: Any = None) -> Summary:
         """A table of the model's modules, output shapes, parameters and norms, with totals, to print.
@@ -58,8 +97,7 @@ class Learner:
         return summary(self, xb)
 
     def __repr__(self) -> str:
-        loss = getattr(self.loss_func, "__name__", type(self.loss_func).__name__)
-        return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss})"
+        return f"Learner({type(self.model).__name__}, {type(self.opt).__name__}, {loss_name(self.loss_func)})"
 
 
 def summary(learn: Any, xb: Any = None, cbs: Sequence[Any] = ()) -> Summary:

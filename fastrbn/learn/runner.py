@@ -16,11 +16,12 @@ from fastrbn.util import suggestion
 
 from . import optimiser
 from . import resume as resuming
-from .batch import length, pair
+from .batch import length
 from .callback import RUN_STATE, SIGNALS, Callback, TrainEvalCallback
 from .events import EVENTS, CancelBatchException, CancelEpochException, CancelTrainException
 from .learner import Learner, check_instances, summary
 from .parts import Parts
+from .unpack import Unpack
 
 if TYPE_CHECKING:
     from fastrbn.summary import Summary
@@ -181,12 +182,12 @@ class Runner:
                 self._warn_of_stop("run.stop = True")
 
     def _one_batch(self, batch: Any) -> None:
-        fire, parts = self.__call__, self._parts  # self(event) takes twice as long
-        self.xb, self.yb = pair(batch)
+        fire, parts, unpack = self.__call__, self._parts, self._unpack  # self(event) takes twice as long
+        self.xb, self.yb = unpack(batch)
         fire("begin_batch")
-        self.pred = parts.forward(self.model, self.xb)
+        self.pred = unpack.call_model(self.model, self.xb, parts.forward)
         fire("after_pred")
-        self.loss = parts.forward(self.loss_func, self.pred, self.yb)
+        self.loss = unpack.call_loss(self.loss_func, self.pred, self.yb, parts.forward)
         fire("after_loss")
         if self.in_train:
             parts.backward(parts.weigh(self.loss))
@@ -286,6 +287,7 @@ class Runner:
         optimiser.check(
             learn.opt, {"the loop": ("step", "zero_grad"), **{_owner(cb): cb._needs_opt for cb in self.cbs}}
         )
+        self._unpack = Unpack.of(learn)
         self.__dict__.update(RUN_STATE, logger=self.logger, epochs=epochs, learn=learn)
         self.model, self.opt, self.loss_func, self.data = learn.model, learn.opt, learn.loss_func, learn.data
         self.epoch, self.n_iter, self.n_epochs, self.loss = 0, 0, 0.0, torch.tensor(0.0)

@@ -684,24 +684,6 @@ def test_gradients_left_by_an_interrupted_fit_do_not_reach_the_next():
 # --- what users hand over by mistake
 
 
-@pytest.mark.parametrize(
-    ("batch", "got"),
-    [
-        (torch.zeros(2, 4), r"a tensor of shape \(2, 4\)"),
-        ({"x": torch.zeros(5, 4), "y": torch.zeros(5)}, r"a dictionary with 'x', 'y'.* \(batch\['x'\], batch\['y'\]\)"),
-        ("xy", "got str"),
-        ((1, 2, 3), "got tuple of 3"),
-        ((1,), "got tuple of 1"),
-        (7, "got int"),
-    ],
-)
-def test_a_batch_that_is_not_a_pair_is_described(batch, got):
-    learn = make_learn()
-    learn.data.train_dl = [batch]
-    with pytest.raises(TypeError, match=f"must yield pairs .*{got}"):
-        Runner().fit(1, learn)
-
-
 def test_a_class_in_place_of_an_instance_raises_at_once():
     learn = make_learn()
     model, opt, loss = learn.model, learn.opt, F.cross_entropy

@@ -106,6 +106,7 @@ class Batch:
     host: Any  # `KeptState.host` before it
     counters: list  # (module, its plain attributes)
     random: list  # (function, state) pairs
+    form: str  # how the model takes `xb`
     loss: Any = None
     stepped: bool = False  # whether the optimiser has taken its step
 
@@ -116,7 +117,9 @@ class Batch:
         if device is not None and device.type != "cpu":
             module = getattr(torch, device.type)
             random.append((functools.partial(module.set_rng_state, device=device), module.get_rng_state(device)))
-        return cls(run.n_iter, run.epoch, run.iter, run.in_train, run.xb, run.yb, host, counters, random)
+        return cls(
+            run.n_iter, run.epoch, run.iter, run.in_train, run.xb, run.yb, host, counters, random, run._unpack.form
+        )
 
 
 class Trace:
@@ -160,6 +163,7 @@ def replay(run: Any, batch: Batch, backward: bool = False) -> Trace:
             run.n_iter, run.epoch, run.iter, run.in_train = batch.step, batch.epoch, batch.batch, batch.in_train
             run.xb, run.yb = batch.xb, batch.yb
             forward, unpack = run._parts.forward, run._unpack
+            unpack.form = batch.form
             run.pred = unpack.call_model(model, batch.xb, forward)
             run.loss = unpack.call_loss(run.loss_func, run.pred, batch.yb, forward)
             trace.see("loss", "loss", run.loss)
