@@ -68,7 +68,9 @@ class Diagnose(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if len(trainer.optimizers) != 1:
-            raise RuntimeError(f"Diagnose looks after one optimiser; {type(pl_module).__name__} has {len(trainer.optimizers)}")
+            raise RuntimeError(
+                f"Diagnose looks after one optimiser; {type(pl_module).__name__} has {len(trainer.optimizers)}"
+            )
         run, opt = self._outside, trainer.optimizers[0]
         self._end(failed=True)
         run._trainer = trainer

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from fastrbn.callbacks import ActivationStats, Checkpoint, GraphMonitor, HaltOnNaN, ParamMagnitudes, Recorder
 from fastrbn.callbacks.diagnose.nonfinite.state import ModelHook, is_finite
-from fastrbn.learn import Callback, CancelTrainException, Learner, Runner, TrainEvalCallback
-from fastrbn.learn import checkpoint_file
+from fastrbn.learn import Callback, CancelTrainException, Learner, Runner, TrainEvalCallback, checkpoint_file
 from fastrbn.learn.snapshot import RandomState
 from fastrbn.util import items_of
 
@@ -48,6 +47,8 @@ class Outside(Runner):
         What the loop has in place of `Checkpoint`.
     """
 
+    epoch: Any  # None: the loop does not tell it
+
     def __init__(self, cbs: Any, again: Any, show: str, checkpoints: str | None = None):
         super().__init__([_Counter(), *(cbs or [HaltOnNaN()])])
         looking = [cls for cls in _LOOK_ON if checkpoints is None or cls is not Checkpoint]
@@ -55,8 +56,8 @@ class Outside(Runner):
             if type(cb).__module__.startswith("fastrbn.") and not isinstance(cb, (*looking, _Counter, _States)):
                 instead = f"{checkpoints}, which saves that loop too" if isinstance(cb, Checkpoint) else "Runner"
                 raise TypeError(
-                    f"in another loop callbacks can only look on: {', '.join(cls.__name__ for cls in looking)}, and your "
-                    f"own; {type(cb).__name__} needs this package's loop: use {instead}"
+                    f"in another loop callbacks can only look on: {', '.join(cls.__name__ for cls in looking)}, and "
+                    f"your own; {type(cb).__name__} needs this package's loop: use {instead}"
                 )
         self._show = show
         self._again, self._autocast = again, contextlib.nullcontext()
@@ -167,9 +168,28 @@ class Outside(Runner):
 
 
 class Watch(Outside):
-    """What `watch` returns: a run that looks on. Every callback is reachable by its name, as in `w.halt_on_nan.report`.
+    """What `watch` returns: a run that looks on in the loop inside its `with` block.
 
-    `w.stop_reason` is None if the block ran to its end, otherwise a sentence. `w.n_iter` counts the batches.
+    Every callback is reachable by its name, as in `w.halt_on_nan.report`. `w.stop_reason` is None if the block ran to
+    its end, otherwise a sentence. `w.n_iter` counts the training batches.
+
+    Parameters
+    ----------
+    model, opt, cbs, states : see `watch`
+        Which makes it.
+
+    Examples
+    --------
+    >>> model = nn.Linear(8, 2)
+    >>> opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with watch(model, opt, GraphMonitor()) as w:
+    ...     for _ in range(3):
+    ...         loss = model(torch.randn(4, 8)).square().mean()
+    ...         w.look(loss).backward()  # or, with the two lines below: w.step(loss)
+    ...         opt.step()
+    ...         opt.zero_grad()
+    >>> w.n_iter, w.graph_monitor.report
+    (3, None)
     """
 
     def __init__(self, model: nn.Module, opt: torch.optim.Optimizer, cbs: Any, states: dict[str, Any]):
@@ -189,7 +209,7 @@ class Watch(Outside):
         self._hooks: list[Any] = []
         self._stop: BaseException | None = None
         self._random: RandomState | None = None
-        self._inside = self._used = False
+        self._inside = self._used = self._stepped = False
 
     def step(self, loss: Tensor) -> None:
         """Take a training step: `loss.backward()`, `opt.step()`, `opt.zero_grad()`.
@@ -322,12 +342,12 @@ class Watch(Outside):
         model, opt = self._trained
         self.begin(model, opt, resume=resume)
         self._hooks += self.hook_steps(opt)
-        self.tell("begin_epoch")
-        self.epoch, state = None, self._resume.state
+        state = self._resume.state
         if state is not None:
             with RandomState():
                 self._resume._restore(state)
-            self.epoch = None
+        self.tell("begin_epoch")
+        self.epoch = None  # the loop's own
         return state or {}
 
     def _in_batch(self) -> None:
@@ -336,11 +356,13 @@ class Watch(Outside):
             raise self._stop  # the loop has caught it and went on
         if not self._begun:
             self._begin()
+        if self._stepped:  # the model was not seen since
+            self.close()
         if not self._open:
             if self._random is not None:
                 self._random.restore()
                 self._random = None
-            self._used = False
+            self._used = self._stepped = False
             self.open([], {"loss": None, "grads": []}, iter=self.n_iter)
 
     def _called(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -382,6 +404,10 @@ class Watch(Outside):
         self._in_batch()
         self._used = True
         super().ready()
+
+    def _after_step(self, opt: Any, args: tuple, kwargs: dict) -> None:
+        self._stepped = True
+        super()._after_step(opt, args, kwargs)
 
     def __call__(self, event: str) -> None:
         try:
@@ -437,10 +463,10 @@ def watch(model: nn.Module, opt: torch.optim.Optimizer, *cbs: Any, **states: Any
 
     A loop that takes its steps itself:
 
-    >>> with watch(model, opt) as w:
+    >>> with watch(model, opt):
     ...     for xb, yb in data.train_dl:
-    ...         loss = F.cross_entropy(model(xb), yb).log()  # a mistake
-    ...         loss.mul(1e38).mul(1e38).backward()
+    ...         loss = F.cross_entropy(model(xb), yb) / 0  # a mistake
+    ...         loss.backward()
     ...         opt.step()
     ...         opt.zero_grad()
     NaN or Inf in the backward pass of step 0, first in the loss
@@ -459,9 +485,10 @@ class Calls:
     form = ""
 
     def call_model(self, model: Any, xb: Any, forward: Callable[..., Any]) -> Any:
-        """The outputs of all calls."""
+        """The outputs of all calls, without other processes."""
         if not xb:
             raise RuntimeError("the model was not seen in training mode, so that the batch is not known")
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         return forward(lambda: [model(*args, **kwargs) for args, kwargs in xb])
 
     def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:
@@ -512,14 +539,14 @@ class _States(Callback):
                     f"what a checkpoint saves needs state_dict and load_state_dict; {name} is a {type(obj).__name__}"
                 )
         self._names = list(states)
-        vars(self).update((f"_{name}", obj) for name, obj in states.items())
+        vars(self).update((f"_state_{name}", obj) for name, obj in states.items())
 
     @property
     def name(self) -> str:
         return "states"
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: vars(self)[f"_{name}"].state_dict() for name in self._names}
+        return {name: vars(self)[f"_state_{name}"].state_dict() for name in self._names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state) != set(self._names):
@@ -528,7 +555,7 @@ class _States(Callback):
                 f"give it the same ones"
             )
         for name, saved in state.items():
-            vars(self)[f"_{name}"].load_state_dict(saved)
+            vars(self)[f"_state_{name}"].load_state_dict(saved)
 
 
 def _differentiable(output: Any) -> list[Tensor]:

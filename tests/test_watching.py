@@ -3,12 +3,15 @@
 import copy
 import itertools
 import math
+import os
+import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastrbn.callbacks.diagnose.nonfinite.halt as halt
 from fastrbn import (
     ActivationStats,
     Callback,
@@ -21,9 +24,12 @@ from fastrbn import (
     NonFiniteError,
     ParamMagnitudes,
     Recorder,
+    RunningBatchNorm,
     RunningBatchNorm1d,
+    convert_batchnorm,
     watch,
 )
+from fastrbn.callbacks.diagnose.nonfinite.state import Flags
 
 
 def make(bad=None, seed=0):
@@ -228,11 +234,10 @@ def test_a_model_in_evaluation_mode_is_watched_by_its_steps():
     model, opt = make()
     model.eval()
     with watch(model, opt) as w:
-        for xb, yb in batches():
-            (F.cross_entropy(model(xb), yb) * (math.nan if w.n_iter == 2 else 1)).backward()
+        for i, (xb, yb) in enumerate(batches()):
+            (F.cross_entropy(model(xb), yb) * (math.nan if i == 2 else 1)).backward()
             opt.step()
             opt.zero_grad()
-            w.close()
     report = w.halt_on_nan.report
     assert (report.step, report.phase) == (2, "backward") and "not seen in training mode" in report.note
 
@@ -247,6 +252,25 @@ def test_a_graph_that_reaches_back_is_named():
             kept.append(loss)
             w.step(loss)
     assert w.graph_monitor.report.holders[0].name == "kept" and "epoch" not in w.graph_monitor.report.sentence
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("at", ["output", "loss"])
+def test_a_device_that_answers_late_gives_the_same_report_and_state(shown, at, monkeypatch):
+    monkeypatch.setattr(halt, "late_device", lambda model: torch.device("cpu"))  # what CUDA does, with its delay
+    monkeypatch.setattr(Flags, "LAG", 3)
+    want = plain(*make(), n=3)
+    model, opt = make(bad=3 if at == "output" else None)
+    with watch(model, opt) as w:
+        for i, (xb, yb) in enumerate(batches(9)):
+            loss = F.cross_entropy(model(xb), yb) * (math.nan if at == "loss" and i == 3 else 1)
+            (w.look(loss) if shown else loss).backward()
+            opt.step()
+            opt.zero_grad()
+    report = w.halt_on_nan.report
+    phase = "backward" if at == "loss" and not shown else "forward"
+    assert (report.step, report.phase, report.where) == (3, phase, "2" if at == "output" else "loss")
+    assert i > 3 and same(state(model, opt), want)
 
 
 def test_what_needs_the_loss_says_how_to_show_it():
@@ -310,6 +334,30 @@ def test_a_resumed_loop_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert again.recorder.losses == w.recorder.losses and again.n_iter == 7
 
 
+def test_a_fault_in_the_first_resumed_step_leaves_the_resumed_state(tmp_path):
+    model, opt = make()
+    with watch(model, opt, Checkpoint(tmp_path)):
+        want = plain(model, opt)
+    model, opt = make(bad=5, seed=1)
+    with watch(model, opt) as w:
+        with pytest.warns(UserWarning, match="no state for these callbacks, which start fresh: halt_on_nan"):
+            assert w.resume(tmp_path) == 5
+        model[2].calls = 5
+        plain(model, opt)
+    assert w.halt_on_nan.report.step == 5 and same(state(model, opt), want)
+
+
+def test_ctrl_c_saves_after_the_batch(tmp_path):
+    model, opt = make()
+    with pytest.raises(KeyboardInterrupt), watch(model, opt, Checkpoint(tmp_path)) as w:
+        for i, (xb, yb) in enumerate(batches()):
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            w.step(F.cross_entropy(model(xb), yb))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0001-step-2.pt"]
+    assert w.stop_reason.startswith("interrupted (Ctrl-C)")
+
+
 def test_resume_says_what_is_wrong(tmp_path):
     model, opt = make()
     with pytest.raises(ValueError, match=r"there is no Checkpoint: give it to watch"), watch(model, opt) as w:
@@ -356,3 +404,13 @@ def test_misuse_is_an_error_that_says_what_to_do(tmp_path):
         pass
     with pytest.raises(RuntimeError, match="in use already"), w, w:
         pass
+
+
+def test_a_timm_model_with_the_layer_trains_and_is_watched():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = convert_batchnorm(timm.create_model("resnet10t", num_classes=3))
+    assert any(isinstance(m, RunningBatchNorm) for m in model.modules())
+    with watch(model, torch.optim.SGD(model.parameters(), lr=0.01), HaltOnNaN(), ParamMagnitudes()) as w:
+        for _ in range(2):
+            w.step(F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])))
+    assert (w.stop_reason, w.n_iter) == (None, 2)

@@ -98,6 +98,7 @@ class HaltOnNaN(Callback):
         self._flags = Flags(late_device(run.model))
         self._outputs = Outputs(run.model, stay=self.every == 1)
         self._kept = KeptState(run.model, run.opt, self._flags)
+        self._kept.stale = run.resumed_from is not None  # the checkpoint's state comes after this
         hooked = next((o for o in (run.opt, run.learn.opt) if hasattr(o, "register_step_post_hook")), None)
         self._hook = hooked and hooked.register_step_post_hook(self._stepped)
 

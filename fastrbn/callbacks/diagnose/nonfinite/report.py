@@ -60,9 +60,10 @@ class NonFiniteReport:
     def sentence(self) -> str:
         """The finding in a sentence, which is also the run's `stop_reason`."""
         place = f" (epoch {self.epoch}, batch {self.batch}{'' if self.in_train else ' of validation'})"
+        place = "" if self.epoch is None else place
         kind = "buffer" if self.note in (BUFFER, SPOILT) else "module" if self.phase == "forward" else "parameter"
         what = f"the {self.where}" if self.where in ("input", "loss") else f"{kind} '{self.where}'"
-        return f"NaN or Inf in {_PHASES[self.phase]} of step {self.step}{'' if self.epoch is None else place}, first in {what}"
+        return f"NaN or Inf in {_PHASES[self.phase]} of step {self.step}{place}, first in {what}"
 
     def __str__(self):
         largest = sorted(self.magnitudes.items(), key=lambda kv: -kv[1])[:3]
