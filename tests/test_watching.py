@@ -116,8 +116,8 @@ def test_a_loss_that_is_nan_is_named_by_its_value_or_by_its_gradient(shown):
     assert all(t.isfinite().all() for t in state(model, opt))
 
 
-class Root(torch.autograd.Function):
-    """x, whose gradient is NaN."""
+class Steep(torch.autograd.Function):
+    """x, whose gradient overflows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -125,16 +125,23 @@ class Root(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * math.nan
+        return grad * 1e38 * 1e38
 
 
-def test_a_gradient_that_goes_nan_inside_the_model_is_found_by_the_gradients_of_its_outputs():
+@pytest.fixture
+def late(monkeypatch):
+    """What CUDA does, with its delay."""
+    monkeypatch.setattr(halt, "late_device", lambda model: torch.device("cpu"))
+    monkeypatch.setattr(Flags, "LAG", 3)
+
+
+def test_a_gradient_that_overflows_inside_the_model_is_found_by_the_gradients_of_its_outputs(late):
     model, opt = make()
-    model[2].forward = Root.apply
+    model[2].forward = Steep.apply
     with watch(model, opt) as w:
         plain(model, opt)
     report = w.halt_on_nan.report
-    assert (report.step, report.phase, report.where) == (0, "backward", "1.weight")
+    assert (report.step, report.phase, report.where, report.note) == (0, "backward", "1.weight", "")
 
 
 def test_a_step_that_overflows_is_taken_back():
@@ -256,9 +263,7 @@ def test_a_graph_that_reaches_back_is_named():
 
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("at", ["output", "loss"])
-def test_a_device_that_answers_late_gives_the_same_report_and_state(shown, at, monkeypatch):
-    monkeypatch.setattr(halt, "late_device", lambda model: torch.device("cpu"))  # what CUDA does, with its delay
-    monkeypatch.setattr(Flags, "LAG", 3)
+def test_a_device_that_answers_late_gives_the_same_report_and_state(shown, at, late):
     want = plain(*make(), n=3)
     model, opt = make(bad=3 if at == "output" else None)
     with watch(model, opt) as w:
@@ -316,7 +321,9 @@ def loop(folder, first, last, interrupt=None):
     model, opt = make(seed=first)
     sched = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
     with watch(model, opt, Checkpoint(folder, every=2), Recorder(), sched=sched) as w:
+        before = torch.get_rng_state()
         start = w.resume()
+        assert torch.equal(torch.get_rng_state(), before)
         for xb, yb in itertools.islice(batches(last), start, None):
             w.step(F.cross_entropy(model(xb), yb) + torch.rand(()))  # the loop's own random numbers
             sched.step()
