@@ -76,7 +76,7 @@ class Diagnose(Callback):
         run._trainer = trainer
         run.begin(pl_module, opt)
         run._context = trainer.precision_plugin.train_step_context
-        self._hooks = run.hook_steps(opt)
+        self._hooks = [opt.register_step_pre_hook(run.before_step), opt.register_step_post_hook(run.after_step)]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._outside.epoch = trainer.current_epoch

@@ -134,11 +134,8 @@ class Outside(Runner):
                 reports = [cb.report for cb in self.cbs if isinstance(cb, HaltOnNaN) and cb.report is not None]
                 self.logger(str(reports[0]) if reports else self.stop_reason)
 
-    def hook_steps(self, opt: torch.optim.Optimizer) -> list[Any]:
-        """Have the optimiser tell of its steps, after those hooks that callbacks have on it. Returns the handles."""
-        return [opt.register_step_pre_hook(self._before_step), opt.register_step_post_hook(self._after_step)]
-
-    def _before_step(self, opt: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before_step(self, opt: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A hook for the optimiser."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self.ready()
@@ -155,7 +152,8 @@ class Outside(Runner):
             return args, {**kwargs, "closure": and_look}
         return (args[0], and_look, *args[2:]), kwargs
 
-    def _after_step(self, opt: Any, args: tuple, kwargs: dict) -> None:
+    def after_step(self, opt: Any, args: tuple, kwargs: dict) -> None:
+        """A hook for the optimiser, to be registered after `begin`: those of callbacks come first."""
         self.tell("after_step")
 
     def _forward(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -299,7 +297,7 @@ class Watch(Outside):
         self._hooks = [
             model.register_forward_pre_hook(ModelHook(self._called), with_kwargs=True),
             model.register_forward_hook(ModelHook(self._returned)),
-            opt.register_step_pre_hook(self._first_step),
+            opt.register_step_pre_hook(self.before_step),
         ]
         return self
 
@@ -334,14 +332,15 @@ class Watch(Outside):
     def _last(self, error: BaseException | None) -> None:
         if error is not None:
             raise error
-        self.close()
+        if self._used:  # not a forward pass alone
+            self.close()
         self.epoch = 0  # of one: Checkpoint saves the last
         self.tell("after_epoch")
 
     def _begin(self, resume: str | Path | None = None) -> dict[str, Any]:
         model, opt = self._trained
         self.begin(model, opt, resume=resume)
-        self._hooks += self.hook_steps(opt)
+        self._hooks.append(opt.register_step_post_hook(self.after_step))
         state = self._resume.state
         if state is not None:
             with RandomState():
@@ -384,13 +383,6 @@ class Watch(Outside):
             t.register_hook(functools.partial(self._note, grads, len(grads)))
             grads.append(None)
 
-    def _first_step(self, opt: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """The step of a model that was not seen in training mode. From then on `_before_step` is hooked."""
-        if self._begun:
-            return None
-        self._begin()
-        return self._before_step(opt, args, kwargs)
-
     def _note(self, grads: list, i: int, grad: Tensor) -> None:
         """The gradient of an output."""
         grads[i], self._used = grad.detach(), True
@@ -405,9 +397,9 @@ class Watch(Outside):
         self._used = True
         super().ready()
 
-    def _after_step(self, opt: Any, args: tuple, kwargs: dict) -> None:
+    def after_step(self, opt: Any, args: tuple, kwargs: dict) -> None:
         self._stepped = True
-        super()._after_step(opt, args, kwargs)
+        super().after_step(opt, args, kwargs)
 
     def __call__(self, event: str) -> None:
         try:
