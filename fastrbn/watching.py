@@ -302,7 +302,7 @@ class Watch(Outside):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        ours = isinstance(error, CancelTrainException)
+        ours = error is self._stop and isinstance(error, CancelTrainException)  # and not another watch's
         failed = error is not None and not ours
         for hook in self._hooks:
             hook.remove()

@@ -317,6 +317,24 @@ def test_a_callback_of_the_users_own_can_end_the_block_and_the_loop_cannot_go_on
     assert (w.stop_reason, w.n_iter) == ("enough", 1)
 
 
+def test_two_models_with_an_optimiser_each_are_watched_side_by_side():
+    torch.manual_seed(0)
+    make_net = lambda a, b: nn.Sequential(nn.Linear(a, b))
+    gen, critic = make_net(2, 4), make_net(4, 1)
+    opt_gen, opt_critic = (torch.optim.Adam(m.parameters()) for m in (gen, critic))
+    with watch(gen, opt_gen, HaltOnNaN()) as one, watch(critic, opt_critic) as two:
+        for i in range(4):
+            fake = gen(torch.randn(8, 2))
+            opt_critic.zero_grad()
+            F.softplus(critic(fake.detach()) - critic(torch.randn(8, 4))).mean().backward()
+            opt_critic.step()
+            opt_gen.zero_grad()
+            (critic(fake).mean() * (math.nan if i == 2 else 1)).backward()
+            opt_gen.step()
+    assert (one.halt_on_nan.report.step, two.halt_on_nan.report) == (2, None)
+    assert two.stop_reason.startswith("CancelTrainException in step 5: NaN or Inf")
+
+
 def loop(folder, first, last, interrupt=None):
     """Train from the checkpoint in `folder`, if there is one, up to step `last`."""
     model, opt = make(seed=first)
