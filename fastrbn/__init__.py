@@ -140,6 +140,9 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "sched_lin",
     "sched_no",
     "unfreeze",
+    # diagnosis in other loops
+    "Watch",
+    "watch",
     # the autograd graph
     "AutogradGraph",
     "GraphNode",
@@ -164,7 +167,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
 
 # Names are imported on first use (PEP 562), and torch with them, so that `fastrbn --help` is quick. The imports below
 # are for editors and type checkers; tests/test_architecture.py checks that they agree with __all__.
-_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "show", "summary", "saved_run")
+_HOMES = ("learn", "norm", "models", "build", "data", "callbacks", "graph", "show", "summary", "saved_run", "watching")
 
 if TYPE_CHECKING:
     from .build import (
@@ -306,6 +309,7 @@ if TYPE_CHECKING:
     from .saved_run import Evaluation, ImagePrediction, RunError, SavedRun, load_run
     from .show import show_batch, show_results, show_worst
     from .summary import Summary, model_summary
+    from .watching import Watch, watch
 
 
 def __getattr__(name: str) -> Any:

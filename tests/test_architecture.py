@@ -1,7 +1,7 @@
 """The house rules that can be read off the source: who imports whom, what a module carries, what an import does."""
 
 import ast
-import importlib
+import importlib.util
 import os
 import pkgutil
 import subprocess
@@ -39,6 +39,9 @@ MAY_IMPORT = {
     "callbacks.diagnose": ["learn", "graph", "util"],
     "callbacks.distributed": ["learn", "random_state", "util"],
     "callbacks": ["callbacks.step", "callbacks.track", "callbacks.diagnose", "callbacks.distributed", "learn.callback"],
+    "watching": ["callbacks", "learn", "util"],
+    "lightning": ["callbacks", "learn", "watching"],
+    "fastai": ["callbacks", "learn", "watching"],
     "build": ["callbacks", "learn", "models", "norm", "util"],
     "compare.peers": [],
     "compare": ["_version", "callbacks", "compare.peers", "data", "learn", "models", "norm", "plots", "util"],
@@ -51,8 +54,13 @@ MAY_IMPORT = {
     "saved_run": ["cli.build", "cli.settings", "data", "export", "learn", "util"],
 }
 # Imports from inside functions that point upward, each with its reason
-UPWARD = {("learn.learner", "summary"): "Learner.summary returns a table that is made above"}
+UPWARD = {
+    ("learn.learner", "summary"): "Learner.summary returns a table that is made above",
+    ("norm.recompute", "learn.unpack"): "recompute_statistics understands the batches that Learner understands",
+}
 PLOT_FROM_INSIDE_FUNCTIONS = {"callbacks", "graph"}  # so that training does not load matplotlib
+# modules for packages that are not among the requirements
+EXTRAS = {"fastai": ["fastai"], "lightning": ["lightning", "pytorch_lightning"]}
 DRAW = {"plots", "basics"}  # may import matplotlib.pyplot
 
 
@@ -323,7 +331,13 @@ def test_every_module_can_be_imported():
     names = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "fastrbn.") if not m.name.endswith("__main__")]
     assert len(names) == len(FILES) - 2, "the package's __init__ and __main__ apart"
     for name in names:
-        if "triton" not in name:  # imported only when chosen, and only where Triton is
+        other = name.removeprefix("fastrbn.")
+        if other in EXTRAS and not any(map(importlib.util.find_spec, EXTRAS[other])):
+            with pytest.raises(
+                ImportError, match=rf"{name} needs the package {other}.*pip install 'fastrbn\[{other}\]'"
+            ):
+                importlib.import_module(name)
+        elif "triton" not in name:  # imported only when chosen, and only where Triton is
             importlib.import_module(name)
 
 

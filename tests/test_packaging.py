@@ -96,7 +96,8 @@ def test_the_metadata_says_what_users_need(installed):
     assert (meta["Name"], meta["Version"], meta["Requires-Python"]) == ("fastrbn", fastrbn.__version__, ">=3.10")
     assert "Apache-2.0" in (meta.get("License"), meta.get("License-Expression"))
     assert list(info.rglob("LICENSE")) != []
-    assert {"test", "notebooks", "dev", "docs", "tensorboard", "export"} == set(meta.get_all("Provides-Extra"))
+    extras = {"test", "notebooks", "dev", "docs", "tensorboard", "export", "lightning", "fastai"}
+    assert extras == set(meta.get_all("Provides-Extra"))
     scripts = {e.name: e.value for e in dist.entry_points if e.group == "console_scripts"}
     assert scripts == {"fastrbn": "fastrbn.cli:main"}
     callbacks = {e.name: e for e in dist.entry_points if e.group == "fastrbn.callbacks"}

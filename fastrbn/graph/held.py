@@ -16,7 +16,8 @@ from . import walk
 
 _DEPTH, _ENDS = 5, 64  # how deep containers are searched, and how many items at each end of long ones
 _MODULE_TABLES = frozenset(vars(nn.Module()))  # hooks and the like
-_FOREIGN = (frozenset(sys.stdlib_module_names) | {"torch", "numpy", "matplotlib", "pandas", "IPython"}) - {"__main__"}
+_LIBRARIES = {"torch", "numpy", "matplotlib", "pandas", "IPython", "lightning", "pytorch_lightning", "fastai"}
+_FOREIGN = (frozenset(sys.stdlib_module_names) | _LIBRARIES) - {"__main__"}
 _NO_STATE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
@@ -79,10 +80,13 @@ def name_of(tensor: Tensor | None, names: dict[Any, tuple[str, str]]) -> tuple[s
     return (None, "tensor") if tensor is None else names.get(walk.memory_of(tensor)[0], (None, "tensor"))
 
 
-def of_model(model: nn.Module, prefix: str = "", buffers_only: bool = False) -> list[Held]:
-    """What the buffers, gradients and attributes of all modules hold."""
+def of_model(
+    model: nn.Module, prefix: str = "", buffers_only: bool = False, seen: set[int] | None = None
+) -> list[Held]:
+    """What the buffers, gradients and attributes of all modules hold; `seen` is as in `of_attributes`."""
     found: list[Held] = []
-    seen = {id(m) for m in model.modules()}
+    seen = set() if seen is None else seen
+    seen.update(id(m) for m in model.modules())
     for path, module in model.named_modules():
         base = f"{prefix}{path}." if path else prefix
         for name, buffer in module._buffers.items():
@@ -129,7 +133,7 @@ def _of_value(value: Any, name: str, seen: set[int], depth: int) -> list[Held]:
     if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, *_NO_STATE)) or id(value) in seen:
         return []
     if isinstance(value, nn.Module):
-        return of_model(value, f"{name}.")
+        return of_model(value, f"{name}.", seen=seen)
     items = _items(value)
     if items is not None:
         seen.add(id(value))

@@ -416,8 +416,8 @@ class Runner:
         epochs: int | None,
         learn: Any,
         resume: str | Path | None,
-        max_steps: int | None,
-        validate_every: int | None,
+        max_steps: int | None = None,
+        validate_every: int | None = None,
     ) -> None:
         if self._fitting:
             raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")

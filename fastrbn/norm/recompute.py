@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from fastrbn.random_state import RandomState
-from fastrbn.util import whole
+from fastrbn.util import apply_to, whole
 
 from .groups import merge_over_ranks
 from .layers import RunningBatchNorm, batch_moments
@@ -25,6 +26,7 @@ def recompute_statistics(
     loader: Iterable,
     device: torch.device | str | int | None = None,
     batches: int | None = None,
+    unpack: Callable[[Any], tuple[Any, Any, Any]] | None = None,
 ) -> nn.Module:
     """Recompute the statistics of every batch norm in `model`, ours or PyTorch's, from the data in `loader`.
 
@@ -44,12 +46,14 @@ def recompute_statistics(
     model : nn.Module
         Any model, also one wrapped by `AveragedModel` or `torch.compile`.
     loader : iterable
-        Yields tensors, or tuples and lists whose first item is the input. An input that is itself a tuple or list is
-        passed to the model as several arguments.
+        Yields what a `Learner` understands: tensors, `(x, y)`, `((a, b), y)`, dictionaries by the names of forward's
+        arguments. Targets are left out, and so is whatever follows them.
     device : torch.device, str or int, optional
         Device to move inputs to; by default the model's.
     batches : int, optional
         Number of batches to use; by default all.
+    unpack : callable, optional
+        `unpack(batch)` returns `(args, kwargs, target)` for other batches, as `Learner`'s; the target may be None.
 
     Returns
     -------
@@ -61,6 +65,8 @@ def recompute_statistics(
     ValueError
         If the loader yields no batch, or the input of a layer contains NaN or Inf. After any error the model has its
         old statistics.
+    TypeError
+        If a batch cannot be understood.
 
     Examples
     --------
@@ -78,7 +84,7 @@ def recompute_statistics(
             stacklevel=2,
         )
         return model
-    device = gathered[0].layer.running_mean.device if device is None else device
+    call = _caller(model, unpack, gathered[0].layer.running_mean.device if device is None else device)
     modes = [(m, m.training) for m in model.modules()]
     before, seen, random = [g.copy() for g in gathered], 0, RandomState([loader])
     hooks = [g.layer.register_forward_pre_hook(g.look, with_kwargs=True) for g in gathered]
@@ -86,7 +92,7 @@ def recompute_statistics(
         model.eval()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in islice(loader, batches):
-                model(*_inputs(batch, device))
+                call(batch)
                 seen += 1
             if not seen:
                 raise ValueError(
@@ -119,16 +125,18 @@ def _has_statistics(name: str, module: nn.Module) -> bool:
     return True
 
 
-def _inputs(batch: Any, device: torch.device | str | int | None) -> list:
-    """The model's arguments: x for a batch (x, y, …), x and z for ((x, z), y)."""
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise ValueError(
-                "a batch must be a tensor, or a tuple or list whose first item is the input; got an empty one"
-            )
-        batch = batch[0]
-    several = batch if isinstance(batch, (tuple, list)) else [batch]
-    return [x.to(device) if isinstance(x, Tensor) else x for x in several]
+def _caller(model: nn.Module, function: Callable[..., Any] | None, device: Any) -> Callable[[Any], Any]:
+    """A function that calls the model with the inputs in a batch."""
+    from fastrbn.learn.unpack import Unpack
+
+    unpack = Unpack(model.module if isinstance(model, AveragedModel) else model, function)
+
+    def call(batch: Any) -> Any:
+        if function is None and isinstance(batch, (tuple, list)):
+            batch = batch[: max(unpack.required, 1) + 1]  # loaders may yield more than input and target
+        return unpack.call_model(model, apply_to(unpack(batch)[0], Tensor, lambda t: t.to(device)))
+
+    return call
 
 
 class _Gathered:

@@ -162,6 +162,10 @@ def test_batches_may_be_tensors_or_sequences_and_inputs_may_be_nested():
         [((x[:30], 0.0), 1)],
         iter([x[:30]]),
         [x[:30], x],
+        [(x[:30], 1, "a third item")],
+        [{"x": x[:30], "add": 0.0}],
+        [({"x": x[:30], "add": 0.0}, 1)],
+        [{"x": x[:30], "labels": 1}],
     ):
 
         class Takes(nn.Sequential):
@@ -171,6 +175,17 @@ def test_batches_may_be_tensors_or_sequences_and_inputs_may_be_nested():
         model = Takes(*mlp(RunningBatchNorm1d))
         recompute_statistics(model, loader, device="cpu", batches=1)
         assert_same(buffers(model), buffers(wants), 0)
+
+
+def test_unpack_reads_any_other_batch():
+    x = samples()
+    wants, model = mlp(RunningBatchNorm1d), mlp(RunningBatchNorm1d)
+    recompute_statistics(wants, [x])
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    recompute_statistics(averaged, [(0, x)], unpack=lambda batch: ((batch[1],), {}, None))
+    assert_same(buffers(averaged.module), buffers(wants), 0)
+    with pytest.raises(TypeError, match=r"got a dictionary with 'image', 'size'.*give the learner unpack="):
+        recompute_statistics(model, [{"image": x, "size": 3}])
 
 
 class Broken(Exception):
@@ -217,7 +232,7 @@ def test_wrong_arguments_are_refused():
             recompute_statistics(mlp(RunningBatchNorm1d), [x], batches=wrong)
     with pytest.raises(ValueError, match="number of channels.*got LazyBatchNorm1d at '1'"):
         recompute_statistics(nn.Sequential(nn.Linear(6, 3), nn.LazyBatchNorm1d()), [x])
-    with pytest.raises(ValueError, match="whose first item is the input; got an empty one"):
+    with pytest.raises(TypeError, match="got tuple of 0.*unpack="):
         recompute_statistics(mlp(RunningBatchNorm1d), [()])
 
 

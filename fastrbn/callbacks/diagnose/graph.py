@@ -53,8 +53,8 @@ class GraphReport:
     ----------
     step : int
         `run.n_iter` of the batch in which it showed.
-    epoch : int
-        The batch's epoch.
+    epoch : int or None
+        The batch's epoch, None in a loop that does not tell it.
     batch : int
         The batch's number in its epoch.
     nodes : int
@@ -71,7 +71,7 @@ class GraphReport:
     """
 
     step: int
-    epoch: int
+    epoch: int | None
     batch: int
     nodes: int
     first_nodes: int
@@ -90,7 +90,8 @@ class GraphReport:
             what = "the backward pass needs what was changed in place since"
         else:
             what = "the loss's graph grows"
-        return f"{what} (step {self.step}, epoch {self.epoch}, batch {self.batch})"
+        place = "" if self.epoch is None else f", epoch {self.epoch}, batch {self.batch}"
+        return f"{what} (step {self.step}{place})"
 
     def __str__(self):
         lines = [self.sentence, f"  nodes in the loss's graph: {self.nodes}; in the first step: {self.first_nodes}"]

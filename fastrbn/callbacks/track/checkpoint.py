@@ -185,8 +185,8 @@ class Checkpoint(Callback):
             if not self.overwrite:
                 raise FileExistsError(
                     f"{self.path} has checkpoints of another fit ({others[-1].name}): resume it with "
-                    f"run.fit(epochs, learn, resume={str(self.path)!r}), use another folder, or delete them with "
-                    f"Checkpoint(…, overwrite=True)"
+                    f"run.fit(epochs, learn, resume={str(self.path)!r}), or w.resume() in a loop with watch; use "
+                    f"another folder, or delete them with Checkpoint(…, overwrite=True)"
                 )
             for file in others:
                 file.unlink()
@@ -256,7 +256,8 @@ class Checkpoint(Callback):
             if not held:
                 warnings.warn(
                     "a torch scheduler sets the rates of this optimiser, but the checkpoint does not contain its "
-                    "state: make it an attribute of a callback (self.sched = …), which saves it and restores it",
+                    "state: make it an attribute of a callback (self.sched = …), which saves it and restores it, or in "
+                    "a loop of your own write watch(…, sched=…)",
                     stacklevel=2,
                 )
         found = [(cb, names) for cb, before in self._watched if (names := _changed(before, _looks(cb)))]

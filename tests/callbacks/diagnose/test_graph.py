@@ -218,6 +218,24 @@ def test_a_list_in_a_global_variable_is_found(make_learn):
     assert holder.name.endswith(".KEPT_GLOBALLY") and holder.kind == "global"
 
 
+class Trainer:
+    """As Lightning's, which each module of its kind refers to."""
+
+    def __init__(self, model):
+        self.model, self.losses, self.metric = model, [], nn.Module()
+        self.metric.trainer = self
+
+
+def test_an_object_that_leads_back_to_the_model_is_entered_once(make_learn):
+    learn = make_learn()
+    learn.model.trainer = trainer = Trainer(learn.model)
+    run = Runner([GraphMonitor()])
+    run.logger = lambda line: None
+    learn.loss_func = lambda pred, yb: trainer.losses.append(F.cross_entropy(pred, yb)) or trainer.losses[-1]
+    run.fit(1, learn)
+    assert [h.name for h in run.graph_monitor.report.holders] == ["trainer.losses"]
+
+
 def test_run_learner_loss_function_and_optimiser_are_looked_at_too(make_learn):
     class Stores(Callback):
         def __init__(self, where):

@@ -98,8 +98,9 @@ class HaltOnNaN(Callback):
         self._flags = Flags(late_device(run.model))
         self._outputs = Outputs(run.model, stay=self.every == 1)
         self._kept = KeptState(run.model, run.opt, self._flags)
-        hooked = next((o for o in (run.opt, run.learn.opt) if hasattr(o, "register_step_pre_hook")), None)
-        self._hook = hooked and hooked.register_step_pre_hook(self._before_step)
+        self._kept.stale = run.resumed_from is not None  # the checkpoint's state comes after this
+        hooked = next((o for o in (run.opt, run.learn.opt) if hasattr(o, "register_step_post_hook")), None)
+        self._hook = hooked and hooked.register_step_post_hook(self._stepped)
 
     def begin_batch(self):
         run, kept, outputs, late = self.run, self._kept, self._outputs, self._late
@@ -124,9 +125,10 @@ class HaltOnNaN(Callback):
 
     def after_loss(self):
         run, batch = self.run, self._batch
-        if self._kept is None or not isinstance(run.loss, torch.Tensor):
-            return  # outside a fit; or the loop will say what a loss must be
-        loss = run.loss.detach()
+        if self._kept is None:  # outside a fit
+            return
+        # in another loop it may stay unknown; in this package's, the loop will say what a loss must be
+        loss = run.loss.detach() if isinstance(run.loss, torch.Tensor) else None
         if run.in_train:
             self._losses.append((run.n_iter, loss, [g["lr"] for g in run.opt.param_groups]))
         if batch is None:
@@ -139,7 +141,7 @@ class HaltOnNaN(Callback):
             self._flags.close(batch, self._late)
             self._poll()
 
-    def _before_step(self, opt, args, kwargs):
+    def _stepped(self, opt, args, kwargs):
         """The optimiser's own hook. A GradScaler that skips a step does not call it, or lets a fused optimiser skip."""
         if self._batch is not None:
             self._batch.stepped = getattr(opt, "found_inf", None) is None
@@ -198,7 +200,8 @@ class HaltOnNaN(Callback):
 
     def _history(self):
         """The last losses, rates and norms as numbers. Waits for the device."""
-        losses = [(i, float(torch.as_tensor(x).double().mean()), list(map(float, lrs))) for i, x, lrs in self._losses]
+        number = lambda x: None if x is None else float(torch.as_tensor(x).double().mean())
+        losses = [(i, number(x), list(map(float, lrs))) for i, x, lrs in self._losses]
         norms = [(i, n if isinstance(n, float) else math.sqrt(sum(map(float, n)))) for i, n in self._norms]
         return {"losses": losses, "norms": norms}
 
@@ -245,7 +248,7 @@ class HaltOnNaN(Callback):
         run.opt.zero_grad()
         history = self._history()
         lasts = [(loss, max(lrs)) for step, loss, lrs in history["losses"] if step <= batch.step][-_KEPT:]
-        numbers = {"losses": [loss for loss, _ in lasts], "lrs": [lr for _, lr in lasts]}
+        numbers = {"losses": [loss for loss, _ in lasts if loss is not None], "lrs": [lr for _, lr in lasts]}
         numbers["norms"] = [norm for step, norm in history["norms"] if step < batch.step][-_KEPT:]
         rates = [
             *numbers["lrs"][-1:],

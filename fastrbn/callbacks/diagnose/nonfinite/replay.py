@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastrbn.learn.snapshot import RandomState
 
-from .report import BUFFER, SPOILT
+from .report import BUFFER, SPOILT, UNSEEN
 from .state import KeptState, ModelHook, dense, is_finite
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their output is that of a module inside
@@ -98,7 +98,7 @@ class Batch:
     """What it takes to go through a batch a second time: its place, its tensors, and the state it began with."""
 
     step: int
-    epoch: int
+    epoch: int | None
     batch: int
     in_train: bool
     xb: Any
@@ -232,6 +232,8 @@ def locate(
             return phase, spoilt, SPOILT
     if (name := trace.first("module", evidence)) is not None:
         return "forward", name, trace.note
+    if batch.loss is None and ("loss", "loss") in trace.bad:
+        return "backward", "loss", UNSEEN
     if late and (name := trace.first("loss", evidence)) is not None:
         lost = f"{_LOST}: a loss function or a weight that was other just then"
         return "forward", name, trace.note or ("" if ("loss", name) in trace.bad else lost)

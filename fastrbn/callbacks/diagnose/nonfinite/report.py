@@ -14,6 +14,7 @@ from fastrbn.util import apply_to, write_whole
 
 _PHASES = {"forward": "the forward pass", "backward": "the backward pass", "step": "the optimiser's step"}
 BUFFER = "a buffer, which no output has shown yet"
+UNSEEN = "the gradient of the model's output was not finite already; the loss itself was not shown"
 SPOILT = "a buffer that was changed outside of the batch: going through the batch again did not show it"
 _SHOWN = 10  # losses and rates in the text; the report itself has more
 
@@ -25,7 +26,7 @@ class NonFiniteReport:
     Parameters
     ----------
     step, epoch, batch : int
-        `run.n_iter` of the batch, from 0, and its place.
+        `run.n_iter` of the batch, from 0, and its place. `epoch` is None in a loop that does not tell it.
     phase : str
         "forward", "backward" or "step".
     where : str
@@ -44,7 +45,7 @@ class NonFiniteReport:
     """
 
     step: int
-    epoch: int
+    epoch: int | None
     batch: int
     phase: str
     where: str
@@ -58,16 +59,17 @@ class NonFiniteReport:
     @property
     def sentence(self) -> str:
         """The finding in a sentence, which is also the run's `stop_reason`."""
-        place = f"epoch {self.epoch}, batch {self.batch}{'' if self.in_train else ' of validation'}"
+        place = f" (epoch {self.epoch}, batch {self.batch}{'' if self.in_train else ' of validation'})"
+        place = "" if self.epoch is None else place
         kind = "buffer" if self.note in (BUFFER, SPOILT) else "module" if self.phase == "forward" else "parameter"
         what = f"the {self.where}" if self.where in ("input", "loss") else f"{kind} '{self.where}'"
-        return f"NaN or Inf in {_PHASES[self.phase]} of step {self.step} ({place}), first in {what}"
+        return f"NaN or Inf in {_PHASES[self.phase]} of step {self.step}{place}, first in {what}"
 
     def __str__(self):
         largest = sorted(self.magnitudes.items(), key=lambda kv: -kv[1])[:3]
         lines = [
             self.sentence,
-            f"  last losses: {_numbers(self.losses)}",
+            *([f"  last losses: {_numbers(self.losses)}"] if self.losses else []),
             f"  last rates:  {_numbers(self.lrs)}",
             *([f"  last norms of all parameters: {_numbers(self.norms)}"] if self.norms else []),
             f"  largest parameters in the model as it was kept: {', '.join(f'{n} {v:.3g}' for n, v in largest)}",
