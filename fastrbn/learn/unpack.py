@@ -70,11 +70,12 @@ class Unpack:
 
     def call_model(self, model: Any, xb: Any, forward: Callable[..., Any] | None = None) -> Any:
         """The prediction. `forward(function, *args)` makes the call."""
-        form = self.form if not isinstance(xb, torch.Tensor) else "one"  # a callback may have joined several inputs
-        if form == "one" or not isinstance(xb, (tuple, list, dict)):
+        if isinstance(xb, torch.Tensor):  # the usual case; or a callback has joined several inputs
+            return model(xb) if forward is None else forward(model, xb)
+        if self.form == "one" or not isinstance(xb, (tuple, list, dict)):
             args, kwargs = (xb,), {}
         else:
-            args, kwargs = {"args": (xb, {}), "kwargs": ((), xb), "both": xb}[form]
+            args, kwargs = {"args": (xb, {}), "kwargs": ((), xb), "both": xb}[self.form]
         function = functools.partial(model, **kwargs) if kwargs else model
         return function(*args) if forward is None else forward(function, *args)
 
