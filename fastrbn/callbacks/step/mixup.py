@@ -120,8 +120,9 @@ class MixUp(_Mixing):
     Parameters
     ----------
     alpha : float, default 0.4
-        λ is drawn for each sample from Beta(alpha, alpha), and the larger of λ and 1 − λ is used, so that each sample
-        keeps at least half of its weight. Near 0 hardly anything is mixed, at 1 mixtures are uniform.
+        The course's value. λ is drawn for each sample from Beta(alpha, alpha), and the larger of λ and 1 − λ is used,
+        so that each sample keeps at least half of its weight. Near 0 hardly anything is mixed, at 1 mixtures are
+        uniform.
 
     Raises
     ------

@@ -203,11 +203,11 @@ def _averages(run: Any) -> dict[str, Any]:
 
 
 class Log(_Logger):
-    """Call `function(numbers, step)` with the numbers of a fit, for any tool that keeps them.
+    """Call `function(numbers, step)` with the numbers of a fit, for any logging tool.
 
     `Log(wandb.log)` is all that Weights & Biases needs, and `Log(mlflow.log_metrics)` all that MLflow needs.
 
-    `numbers` is a dictionary of Python numbers. After each epoch it holds what `AvgStatsCallback` has measured: `epoch
+    `numbers` is a dictionary of Python numbers. After each epoch it holds the row of `AvgStatsCallback`: `epoch
     train_loss train_<metric> valid_loss valid_<metric> lr time`. With `every` it holds `step_loss` and `lr` (the last
     param group's) of a training step; steps come late, at the end of the epoch or after some seconds, so that none
     waits for the device. `step` is the number of training batches so far, `run.n_iter`, which goes on over further fits
@@ -217,7 +217,7 @@ class Log(_Logger):
     Parameters
     ----------
     function : callable
-        Takes the dictionary and the step. What it raises ends the fit.
+        Takes the dictionary and the step. An error that it raises ends the fit.
     every : int, optional
         Also log loss and rate of each `every`-th training step. Default: averages only.
 
