@@ -419,7 +419,7 @@ def watch(model: nn.Module, opt: torch.optim.Optimizer, *cbs: Any, **states: Any
     see the loss: take the steps with `w.step(loss)`, or write `w.look(loss).backward()`. The other callbacks gain from
     it: a report then has the losses.
 
-    When `HaltOnNaN` finds a NaN or Inf, the block ends there with the report printed, the program goes on after the
+    When `HaltOnNaN` finds a NaN or Inf, the block ends there with the report printed, the program continues after the
     block, and `w.stop_reason` says why. With `HaltOnNaN(raise_error=True)`, `NonFiniteError` is raised instead.
 
     Parameters

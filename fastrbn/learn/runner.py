@@ -159,17 +159,17 @@ class Runner:
         learn : Learner, optional
             By default the one trained last.
         resume : path, optional
-            A checkpoint, or a folder that `Checkpoint` wrote (the newest whole file is used). The fit goes on from
+            A checkpoint, or a folder that `Checkpoint` wrote (the newest whole file is used). The fit continues from
             there; make `learn` and callbacks as they were made for the fit that wrote it.
         max_steps : int, optional
-            End the fit after this many training batches in all, within a pass too; the validation of the last, shorter
-            epoch comes as usual, and schedules reach their end. Together with `epochs`, whichever comes first. With
-            `GradientAccumulation(n)` an optimiser step takes `n` batches.
+            End the fit after this many training batches in all, within a pass too. The last, shorter epoch is validated
+            as usual, and schedules reach their end. With both `epochs` and `max_steps`, whichever comes first ends the
+            fit. With `GradientAccumulation(n)` an optimiser step takes `n` batches.
         validate_every : int, optional
-            Validate after every `validate_every` training batches and at the end, instead of after each pass. This is
-            then what events, `run.epoch`, history and callbacks call an epoch: averages, `Checkpoint`, `SaveBest`,
-            loggers, and the patience of `EarlyStopping` count by it. Passes over the data go on across; the model is
-            trained on the same batches as without it.
+            Validate after every `validate_every` training batches and at the end, instead of after each pass. That
+            number of batches is then an epoch for events, `run.epoch`, history and callbacks: averages, `Checkpoint`,
+            `SaveBest`, loggers, and the patience of `EarlyStopping` count by it. The model is trained on the same
+            batches as without it.
 
         Raises
         ------
