@@ -84,7 +84,7 @@ def param_groups(
     model : nn.Module
         Any model.
     weight_decay : float, default 0.01
-        Decay of the groups with decay.
+        Decay of the groups with decay. The default is AdamW's.
     lr : dict of str to float, optional
         Learning rates by names of parameters or modules (`body` covers all that is in it), with the wildcards of
         `fnmatch`: `*` stands for anything, dots included. The first that matches counts. The other parameters get the

@@ -20,7 +20,7 @@ __all__ = ["Diagnose"]
 
 
 class Diagnose(Callback):
-    """Run callbacks that look on in a fastai `Learner`, training and validation alike.
+    """Run callbacks that observe a fastai `Learner`, in training and validation.
 
     When `HaltOnNaN` finds a NaN or Inf, the fit ends there with the report printed. The learner then holds the last
     finite parameters, buffers and optimiser state.
@@ -38,7 +38,7 @@ class Diagnose(Callback):
 
     Notes
     -----
-    `SaveModelCallback` is fastai's `Checkpoint`.
+    For checkpoints use fastai's `SaveModelCallback`.
 
     Examples
     --------

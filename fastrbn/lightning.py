@@ -26,7 +26,7 @@ __all__ = ["Diagnose"]
 
 
 class Diagnose(Callback):
-    """Run callbacks that look on in a `Trainer` of lightning or pytorch_lightning.
+    """Run callbacks that observe the training of a `Trainer` (lightning or pytorch_lightning).
 
     `HaltOnNaN` raises `NonFiniteError` here, whatever its `raise_error`, because only an error leaves a Lightning fit
     within a step. The module then holds the last finite parameters, buffers and optimiser state. A batch goes through
@@ -47,7 +47,7 @@ class Diagnose(Callback):
 
     Notes
     -----
-    `ModelCheckpoint` is Lightning's `Checkpoint`. Validation is not looked at. With manual optimisation, the loss is
+    For checkpoints use Lightning's `ModelCheckpoint`. Validation is not checked. With manual optimisation, the loss is
     seen if it goes through `self.manual_backward`.
 
     Examples

@@ -34,11 +34,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
 
 
 class RunError(ValueError):
-    """Raised if the folder of a run cannot be loaded; the message says what it lacks."""
+    """Raised if the folder of a run cannot be loaded; the message says what is missing."""
 
 
 class ImagePrediction(NamedTuple):
-    """The class that a model gives an image.
+    """The class that a model predicts for an image.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class ImagePrediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good a model is on labelled images.
+    """Loss and accuracy of a model on labelled images.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class Evaluation:
 
 
 def load_run(folder: str | Path, weights: str = "best", device: torch.device | str = "cpu") -> SavedRun:
-    """Load the model of a run of `fastrbn train`, in evaluation mode, with all that its use needs.
+    """Load the model of a run of `fastrbn train`, in evaluation mode, with its classes and transform.
 
     A run that has not ended can be loaded as soon as it has written weights.
 
@@ -90,10 +90,10 @@ def load_run(folder: str | Path, weights: str = "best", device: torch.device | s
     folder : str or Path
         The run's folder, `--out` of `fastrbn train`.
     weights : {"best", "last"}, default "best"
-        "best" are those that `SaveBest` kept (`fastrbn train --cb SaveBest`), and the last ones if the run had none.
-        "last" are those at the end of training; of a run that was killed, those of the newest checkpoint.
+        "best" are those that `SaveBest` kept (`fastrbn train --cb SaveBest`), or the last ones if the run had no
+        `SaveBest`. "last" are those at the end of training; of a run that was killed, those of the newest checkpoint.
     device : torch.device or str, default "cpu"
-        Where the model goes; "auto" for this machine's accelerator if it has one.
+        Where the model goes; the default works on every machine. "auto" takes the accelerator if there is one.
 
     Returns
     -------
@@ -206,7 +206,7 @@ class SavedRun:
         images : path, Pillow image, or list of them
             A folder stands for all images in it, at any depth.
         bs : int, default 64
-            Images per batch.
+            Images per batch. It does not change the predictions, only speed and memory.
 
         Returns
         -------

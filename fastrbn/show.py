@@ -24,8 +24,8 @@ __all__ = ["show_batch", "show_results", "show_worst"]
 def show_batch(data: Any, n: int = 9) -> Figure:
     """Draw the first images of the training data as the loader yields them, with their targets.
 
-    Random crops, flips and the like are visible; normalisation is undone if the loader knows it, as a `BatchLoader`
-    does. Images with other values than 0 to 1 are drawn from their smallest to their largest one. Random states stay as
+    Random crops and flips are visible. Normalisation is undone if the loader knows it, as a `BatchLoader` does. Images
+    with values outside 0 to 1 are scaled from their smallest to their largest value. Random states stay as
     they are, so that the next fit starts with the same batch.
 
     Parameters
@@ -33,7 +33,7 @@ def show_batch(data: Any, n: int = 9) -> Figure:
     data : DataBunch or Learner
         Its `classes` name the targets.
     n : int, default 9
-        Largest number of images.
+        Largest number of images; nine make a grid of three by three.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def show_results(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> F
     run : Runner
         Its callbacks prepare the batches, as in `Runner.predict`.
     n : int, default 9
-        Largest number of images.
+        Largest number of images; nine make a grid of three by three.
     data, learn : optional
         As for `Runner.predict`. Of a loader or tensor that is given, the first images are drawn.
 
@@ -139,7 +139,7 @@ def show_worst(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> Fig
     run : Runner
         Its callbacks prepare the batches, as in `Runner.predict`.
     n : int, default 9
-        Largest number of images.
+        Largest number of images; nine make a grid of three by three.
     data, learn : optional
         As for `Runner.predict`; the validation data by default.
 

@@ -167,7 +167,7 @@ class Outside(Runner):
 
 
 class Watch(Outside):
-    """What `watch` returns: a run that looks on in the loop inside its `with` block.
+    """A run whose callbacks observe the loop inside the `with` block of `watch`.
 
     Every callback is reachable by its name, as in `w.halt_on_nan.report`. `w.stop_reason` is None if the block ran to
     its end, otherwise a sentence. `w.n_iter` counts the training batches.
@@ -175,7 +175,7 @@ class Watch(Outside):
     Parameters
     ----------
     model, opt, cbs, states : see `watch`
-        Which makes it.
+        `watch` makes it from these.
 
     Examples
     --------
@@ -246,7 +246,7 @@ class Watch(Outside):
         return loss
 
     def resume(self, path: str | Path | None = None) -> int:
-        """Go on from a checkpoint: model, optimiser, further states and callbacks are as they were then.
+        """Continue from a checkpoint: restore model, optimiser, further states and callbacks.
 
         The random states are set when the next training batch reaches the model, after the loader has been made and
         the seen batches skipped. Order and random transforms of the data are your loop's.
@@ -419,8 +419,8 @@ def watch(model: nn.Module, opt: torch.optim.Optimizer, *cbs: Any, **states: Any
     see the loss: take the steps with `w.step(loss)`, or write `w.look(loss).backward()`. The other callbacks gain from
     it: a report then has the losses.
 
-    When `HaltOnNaN` finds a NaN or Inf, the block ends there with the report printed, the program goes on after the
-    block, and `w.stop_reason` says it. With `HaltOnNaN(raise_error=True)`, `NonFiniteError` is raised instead.
+    When `HaltOnNaN` finds a NaN or Inf, the block ends there with the report printed, the program continues after the
+    block, and `w.stop_reason` says why. With `HaltOnNaN(raise_error=True)`, `NonFiniteError` is raised instead.
 
     Parameters
     ----------
@@ -441,7 +441,7 @@ def watch(model: nn.Module, opt: torch.optim.Optimizer, *cbs: Any, **states: Any
     Raises
     ------
     TypeError
-        For a callback that changes the training, or an object without state_dict.
+        For a callback that changes the training, or an object without `state_dict`.
 
     Examples
     --------

@@ -154,7 +154,7 @@ def get_dls(
 
 
 def overfit(data: Any, n: int = 1) -> DataBunch:
-    """Keep `n` training batches, for training and validation alike: a model that cannot learn these by heart has a bug.
+    """Keep `n` training batches for both training and validation: a model that cannot learn them by heart has a bug.
 
     The batches are taken from one pass over the training loader, shuffled and transformed as it does. They stay in
     memory and come in the same order in each epoch.
@@ -164,7 +164,7 @@ def overfit(data: Any, n: int = 1) -> DataBunch:
     data : DataBunch or any object with a `train_dl`
         The loader may be any iterable of batches.
     n : int, default 1
-        The number of batches.
+        The number of batches. One is the quickest test.
 
     Returns
     -------

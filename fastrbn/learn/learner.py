@@ -29,7 +29,7 @@ class Learner:
         or in `["loss"]`; batches `(x, y)` then go to the model whole if its `forward` takes two arguments.
     data : object
         Has `train_dl` and `valid_dl` (None: no validation): `BatchLoader`s, torch `DataLoader`s, or any iterable of
-        batches that can be iterated once an epoch.
+        batches that can be iterated once per epoch.
     unpack : callable, optional
         `unpack(batch)` returns `(args, kwargs, target)`: the model is called as `model(*args, **kwargs)`, the loss as
         `loss_func(pred, target)`; the target may be None. `run.xb` is the one argument, a tuple of several, or a
@@ -83,7 +83,7 @@ class Learner:
         Unpack.of(self)  # raises now, and not in the fit, if `unpack` is not a function
 
     def summary(self, xb: Any = None) -> Summary:
-        """A table of the model's modules, output shapes, parameters and norms, with totals, to print.
+        """Return a table of the model's modules, output shapes, parameters and norms, with totals.
 
         The model and all random states are left unchanged; see `fastrbn.model_summary`.
 
@@ -110,7 +110,7 @@ class Learner:
         path : str or Path
             Missing folders are created; a file that exists is replaced.
         opt : bool, default True
-            False leaves the optimiser's state out, which for Adam is twice the size of the weights.
+            False leaves out the optimiser's state, which for Adam is twice the size of the weights.
 
         Returns
         -------

@@ -26,7 +26,7 @@ _FLIPS: dict[str, int] = {"hflip": -1, "vflip": -2}  # the dimension that each t
 
 
 class Predictions(NamedTuple):
-    """What `Runner.predict` returns: tensors on the CPU with one row a sample, in the loader's order.
+    """The result of `Runner.predict`: tensors on the CPU with one row per sample, in the loader's order.
 
     Parameters
     ----------

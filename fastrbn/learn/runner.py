@@ -155,21 +155,21 @@ class Runner:
         Parameters
         ----------
         epochs : int, optional
-            0 or more; in a resumed fit counted from the very beginning. May be left out if there is `max_steps`.
+            0 or more; a resumed fit counts from the very beginning. None if `max_steps` is the length.
         learn : Learner, optional
             By default the one trained last.
         resume : path, optional
-            A checkpoint, or a folder that `Checkpoint` wrote (the newest whole file is used). The fit goes on from
+            A checkpoint, or a folder that `Checkpoint` wrote (the newest whole file is used). The fit continues from
             there; make `learn` and callbacks as they were made for the fit that wrote it.
         max_steps : int, optional
-            End the fit after this many training batches in all, within a pass too; the validation of the last, shorter
-            epoch comes as usual, and schedules reach their end. Together with `epochs`, whichever comes first. With
-            `GradientAccumulation(n)` an optimiser step takes `n` batches.
+            End the fit after this many training batches in all, within a pass too. The last, shorter epoch is validated
+            as usual, and schedules reach their end. With both `epochs` and `max_steps`, whichever comes first ends the
+            fit. With `GradientAccumulation(n)` an optimiser step takes `n` batches.
         validate_every : int, optional
-            Validate after each `validate_every` training batches and at the end, in place of after each pass. This is
-            then what events, `run.epoch`, history and callbacks call an epoch: averages, `Checkpoint`, `SaveBest`,
-            loggers, and the patience of `EarlyStopping` count by it. Passes over the data go on across; the model is
-            trained on the same batches as without it.
+            Validate after every `validate_every` training batches and at the end, instead of after each pass. That
+            number of batches is then an epoch for events, `run.epoch`, history and callbacks: averages, `Checkpoint`,
+            `SaveBest`, loggers, and the patience of `EarlyStopping` count by it. The model is trained on the same
+            batches as without it.
 
         Raises
         ------
@@ -205,9 +205,9 @@ class Runner:
         """Measure loss and metrics over a loader, as the validation of a fit does, and return them.
 
         The model is in evaluation mode and without gradients; afterwards modes and random states are as before. The
-        callbacks that transform batches take part, see `Callback`; none records or prints. Weights are those that the
-        model holds, so with `EMA` the trained ones, unless `run.ema.put()` or `EMA(keep=True)` has replaced them. In
-        several processes each one measures all that its loader yields.
+        callbacks that transform batches take part, see `Callback`; none records or prints. The weights are those that
+        the model holds: after a fit with `EMA` the trained ones, unless `run.ema.put()` or `EMA(keep=True)` replaced
+        them. In several processes each one measures all that its loader yields.
 
         Parameters
         ----------
@@ -273,8 +273,8 @@ class Runner:
         RuntimeError
             Inside a fit of this run; if model and batch are on different devices; if a callback cancels a batch.
         ValueError
-            If there is no batch; if an output has not a row for each sample, as with a single sample in place of a
-            batch.
+            If there is no batch; if an output does not have one row for each sample, as with a single sample in place
+            of a batch.
         TypeError
             If `data` is something else.
 

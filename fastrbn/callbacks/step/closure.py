@@ -20,13 +20,13 @@ class Closure(Callback):
     evaluation.
 
     The events fire once per step, for the first evaluation: callbacks that change `pred`, `loss` or gradients do not
-    see the others. Gradients cannot be accumulated, scaled (`MixedPrecision("fp16")`) or summed over processes; such a
-    run is refused.
+    see the other evaluations. Gradients cannot be accumulated, scaled (`MixedPrecision("fp16")`) or summed over
+    processes; such a run is refused.
 
     Raises
     ------
     RuntimeError
-        In `begin_fit`, if another callback has a part in the backward pass or the step.
+        In `begin_fit`, if another callback has claimed the backward pass or the step.
 
     Examples
     --------

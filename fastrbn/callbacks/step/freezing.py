@@ -11,11 +11,11 @@ from fastrbn.util import matches, unmatched, whole
 
 
 def freeze(model: nn.Module, *patterns: str) -> nn.Module:
-    """Stop training of parameters by name, in place, and fix the running statistics of norms among them.
+    """Stop the training of parameters by name, in place, and fix the running statistics of norms among them.
 
     Frozen parameters get no gradient, and neither steps nor weight decay move them. A norm with running statistics
-    whose parameters and buffers all match normalises by these statistics from then on, also after `model.train()`: a
-    statistic that keeps moving would change what the frozen part computes. To train the norms of a frozen part, as
+    whose parameters and buffers all match normalises by these statistics from then on, also after `model.train()`:
+    statistics that keep moving would change the output of the frozen part. To train the norms of a frozen part, as
     fastai does, unfreeze them again.
 
     Parameters

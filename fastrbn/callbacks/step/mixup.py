@@ -120,8 +120,9 @@ class MixUp(_Mixing):
     Parameters
     ----------
     alpha : float, default 0.4
-        λ is drawn for each sample from Beta(alpha, alpha), and the larger of λ and 1 − λ is used, so that each sample
-        keeps at least half of its weight. Near 0 hardly anything is mixed, at 1 mixtures are uniform.
+        The course's value. λ is drawn for each sample from Beta(alpha, alpha), and the larger of λ and 1 − λ is used,
+        so that each sample keeps at least half of its weight. Near 0 hardly anything is mixed, at 1 mixtures are
+        uniform.
 
     Raises
     ------
@@ -168,7 +169,7 @@ class CutMix(_Mixing):
 
     `run.xb` becomes the batch with a box cut from a shuffled copy of it; `run.yb` stays the true targets, which metrics
     see. In training `run.loss_func` gives λ·loss(pred, y) + (1 − λ)·loss(pred, y′) for the length of the fit, where λ
-    is the share of the image outside the box; any loss function will do. Validation is not mixed. A batch has one box,
+    is the share of the image outside the box; any loss function works. Validation is not mixed. A batch has one box,
     which torchvision's v2.CutMix draws from PyTorch's CPU generator.
 
     With `MixUp` in the same run, each batch gets one of the two at random.

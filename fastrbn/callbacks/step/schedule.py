@@ -358,10 +358,10 @@ class ParamScheduler(Callback):
 
 
 class Warmup(Callback):
-    """Let the learning rate rise in the first steps of each fit: step k of n takes k/n of it.
+    """Raise the learning rate over the first steps of each fit: step k of n takes k/n of it.
 
-    It scales the rate that the optimiser has, or that a schedule sets, for the step alone; so it goes with
-    `ParamScheduler`, with `TorchScheduler` and with a constant rate, and with a rate for each param group. Steps are
+    It scales the rate that the optimiser has, or that a schedule sets, for the step alone. So it combines with
+    `ParamScheduler`, with `TorchScheduler`, with a constant rate, and with a rate for each param group. Steps are
     those of the optimiser: under `GradientAccumulation` several batches make one.
 
     Parameters

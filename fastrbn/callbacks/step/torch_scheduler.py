@@ -23,7 +23,7 @@ class TorchScheduler(Callback):
     """Drive a scheduler of `torch.optim.lr_scheduler`.
 
     Each fit makes a new scheduler, which starts from the optimiser's rates. Afterwards, also after an error, the
-    optimiser has its former rates and momenta. A checkpoint holds the scheduler, and a resumed fit goes on with it.
+    optimiser has its former rates and momenta. A checkpoint holds the scheduler, and a resumed fit continues with it.
 
     The scheduler moves only if the optimiser has moved: batches that `GradientAccumulation` collects, and steps that
     `MixedPrecision` skips, do not count.
@@ -44,7 +44,7 @@ class TorchScheduler(Callback):
     Raises
     ------
     TypeError
-        If `make` is not a function, or returns something else than a scheduler of the optimiser.
+        If `make` is not a function, or does not return a scheduler of the optimiser.
     ValueError
         If `per` is unknown; in `begin_fit`, if another callback sets the rate too, if `monitor` is not measured or does
         not suit the scheduler, or if `make` takes `total_steps` and the training loader has no length.

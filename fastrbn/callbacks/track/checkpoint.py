@@ -27,10 +27,10 @@ from .monitor import Monitor
 class Checkpoint(Callback):
     """Save everything that a fit depends on, so that `run.fit(epochs, learn, resume=path)` continues it bit for bit.
 
-    Saved are the model, the optimiser, the `state_dict` of every callback, the random states and the position in the
-    epoch. A file is plain data, written whole, with a checksum. If a save fails (a full disk), the fit goes on with a
-    warning; it ends with CheckpointError if the next save fails too, or if it was the last. In a distributed run rank 0
-    saves. The page on checkpoints in the documentation says what is in a file, how to resume and what is exact.
+    A checkpoint holds the model, the optimiser, the `state_dict` of every callback, the random states and the position
+    in the epoch. A file is plain data, written whole, with a checksum. If a save fails (a full disk), the fit continues
+    with a warning; it ends with CheckpointError if the next save fails too, or if it was the last. In several processes
+    rank 0 saves. docs/checkpoints.md says what is in a file, how to resume and what is exact.
 
     Parameters
     ----------

@@ -75,12 +75,12 @@ class _Counts:
 
 
 class TopK(_Counts):
-    """The share of samples whose class is among the `k` with the highest scores.
+    """Measure the share of samples whose class is among the `k` with the highest scores.
 
     Parameters
     ----------
     k : int, default 5
-        As usual for ImageNet. 1 gives `accuracy`, without the targets that are ignored.
+        The usual number for ImageNet. 1 gives `accuracy`, without the targets that are ignored.
     ignore_index : int, default -100
         Targets of this value do not count, as in `F.cross_entropy`.
 
@@ -187,10 +187,10 @@ _AVERAGES = {"macro": "", "micro": "micro_", "none": "per_class_"}  # and what t
 
 
 class F1(_PerClass):
-    """The F1 score, 2 · precision · recall / (precision + recall), of each class or averaged over them.
+    """Compute the F1 score, 2 · precision · recall / (precision + recall), of each class or averaged over classes.
 
     It is not the mean of the scores of batches, so a plain function of a batch would give a wrong value. Its column is
-    `f1`, `micro_f1` with `average="micro"`; with `average=None` it has several numbers and no column (see
+    `f1`, or `micro_f1` with `average="micro"`; with `average=None` it has several numbers and no column (see
     `AvgStatsCallback`).
 
     Parameters
@@ -233,9 +233,9 @@ class F1(_PerClass):
 
 
 class IoU(_PerClass):
-    """Intersection over union, the Jaccard index, of each class or averaged over them: the usual score of segmentation.
+    """Compute intersection over union (the Jaccard index), the usual score of segmentation, by class or averaged.
 
-    Of each class: samples or pixels that are predicted and right, over those that are predicted, or targets, or both.
+    For each class: pixels that are this class in both prediction and target, over those that are in at least one.
 
     Parameters
     ----------
@@ -267,7 +267,7 @@ class IoU(_PerClass):
 
 
 class PerClassAccuracy(_PerClass):
-    """The accuracy within each class: the share of its samples that are predicted right (its recall).
+    """Measure the accuracy within each class: the share of its samples that are predicted right (its recall).
 
     It has several numbers and no column; see `AvgStatsCallback` for how to read them.
 
@@ -302,7 +302,7 @@ class PerClassAccuracy(_PerClass):
 
 
 class ConfusionMatrix(_Counts):
-    """How often each class is predicted for each other: a row for each target, a column for each prediction.
+    """Count how often each class is predicted as each other: a row for each target, a column for each prediction.
 
     It has no column in the table. Keep the object: after a fit it has the counts of the last validation. Those of
     training are in `run.avg_stats.train_stats.objects["confusion_matrix"]`.
@@ -355,7 +355,7 @@ class ConfusionMatrix(_Counts):
         Parameters
         ----------
         n : int, default 10
-            Largest number of errors.
+            Largest number of errors; ten are quickly read.
         classes : sequence, optional
             Names of the classes.
 

@@ -203,21 +203,21 @@ def _averages(run: Any) -> dict[str, Any]:
 
 
 class Log(_Logger):
-    """Call `function(numbers, step)` with the numbers of a fit, for any tool that keeps them.
+    """Call `function(numbers, step)` with the numbers of a fit, for any logging tool.
 
     `Log(wandb.log)` is all that Weights & Biases needs, and `Log(mlflow.log_metrics)` all that MLflow needs.
 
-    `numbers` is a dictionary of Python numbers. After each epoch it holds what `AvgStatsCallback` has measured: `epoch
+    `numbers` is a dictionary of Python numbers. After each epoch it holds the row of `AvgStatsCallback`: `epoch
     train_loss train_<metric> valid_loss valid_<metric> lr time`. With `every` it holds `step_loss` and `lr` (the last
     param group's) of a training step; steps come late, at the end of the epoch or after some seconds, so that none
-    waits for the device. `step` is the number of training batches so far, `run.n_iter`, which goes on over further fits
-    and in a resumed fit. After a kill the resumed fit repeats the steps that came after its checkpoint. In a
-    distributed run rank 0 calls the function.
+    waits for the device. `step` is the number of training batches so far: `run.n_iter`, which keeps counting in further
+    fits and in a resumed fit. After a kill the resumed fit repeats the steps that came after its checkpoint. In several
+    processes rank 0 calls the function.
 
     Parameters
     ----------
     function : callable
-        Takes the dictionary and the step. What it raises ends the fit.
+        Takes the dictionary and the step. An error that it raises ends the fit.
     every : int, optional
         Also log loss and rate of each `every`-th training step. Default: averages only.
 
@@ -259,7 +259,7 @@ class JSONLLogger(_Logger):
     A line is an object with `step` and the numbers that `Log` describes; `pandas.read_json(path, lines=True)` reads the
     file. NaN and infinities, which JSON does not have, are written as null; what was not measured is left out. Each
     line is written at once and survives a kill. A resumed fit cuts off what was written after its checkpoint, an
-    incomplete last line included, and goes on. Further fits add their lines. In a distributed run rank 0 writes.
+    incomplete last line included, and continues. Further fits add their lines. In several processes rank 0 writes.
 
     Parameters
     ----------
@@ -345,9 +345,9 @@ class TensorBoardLogger(_Logger):
     """Write losses, learning rate and averages for TensorBoard; `tensorboard --logdir <path>` shows them.
 
     Writes `loss/step` and `lr` (the last param group's) and, if the run has `AvgStatsCallback`, after each epoch
-    `loss/train`, `loss/valid` and the same for each metric. The x axis is the number of training steps, which goes on
-    over further fits. Values stay on the device for some seconds, at most until the epoch ends. A resumed fit continues
-    its curves. In a distributed run rank 0 writes.
+    `loss/train`, `loss/valid` and the same for each metric. The x axis is the number of training steps, which keeps
+    counting in further fits. Values stay on the device for some seconds, at most until the epoch ends. A resumed
+    fit continues its curves. In several processes rank 0 writes.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ _PROTOCOL = ("update", "compute", "reset")
 
 
 def accuracy(out: torch.Tensor, yb: torch.Tensor) -> torch.Tensor:
-    """The share of predictions that are right.
+    """Return the share of predictions that are right.
 
     Parameters
     ----------
