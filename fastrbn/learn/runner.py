@@ -421,8 +421,8 @@ class Runner:
     ) -> None:
         if self._fitting:
             raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")
-        if (epochs is not None or max_steps is None) and (not isinstance(epochs, int) or epochs is True or epochs < 0):
-            raise ValueError(f"epochs must be a whole number, 0 or more, or None with max_steps; got {epochs!r}")
+        if epochs is not None or max_steps is None:
+            epochs = whole("epochs", epochs, 0)
         max_steps = None if max_steps is None else whole("max_steps", max_steps)
         every = None if validate_every is None else whole("validate_every", validate_every)
         learn = self.learn if learn is None else learn

@@ -1,7 +1,9 @@
 """validate and predict: the numbers of a fit's validation, every kind of data, and nothing left behind."""
 
 import copy
+import dataclasses
 import random
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +86,8 @@ def test_validate_before_any_fit_averages_over_samples_also_without_metrics(loss
         DataLoader(TensorDataset(X[:5], Y[:5]), 2),
         [(X[:2], Y[:2]), (X[2:5], Y[2:5])],
         (X[:5], Y[:5]),
+        (X[:5].double().numpy(), Y[:5].numpy()),
+        [X[:5], Y[:5]],  # a batch of a DataLoader
     ],
     ids=lambda data: type(data).__name__,
 )
@@ -306,6 +310,29 @@ def test_a_model_that_returns_its_loss():
         Runner().predict(learn=learn, losses=True)
 
 
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class Named(OrderedDict):
+    """As transformers' outputs."""
+
+
+def test_outputs_with_named_fields_keep_their_type_in_both_precisions():
+    class Own(nn.Linear):
+        def forward(self, x, y):
+            out = super().forward(x)
+            return self.kind({"loss": F.cross_entropy(out, y), "logits": out})
+
+    for kind, read in ((lambda fields: Output(**fields), Output.__getattribute__), (Named, Named.__getitem__)):
+        Own.kind = staticmethod(kind)
+        preds = Runner([MixedPrecision()]).predict(learn=make_learn(Own(4, 3), None)).preds
+        assert type(preds) in (Output, Named)
+        assert read(preds, "logits").shape == (14, 3) and read(preds, "logits").dtype is torch.float32
+
+
 class Opaque(nn.Module):
     """Has no reduction that could be turned off."""
 
@@ -388,6 +415,12 @@ def test_tta_refuses(tta, x, model, message):
 def test_data_that_cannot_be_predicted_are_refused(data, error, message):
     with pytest.raises(error, match=message):
         Runner().predict(data, make_learn())
+
+
+@pytest.mark.parametrize("batch", [(X, Y[:-1]), (X[:-1], Y)])
+def test_losses_need_a_target_for_each_sample(batch):
+    with pytest.raises(ValueError, match="losses need a target for each sample"):
+        Runner().predict(batch, make_learn(), losses=True)
 
 
 def test_outputs_without_a_row_for_each_sample_are_refused():
