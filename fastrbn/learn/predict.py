@@ -175,7 +175,7 @@ class _Judge(_Collector):
         run = self.run
         for stats in self.stats:
             stats.accumulate(run)
-        self.values.append(run.loss.detach())
+        self.values.append(run.loss.detach().mean())  # it may be of each sample
         self.sizes.append(batch_size(run.xb))
 
     def numbers(self) -> dict[str, Any]:
@@ -271,8 +271,10 @@ def _leafwise(function: Callable[[list[Any]], Any], values: list[Any]) -> Any:
     """`function` of the values at each leaf, in the first one's structure."""
     first = values[0]
     if isinstance(first, Mapping):
-        made = {key: _leafwise(function, [value[key] for value in values]) for key in first}
-        return type(first)(made) if isinstance(first, dict) else made
+        made: Any = copy.copy(first) if isinstance(first, dict) else {}
+        for key in first:
+            made[key] = _leafwise(function, [value[key] for value in values])
+        return made
     if isinstance(first, (list, tuple)) and next(items_of(first, Tensor), None) is not None:
         items = [_leafwise(function, list(column)) for column in zip(*values)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
@@ -286,7 +288,14 @@ def _joined(parts: list[Any]) -> Any:
     """The batches' values at one leaf as one; numbers, one a batch, are stacked."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat([part if part.dim() else part[None] for part in parts])
+        parts = [part if part.dim() else part[None] for part in parts]
+        if len(shapes := {tuple(part.shape[1:]): tuple(part.shape) for part in parts}) > 1:
+            raise ValueError(
+                f"predict joins the values of all batches along dimension 0, and their other dimensions differ: "
+                f"{', '.join(map(str, [*shapes.values()][:2]))}: predict batch by batch, or bring them to one shape, "
+                f"self.run.pred = … and self.run.yb = …, in after_pred of a callback"
+            )
+        return torch.cat(parts)
     if isinstance(first, (list, tuple)):  # such as names, one for each sample
         return [value for part in parts for value in part]
     return None if first is None else parts

@@ -137,7 +137,7 @@ class Runner:
         By epochs (`n_epochs`) or by `max_steps`, whichever ends the fit first.
         """
         by_epochs = (self.n_epochs or 0.0) / (self._passes.limit or 1)
-        return by_epochs if self.max_steps is None else max(by_epochs, self.n_iter / self.max_steps)
+        return by_epochs if self.max_steps is None else max(by_epochs, self.n_iter / (self.max_steps or 1))
 
     def fit(
         self,

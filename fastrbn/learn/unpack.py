@@ -81,7 +81,10 @@ class Unpack:
     def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:
         """The loss of a batch; the model's own if there is no loss function, or no target to call it with."""
         if loss_func is not None and yb is not None:
-            return forward(loss_func, pred, yb)
+            loss = forward(loss_func, pred, yb)
+            if not isinstance(loss, torch.Tensor):
+                raise TypeError(f"loss_func must return a scalar tensor; {loss_name(loss_func)} returned {_kind(loss)}")
+            return loss
         cause = None
         if loss_func is not None:
             try:  # it may do without a target

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import random
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,7 +69,9 @@ def test_validate_gives_the_numbers_of_the_fits_last_validation():
     assert run.validate() == {"loss": last["valid_loss"], "accuracy": last["valid_accuracy"]}
 
 
-@pytest.mark.parametrize("loss_func", [F.cross_entropy, nn.CrossEntropyLoss(reduction="sum")])
+@pytest.mark.parametrize(
+    "loss_func", [F.cross_entropy, *(nn.CrossEntropyLoss(reduction=reduction) for reduction in ("sum", "none"))]
+)
 def test_validate_before_any_fit_averages_over_samples_also_without_metrics(loss_func):
     learn = make_learn(loss_func=loss_func)
     expected = F.cross_entropy(outputs(learn), Y).item()  # the last batch is smaller
@@ -415,6 +417,21 @@ def test_tta_refuses(tta, x, model, message):
 def test_data_that_cannot_be_predicted_are_refused(data, error, message):
     with pytest.raises(error, match=message):
         Runner().predict(data, make_learn())
+
+
+def test_batches_of_other_shapes_are_refused_with_what_to_do():
+    data = [torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)]
+    with pytest.raises(ValueError, match=r"differ: \(2, 3, 3\), \(2, 5, 3\): predict batch by batch"):
+        Runner().predict(data, make_learn(nn.Linear(4, 3)))
+
+
+def test_outputs_may_be_a_dictionary_with_a_default():
+    class Made(nn.Linear):
+        def forward(self, x):
+            return defaultdict(list, out=super().forward(x))
+
+    preds = Runner([MixedPrecision()]).predict(X, make_learn(Made(4, 3))).preds
+    assert preds["out"].shape == (14, 3) and preds["other"] == []
 
 
 @pytest.mark.parametrize("batch", [(X, Y[:-1]), (X[:-1], Y)])

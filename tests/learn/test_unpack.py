@@ -229,6 +229,12 @@ def test_a_model_may_return_its_loss(how, loss_func, batch):
     assert run.loss.dim() == 0
 
 
+def test_a_loss_must_be_a_tensor():
+    loss_func = lambda pred, yb: (pred.mean(), {})  # noqa: E731
+    with pytest.raises(TypeError, match="must return a scalar tensor; <lambda> returned tuple of 2"):
+        trained(nn.Linear(3, 2), [(X, Y)], loss_func=loss_func)
+
+
 def test_a_loss_function_may_do_without_a_target():
     torch.manual_seed(0)
     model, seen = nn.Linear(3, 2), []
