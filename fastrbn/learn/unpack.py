@@ -138,7 +138,8 @@ class Unpack:
         target = next((k for k in left if k in _TARGETS), None)
         inputs = {k: v for k, v in batch.items() if k != target}
         name = next(iter(inputs), None)
-        if len(inputs) == 1 and self.required < 2 and (name == self.first or (target and name not in self.names)):
+        alone = len(inputs) == 1 and self.most > 0 and self.required < 2
+        if alone and (name == self.first or (target and name not in self.names)):
             return self.inputs(inputs[name]), batch.get(target)  # one input, which may have any name beside a target
         if inputs and set(left) <= {target}:
             self.form = "kwargs"

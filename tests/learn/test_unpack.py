@@ -51,6 +51,11 @@ class Any(nn.Module):
         return args, kwargs
 
 
+class ByName(nn.Module):
+    def forward(self, **kwargs):
+        return kwargs
+
+
 class OwnLoss(nn.Module):
     """As language models have it: the target is an argument, and the loss comes back."""
 
@@ -102,6 +107,7 @@ def same(a, b):
         (Optional(), {"x": X, "mask": Z, "y": Y}, "kwargs", {"x": X, "mask": Z}, Y),
         (Any(), ((X, Z), Y), "args", (X, Z), Y),
         (Any(), {"p": X, "q": Z, "labels": Y}, "kwargs", {"p": X, "q": Z}, Y),
+        (ByName(), {"pixels": X, "label": Y}, "kwargs", {"pixels": X}, Y),
         (nn.DataParallel(Two()), ((X, Z), Y), "args", (X, Z), Y),
         (torch.compile(Two()), ((X, Z), Y), "args", (X, Z), Y),
     ],
