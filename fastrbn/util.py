@@ -93,10 +93,10 @@ def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any]
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, dict):
-        made = copy.copy(value)  # a defaultdict, or another class with more than its items
+        items = copy.copy(value)  # a defaultdict, or another class with more than its items
         for k, v in value.items():
-            made[k] = apply_to(v, kind, function)
-        return made
+            items[k] = apply_to(v, kind, function)
+        return items
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(apply_to(v, kind, function) for v in value))
     if isinstance(value, (list, tuple)):

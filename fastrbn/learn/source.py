@@ -54,8 +54,10 @@ def batches(data: Any, learn: Any, unpack: Unpack) -> Any:
         unpack.function = None  # it is for whole batches
         parts = data.split(size)
         return _Converted(parts, like) if data.dtype is torch.uint8 else parts
-    kinds = {(t.dim(), t.dtype) if isinstance(t, Tensor) else None for t in data} if isinstance(data, list) else {}
-    if isinstance(data, (tuple, Mapping)) or (len(kinds) > 1 and None not in kinds):  # DataLoader's [x, y]
+    if isinstance(data, list):  # of batches, which are of one kind; or a batch of a DataLoader, [x, y]
+        kinds = {(item.dim(), item.dtype) if isinstance(item, Tensor) else type(item) for item in data}
+        data = tuple(data) if len(kinds) > 1 else data
+    if isinstance(data, (tuple, Mapping)):
         return _cut(data, size)
     if not hasattr(data, "__iter__") or isinstance(data, (str, bytes)):
         raise TypeError(

@@ -288,6 +288,8 @@ def test_several_inputs_and_outputs_are_joined_leaf_by_leaf(form):
     else:
         assert torch.equal(found.targets, torch.cat([Y, Y])) and found.losses.shape == (28,)
         assert Runner().validate(learn=learn)["loss"] == pytest.approx(found.losses.mean().item(), rel=1e-5)
+    if form == "nested":
+        assert torch.equal(Runner().predict([[a, b], Y], learn).targets, Y)  # a batch of a DataLoader
     assert torch.equal(Runner().predict(batch, learn).preds["out"], found.preds["out"][:14])
 
 
