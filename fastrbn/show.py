@@ -113,7 +113,7 @@ def show_results(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> F
     ----------
     fastai's `Learner.show_results`.
     """
-    n, learn = whole("n", n), run.learn if learn is None else learn
+    n, learn = whole("n", n), _learner(run, learn)
     bunch = data if hasattr(data, "valid_dl") else getattr(learn, "data", None) if data is None else None
     loader: Any = getattr(bunch, "valid_dl", None)
     ds: Any = loader.dataset if isinstance(loader, DataLoader) or hasattr(loader, "convert") else None
@@ -121,18 +121,12 @@ def show_results(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> F
         count = min(n, len(ds))
         data = Subset(ds, [i * len(ds) // count for i in range(count)])
     xb, found = predict.examples(run, data, learn, n, worst=False)
-    targets, guesses, _ = _decoded(found.preds, found.targets)
-    named = [[_text(value, learn.data) for value in values] for values in (targets, guesses)]
-    if not targets:
-        texts, right = [f"predicted {guess}" for guess in named[1]], None
-    else:
-        texts = [f"target {target}\npredicted {guess}" for target, guess in zip(*named)]
-        right = [None if t.is_floating_point() else target == guess for t, target, guess in zip(targets, *named)]
+    texts, right, _ = _captions(found, learn.data)
     return plots.plot_images(_images(xb), texts, right, *_statistics(learn.data.valid_dl))
 
 
 def show_worst(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> Figure:
-    """Draw the images with the highest loss, with target, prediction, loss and probability.
+    """Draw the images with the highest loss, the worst first, with target, prediction, loss and probability.
 
     Parameters
     ----------
@@ -164,13 +158,23 @@ def show_worst(run: Any, n: int = 9, data: Any = None, learn: Any = None) -> Fig
     ----------
     fastai's `Interpretation.plot_top_losses`.
     """
-    n, learn = whole("n", n), run.learn if learn is None else learn
+    n, learn = whole("n", n), _learner(run, learn)
     xb, found = predict.examples(run, data, learn, n, worst=True)
-    targets, guesses, probs = _decoded(found.preds, found.targets)
-    texts = [[_text(value, learn.data) for value in values] for values in (targets, guesses)]
-    losses, (mean, std) = found.losses, _statistics(learn.data.valid_dl)
-    assert losses is not None  # `worst` asks for them
-    return plots.plot_worst(_images(xb), texts[0], texts[1], losses, probs, n=n, mean=mean, std=std)
+    texts, right, probs = _captions(found, learn.data)
+    assert found.losses is not None  # `worst` asks for them
+    for i, loss in enumerate(found.losses.tolist()):
+        probability = "" if probs is None else f", probability {float(probs[i]):.2f}"
+        texts[i] = f"{texts[i]}\nloss {loss:.3g}{probability}".lstrip()
+    return plots.plot_images(_images(xb), texts, right, *_statistics(learn.data.valid_dl))
+
+
+def _learner(run: Any, learn: Any) -> Any:
+    if not hasattr(run, "cbs"):
+        raise TypeError(
+            f"pictures of predictions need the run that has trained; got {type(run).__name__}: write "
+            f"show_results(run), or before any fit show_results(Runner(), learn=learn)"
+        )
+    return run.learn if learn is None else learn
 
 
 def _images(xb: Any) -> Tensor:
@@ -193,6 +197,27 @@ def _statistics(loader: Any) -> tuple[Any, Any]:
     return getattr(loader, "normalize", None) or (None, None)
 
 
+def _captions(found: predict.Predictions, data: Any) -> tuple[list[str], list[bool | None] | None, Tensor | None]:
+    """The text above each image, True for right predictions of classes, and the probability of each prediction.
+
+    Of masks, the text has the share of pixels that are right.
+    """
+    targets, guesses, probs = _decoded(found.preds, found.targets)
+    if not targets:
+        return [f"predicted {text}" if (text := _text(guess, data)) else "" for guess in guesses], None, probs
+    texts: list[str] = []
+    right: list[bool | None] = []
+    for target, guess in zip(targets, guesses):
+        named = [_text(value, data) for value in (target, guess)]
+        classes = not target.is_floating_point() and target.shape == guess.shape
+        if target.dim() > 1:
+            texts.append(f"{100 * float((target == guess).float().mean()):.0f} % of pixels right" if classes else "")
+        else:
+            texts.append(f"target {named[0]}\npredicted {named[1]}")
+        right.append(named[0] == named[1] if classes and target.dim() < 2 else None)
+    return texts, right, probs
+
+
 def _decoded(preds: Any, targets: Any) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
     """Targets, predictions, and the probability of each prediction if there is one.
 
@@ -210,6 +235,8 @@ def _decoded(preds: Any, targets: Any) -> tuple[Sequence[Tensor], Sequence[Tenso
         sums_to_one = bool((rows >= 0).all()) and bool(torch.isclose(rows.sum(1), torch.ones(())).all())
         probs, classes = (rows if sums_to_one else rows.softmax(1)).max(1)
         return given, list(classes), probs
+    if y is not None and y.dim() > 2 and out.dim() == y.dim() + 1 and not y.is_floating_point():  # a class a pixel
+        return given, list(out.argmax(1)), None
     binary = y is not None and y.shape == out.shape and bool(((y == 0) | (y == 1)).all())
     if y is None or not binary:
         return given, list(out), None

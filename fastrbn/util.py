@@ -6,6 +6,8 @@ Imports neither torch nor anything else of the package, so that `fastrbn --help`
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import difflib
 import fnmatch
 import numbers
@@ -59,7 +61,7 @@ def is_number(value: object, kind: type = numbers.Real) -> bool:
 
 
 def items_of(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
-    """Every instance of `kind` in nested lists, tuples and dictionaries, in order.
+    """Every instance of `kind` in nested lists, tuples, dictionaries and dataclasses, in order.
 
     >>> list(items_of({"a": 1, "b": [2, (3.0,)]}, int))
     [1, 2]
@@ -69,6 +71,9 @@ def items_of(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from items_of(item, kind)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from items_of(getattr(value, field.name), kind)
 
 
 def torchvision_parts(tfm: Any) -> list[Any]:
@@ -79,7 +84,8 @@ def torchvision_parts(tfm: Any) -> list[Any]:
 
 
 def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any], Any]) -> Any:
-    """Copy nested lists, tuples (named ones too) and dictionaries with `function` applied to instances of `kind`.
+    """Copy nested lists, tuples (named ones too), dictionaries and dataclasses with `function` applied to instances of
+    `kind`.
 
     >>> apply_to({"a": 1, "b": [2, ("c",)]}, int, float)
     {'a': 1.0, 'b': [2.0, ('c',)]}
@@ -87,11 +93,19 @@ def apply_to(value: Any, kind: type | tuple[type, ...], function: Callable[[Any]
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, dict):
-        return type(value)({k: apply_to(v, kind, function) for k, v in value.items()})
+        items = copy.copy(value)  # a defaultdict, or another class with more than its items
+        for k, v in value.items():
+            items[k] = apply_to(v, kind, function)
+        return items
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(apply_to(v, kind, function) for v in value))
     if isinstance(value, (list, tuple)):
         return type(value)(apply_to(v, kind, function) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(made, field.name, apply_to(getattr(value, field.name), kind, function))
+        return made
     return value
 
 

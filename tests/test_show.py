@@ -126,7 +126,35 @@ def test_targets_and_predictions_of_other_kinds(outputs, targets, texts):
             return torch.tensor(outputs)[: len(x)]
 
     data = DataBunch(None, [(torch.rand(2, 3, 5, 5), torch.tensor(targets))], c_in=3, classes=NAMES)
-    assert titles(show_results(Runner(), learn=make_learn(Fixed(1, 1), data, F.mse_loss))) == texts
+    learn = make_learn(Fixed(1, 1), data, F.mse_loss)
+    fig, worst = show_results(Runner(), learn=learn), show_worst(Runner(), learn=learn)
+    assert titles(fig) == texts
+    assert {text.partition("\nloss")[0] for text in titles(worst)} == set(texts)
+    assert set(colors(fig)) == set(colors(worst))
+
+
+def test_a_model_that_returns_its_loss_beside_its_scores_is_shown_over_all_batches():
+    class Own(Level):
+        def forward(self, image):
+            return {"loss": self.w.sum(), "scores": super().forward(image)}
+
+    x = images().float() / 255
+    data = DataBunch(None, [{"image": part} for part in x.split(3)])
+    assert len(titles(show_results(Runner(), learn=make_learn(Own(), data, None)))) == len(x)
+
+
+def test_masks_have_the_share_of_pixels_that_are_right_and_no_colour():
+    class Fixed(nn.Linear):
+        def forward(self, x):
+            return torch.stack([torch.zeros(2, 4, 4), x.mean(1) - 0.5], 1)
+
+    x, masks = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
+    masks[1, 0] = 1
+    learn = make_learn(Fixed(1, 1), DataBunch(None, [(x, masks)], c_in=3))
+    fig, worst = show_results(Runner(), learn=learn), show_worst(Runner(), learn=learn)
+    assert titles(fig) == ["100 % of pixels right", "75 % of pixels right"]
+    assert titles(worst)[0] == "75 % of pixels right\nloss 0.599"
+    assert colors(fig) == colors(worst) == ["black", "black"]
 
 
 def test_what_cannot_be_shown_is_refused(learn):
@@ -137,6 +165,8 @@ def test_what_cannot_be_shown_is_refused(learn):
         show_batch(SimpleNamespace(train_dl=[]))
     with pytest.raises(ValueError, match="n must be a whole number, 1 or more; got 0"):
         show_results(Runner(), 0, learn=learn)
+    with pytest.raises(TypeError, match=r"need the run .* got Learner: write show_results\(run\)"):
+        show_worst(learn)
     with pytest.raises(TypeError, match="has not trained yet"):
         show_worst(Runner())
     with pytest.raises(ValueError, match="losses need targets"):

@@ -157,7 +157,8 @@ def _check_format(path: Path, state: dict[str, Any]) -> None:
 def _opened(path: Path) -> tuple[Any, bool]:
     """What `torch.load` reads from the file, and whether it has a checksum, which matches."""
     if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-        raise CheckpointError(f"the checkpoint {path} cannot be read: it is not a file")
+        kind = "a folder: name a file in it" if path.is_dir() else "not a file"
+        raise CheckpointError(f"the checkpoint {path} cannot be read: it is {kind}")
     try:
         with open(path, "rb") as file:
             sealed = _is_sealed(file, path)

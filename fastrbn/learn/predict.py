@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -174,7 +175,7 @@ class _Judge(_Collector):
         run = self.run
         for stats in self.stats:
             stats.accumulate(run)
-        self.values.append(run.loss.detach())
+        self.values.append(run.loss.detach().mean())  # it may be of each sample
         self.sizes.append(batch_size(run.xb))
 
     def numbers(self) -> dict[str, Any]:
@@ -214,7 +215,8 @@ class _Keep(_Collector):
         """All batches as one."""
         if not self.preds:
             raise ValueError("predict needs at least one batch; the loader gave none")
-        return Predictions(_joined(self.preds), _joined(self.targets), torch.cat(self.losses) if losses else None)
+        preds, targets = _leafwise(_joined, self.preds), _leafwise(_joined, self.targets)
+        return Predictions(preds, targets, torch.cat(self.losses) if losses else None)
 
 
 class _Examples(_Collector):
@@ -227,14 +229,15 @@ class _Examples(_Collector):
     def after_loss(self) -> None:
         run = self.run
         _check_rows(run.pred, run.xb)
-        rows = _on_cpu((run.xb, run.pred, run.yb, run.loss))
+        rows = (run.xb, run.pred, run.yb, run.loss)
+        rows = apply_to(_on_cpu(rows), Tensor, lambda t: t if t.dim() else None)  # without numbers of a whole batch
         if self.kept is not None:
-            rows = _joined([self.kept, rows])
+            rows = _leafwise(_joined, [self.kept, rows])
         if self.worst:
             order = rows[3].nan_to_num(math.inf).argsort(descending=True, stable=True)[: self.n]
         else:
             order = torch.arange(min(self.n, batch_size(rows[0])))
-        self.kept = apply_to(rows, Tensor, lambda t: t[order] if t.dim() else t)
+        self.kept = apply_to(rows, Tensor, lambda t: t[order])
         if not self.worst and len(order) == self.n:
             raise CancelEpochException
 
@@ -264,17 +267,35 @@ def _check_rows(pred: Any, xb: Any) -> None:
         )
 
 
+def _leafwise(function: Callable[[list[Any]], Any], values: list[Any]) -> Any:
+    """`function` of the values at each leaf, in the first one's structure."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        made: Any = copy.copy(first) if isinstance(first, dict) else {}
+        for key in first:
+            made[key] = _leafwise(function, [value[key] for value in values])
+        return made
+    if isinstance(first, (list, tuple)) and next(items_of(first, Tensor), None) is not None:
+        items = [_leafwise(function, list(column)) for column in zip(*values)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if dataclasses.is_dataclass(first):
+        parts = _leafwise(function, [{f.name: getattr(v, f.name) for f in dataclasses.fields(v)} for v in values])
+        return dataclasses.replace(first, **parts)  # type: ignore[type-var]  # no class: classes are no outputs
+    return function(values)
+
+
 def _joined(parts: list[Any]) -> Any:
-    """The batches' values joined leaf by leaf; numbers, one a batch, are stacked."""
+    """The batches' values at one leaf as one; numbers, one a batch, are stacked."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat([part if part.dim() else part[None] for part in parts])
-    if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(_joined(list(values)) for values in zip(*parts)))
-    if isinstance(first, (list, tuple)) and next(items_of(first, Tensor), None) is not None:
-        return type(first)(_joined(list(values)) for values in zip(*parts))
+        parts = [part if part.dim() else part[None] for part in parts]
+        if len(shapes := {tuple(part.shape[1:]): tuple(part.shape) for part in parts}) > 1:
+            raise ValueError(
+                f"predict joins the values of all batches along dimension 0, and their other dimensions differ: "
+                f"{', '.join(map(str, [*shapes.values()][:2]))}: predict batch by batch, or bring them to one shape, "
+                f"self.run.pred = … and self.run.yb = …, in after_pred of a callback"
+            )
+        return torch.cat(parts)
     if isinstance(first, (list, tuple)):  # such as names, one for each sample
         return [value for part in parts for value in part]
     return None if first is None else parts
@@ -291,7 +312,7 @@ class _Predicting(Unpack):
         if len(self.versions) < 2:
             return super().call_model(model, xb, forward)
         outputs = [super(_Predicting, self).call_model(model, tfm(xb), forward) for tfm in self.versions]
-        return _mean(outputs)
+        return _leafwise(_mean, outputs)
 
     def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:
         if self.each is None:
@@ -328,21 +349,16 @@ def _flipped(xb: Any, name: str) -> Tensor:
 
 
 def _mean(outputs: list[Any]) -> Any:
-    """The mean of the outputs, leaf by leaf."""
+    """The mean of the outputs at one leaf."""
     first = outputs[0]
-    if isinstance(first, Tensor):
-        if not first.is_floating_point() or first.dim() > 2:
-            raise ValueError(
-                f"tta averages numbers of shape (N,) or (N, C); got {str(first.dtype).removeprefix('torch.')} of shape "
-                f"{tuple(first.shape)}: an output with places in it would have to be turned back first"
-            )
-        return torch.stack(outputs).mean(0)
-    if isinstance(first, Mapping):
-        return {key: _mean([output[key] for output in outputs]) for key in first}
-    if isinstance(first, (list, tuple)):
-        means = (_mean(list(values)) for values in zip(*outputs))
-        return type(first)(*means) if hasattr(first, "_fields") else type(first)(means)
-    return first
+    if not isinstance(first, Tensor):
+        return first
+    if not first.is_floating_point() or first.dim() > 2:
+        raise ValueError(
+            f"tta averages numbers of shape (N,) or (N, C); got {str(first.dtype).removeprefix('torch.')} of shape "
+            f"{tuple(first.shape)}: an output with places in it would have to be turned back first"
+        )
+    return torch.stack(outputs).mean(0)
 
 
 # Losses of each sample
@@ -358,8 +374,9 @@ def _each_loss(loss_func: Any) -> Callable[..., Tensor]:
     reduces, each = reduction(loss_func), unreduced(loss_func)
 
     def losses(pred: Any, yb: Any, forward: Callable[..., Any]) -> Tensor:
-        n = batch_size(yb)
-        found = None
+        n, found = batch_size(yb), None
+        if n != batch_size(pred):
+            raise ValueError(f"losses need a target for each sample; got {batch_size(pred)} samples and {n} targets")
         if each is not None:
             try:
                 found = forward(each, pred, yb)

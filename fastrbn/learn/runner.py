@@ -137,7 +137,7 @@ class Runner:
         By epochs (`n_epochs`) or by `max_steps`, whichever ends the fit first.
         """
         by_epochs = (self.n_epochs or 0.0) / (self._passes.limit or 1)
-        return by_epochs if self.max_steps is None else max(by_epochs, self.n_iter / self.max_steps)
+        return by_epochs if self.max_steps is None else max(by_epochs, self.n_iter / (self.max_steps or 1))
 
     def fit(
         self,
@@ -421,8 +421,8 @@ class Runner:
     ) -> None:
         if self._fitting:
             raise RuntimeError("fit was called inside a fit: a run does one at a time; make a second Runner for it")
-        if (epochs is not None or max_steps is None) and (not isinstance(epochs, int) or epochs is True or epochs < 0):
-            raise ValueError(f"epochs must be a whole number, 0 or more, or None with max_steps; got {epochs!r}")
+        if epochs is not None or max_steps is None:
+            epochs = whole("epochs", epochs, 0)
         max_steps = None if max_steps is None else whole("max_steps", max_steps)
         every = None if validate_every is None else whole("validate_every", validate_every)
         learn = self.learn if learn is None else learn

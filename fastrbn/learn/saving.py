@@ -20,6 +20,8 @@ def save(learn: Any, path: str | Path, opt: bool) -> Path:
         state["loss"] = {"model": plain_state_dict(loss)}
     if opt:
         state |= {"opt_class": type(learn.opt).__name__, "opt": learn.opt.state_dict()}
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"learn.save needs a file; got the folder {path}: add a name, such as weights.pt")
     if ranks.rank() == 0:
         checkpoint_file.write(path, state)
     return Path(path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from .batch import batch_size
 from .unpack import Unpack
 
 _SIZE = 64  # samples of a batch, if the learner's data do not say
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """NumPy's arrays, and what can be made one."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def batches(data: Any, learn: Any, unpack: Unpack) -> Any:
@@ -34,8 +42,8 @@ def batches(data: Any, learn: Any, unpack: Unpack) -> Any:
     if isinstance(data, TorchDataset):
         same = {name: getattr(like, name) for name in ("collate_fn", "num_workers") if isinstance(like, DataLoader)}
         return _Converted(DataLoader(data, size, **same), like)
-    if hasattr(data, "__array__") and not isinstance(data, Tensor):
-        data = _tensor(data, learn.model)
+    if isinstance(data, (tuple, dict, _Array)):
+        data = apply_to(data, _Array, functools.partial(_tensor, model=learn.model))
     if isinstance(data, Tensor):
         stored = getattr(like, "x", None)
         if data.dim() == 0 or (isinstance(stored, Tensor) and data.dim() == stored.dim() - 1):
@@ -46,6 +54,9 @@ def batches(data: Any, learn: Any, unpack: Unpack) -> Any:
         unpack.function = None  # it is for whole batches
         parts = data.split(size)
         return _Converted(parts, like) if data.dtype is torch.uint8 else parts
+    if isinstance(data, list):  # of batches, which are of one kind; or a batch of a DataLoader, [x, y]
+        kinds = {(item.dim(), item.dtype) if isinstance(item, Tensor) else type(item) for item in data}
+        data = tuple(data) if len(kinds) > 1 else data
     if isinstance(data, (tuple, Mapping)):
         return _cut(data, size)
     if not hasattr(data, "__iter__") or isinstance(data, (str, bytes)):
@@ -57,6 +68,8 @@ def batches(data: Any, learn: Any, unpack: Unpack) -> Any:
 
 
 def _tensor(array: Any, model: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
     import numpy as np
 
     data = torch.from_numpy(np.ascontiguousarray(array))

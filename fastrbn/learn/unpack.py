@@ -82,7 +82,10 @@ class Unpack:
     def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:
         """The loss of a batch; the model's own if there is no loss function, or no target to call it with."""
         if loss_func is not None and yb is not None:
-            return forward(loss_func, pred, yb)
+            loss = forward(loss_func, pred, yb)
+            if not isinstance(loss, torch.Tensor):
+                raise TypeError(f"loss_func must return a scalar tensor; {loss_name(loss_func)} returned {_kind(loss)}")
+            return loss
         cause = None
         if loss_func is not None:
             try:  # it may do without a target
@@ -136,7 +139,8 @@ class Unpack:
         target = next((k for k in left if k in _TARGETS), None)
         inputs = {k: v for k, v in batch.items() if k != target}
         name = next(iter(inputs), None)
-        if len(inputs) == 1 and self.required < 2 and (name == self.first or (target and name not in self.names)):
+        alone = len(inputs) == 1 and self.most > 0 and self.required < 2
+        if alone and (name == self.first or (target and name not in self.names)):
             return self.inputs(inputs[name]), batch.get(target)  # one input, which may have any name beside a target
         if inputs and set(left) <= {target}:
             self.form = "kwargs"

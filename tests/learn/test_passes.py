@@ -235,6 +235,12 @@ def test_the_last_epoch_is_saved_and_a_longer_fit_goes_on_within_it(every, loade
         train(20, tmp_path)
 
 
+def test_a_fit_of_no_epochs_has_a_share_done():
+    learn, run = make_learn(), Runner()
+    run.fit(0, learn, validate_every=2)
+    assert run.pct_train == 0
+
+
 def test_a_number_of_steps_that_cannot_be_reached_is_an_error():
     with pytest.raises(RuntimeError, match="max_steps=7 cannot be reached: epoch 1 had no training batch, after 5"):
         fit(None, make_learn(iter(BATCHES)), max_steps=7)

@@ -1,7 +1,9 @@
 """validate and predict: the numbers of a fit's validation, every kind of data, and nothing left behind."""
 
 import copy
+import dataclasses
 import random
+from collections import OrderedDict, defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,7 +69,9 @@ def test_validate_gives_the_numbers_of_the_fits_last_validation():
     assert run.validate() == {"loss": last["valid_loss"], "accuracy": last["valid_accuracy"]}
 
 
-@pytest.mark.parametrize("loss_func", [F.cross_entropy, nn.CrossEntropyLoss(reduction="sum")])
+@pytest.mark.parametrize(
+    "loss_func", [F.cross_entropy, *(nn.CrossEntropyLoss(reduction=reduction) for reduction in ("sum", "none"))]
+)
 def test_validate_before_any_fit_averages_over_samples_also_without_metrics(loss_func):
     learn = make_learn(loss_func=loss_func)
     expected = F.cross_entropy(outputs(learn), Y).item()  # the last batch is smaller
@@ -84,6 +88,8 @@ def test_validate_before_any_fit_averages_over_samples_also_without_metrics(loss
         DataLoader(TensorDataset(X[:5], Y[:5]), 2),
         [(X[:2], Y[:2]), (X[2:5], Y[2:5])],
         (X[:5], Y[:5]),
+        (X[:5].double().numpy(), Y[:5].numpy()),
+        [X[:5], Y[:5]],  # a batch of a DataLoader
     ],
     ids=lambda data: type(data).__name__,
 )
@@ -282,6 +288,8 @@ def test_several_inputs_and_outputs_are_joined_leaf_by_leaf(form):
     else:
         assert torch.equal(found.targets, torch.cat([Y, Y])) and found.losses.shape == (28,)
         assert Runner().validate(learn=learn)["loss"] == pytest.approx(found.losses.mean().item(), rel=1e-5)
+    if form == "nested":
+        assert torch.equal(Runner().predict([[a, b], Y], learn).targets, Y)  # a batch of a DataLoader
     assert torch.equal(Runner().predict(batch, learn).preds["out"], found.preds["out"][:14])
 
 
@@ -304,6 +312,29 @@ def test_a_model_that_returns_its_loss():
     assert preds["out"].shape == (14, 3) and preds["loss"].shape == (3,)  # one a batch
     with pytest.raises(ValueError, match="need a loss function; this learner has none"):
         Runner().predict(learn=learn, losses=True)
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class Named(OrderedDict):
+    """As transformers' outputs."""
+
+
+def test_outputs_with_named_fields_keep_their_type_in_both_precisions():
+    class Own(nn.Linear):
+        def forward(self, x, y):
+            out = super().forward(x)
+            return self.kind({"loss": F.cross_entropy(out, y), "logits": out})
+
+    for kind, read in ((lambda fields: Output(**fields), Output.__getattribute__), (Named, Named.__getitem__)):
+        Own.kind = staticmethod(kind)
+        preds = Runner([MixedPrecision()]).predict(learn=make_learn(Own(4, 3), None)).preds
+        assert type(preds) in (Output, Named)
+        assert read(preds, "logits").shape == (14, 3) and read(preds, "logits").dtype is torch.float32
 
 
 class Opaque(nn.Module):
@@ -388,6 +419,27 @@ def test_tta_refuses(tta, x, model, message):
 def test_data_that_cannot_be_predicted_are_refused(data, error, message):
     with pytest.raises(error, match=message):
         Runner().predict(data, make_learn())
+
+
+def test_batches_of_other_shapes_are_refused_with_what_to_do():
+    data = [torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)]
+    with pytest.raises(ValueError, match=r"differ: \(2, 3, 3\), \(2, 5, 3\): predict batch by batch"):
+        Runner().predict(data, make_learn(nn.Linear(4, 3)))
+
+
+def test_outputs_may_be_a_dictionary_with_a_default():
+    class Made(nn.Linear):
+        def forward(self, x):
+            return defaultdict(list, out=super().forward(x))
+
+    preds = Runner([MixedPrecision()]).predict(X, make_learn(Made(4, 3))).preds
+    assert preds["out"].shape == (14, 3) and preds["other"] == []
+
+
+@pytest.mark.parametrize("batch", [(X, Y[:-1]), (X[:-1], Y)])
+def test_losses_need_a_target_for_each_sample(batch):
+    with pytest.raises(ValueError, match="losses need a target for each sample"):
+        Runner().predict(batch, make_learn(), losses=True)
 
 
 def test_outputs_without_a_row_for_each_sample_are_refused():

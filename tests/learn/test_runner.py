@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -583,6 +584,12 @@ def test_an_event_nobody_overrides_has_no_handlers():
 def test_epochs_must_be_a_whole_number(epochs):
     with pytest.raises(ValueError, match="epochs must be a whole number"):
         Runner().fit(epochs, make_learn())
+
+
+def test_epochs_may_be_an_integer_of_numpy():
+    run = Runner()
+    run.fit(np.int64(1), make_learn())
+    assert run.epochs == 1
 
 
 def test_fit_without_a_learner_names_what_is_missing():

@@ -111,8 +111,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded_in_part(tmp_path):
     torch.save(learn.model, tmp_path / "whole.pt")
     fails_with("more than plain data, so it is not opened", learn, tmp_path / "whole.pt")
     fails_with("cannot be read: No such file", learn, tmp_path / "missing.pt")
+    fails_with("it is a folder: name a file in it", learn, tmp_path)
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:-9])
     fails_with("cut.pt", learn, tmp_path / "cut.pt")
+
+
+def test_a_folder_is_no_file_to_save_to(tmp_path):
+    with pytest.raises(IsADirectoryError, match="add a name, such as weights.pt"):
+        make_learn().save(tmp_path)
 
 
 def test_a_fit_cannot_be_resumed_from_weights(tmp_path):

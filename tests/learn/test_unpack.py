@@ -51,6 +51,11 @@ class Any(nn.Module):
         return args, kwargs
 
 
+class ByName(nn.Module):
+    def forward(self, **kwargs):
+        return kwargs
+
+
 class OwnLoss(nn.Module):
     """As language models have it: the target is an argument, and the loss comes back."""
 
@@ -102,6 +107,7 @@ def same(a, b):
         (Optional(), {"x": X, "mask": Z, "y": Y}, "kwargs", {"x": X, "mask": Z}, Y),
         (Any(), ((X, Z), Y), "args", (X, Z), Y),
         (Any(), {"p": X, "q": Z, "labels": Y}, "kwargs", {"p": X, "q": Z}, Y),
+        (ByName(), {"pixels": X, "label": Y}, "kwargs", {"pixels": X}, Y),
         (nn.DataParallel(Two()), ((X, Z), Y), "args", (X, Z), Y),
         (torch.compile(Two()), ((X, Z), Y), "args", (X, Z), Y),
     ],
@@ -227,6 +233,12 @@ def test_a_model_may_return_its_loss(how, loss_func, batch):
     weights, run = trained(model, [batch] * 3, [AvgStatsCallback(), HaltOnNaN()], loss_func=loss_func)
     assert all(map(torch.equal, weights, plain))
     assert run.loss.dim() == 0
+
+
+def test_a_loss_must_be_a_tensor():
+    loss_func = lambda pred, yb: (pred.mean(), {})  # noqa: E731
+    with pytest.raises(TypeError, match="must return a scalar tensor; <lambda> returned tuple of 2"):
+        trained(nn.Linear(3, 2), [(X, Y)], loss_func=loss_func)
 
 
 def test_a_loss_function_may_do_without_a_target():

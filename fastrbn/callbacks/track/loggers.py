@@ -163,7 +163,7 @@ class _Logger(Callback):
     def _write_steps(self) -> None:
         rows, self._rows = self._rows, []
         if rows:
-            losses = torch.stack([loss.reshape(()) for _, loss, _ in rows]).tolist()
+            losses = torch.stack([loss.mean() for _, loss, _ in rows]).tolist()
             for (step, _, lr), loss in zip(rows, losses):
                 self._write({"step_loss": loss, "lr": float(lr)}, self._earlier + step)
         self._next = time.monotonic() + _WAIT

@@ -28,6 +28,7 @@ class Tape:
     def _join(self) -> None:
         for joined, column in zip(self._joined, zip(*self._new)):
             tensors = [v if isinstance(v, torch.Tensor) else torch.tensor(float(v)) for v in column]
+            tensors = [v.mean() if v.numel() > 1 else v for v in tensors]  # losses (N,), which a callback weighs
             joined.append(torch.stack(tensors).flatten())
         self._new = []
 

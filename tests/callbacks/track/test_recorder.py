@@ -14,6 +14,7 @@ from fastrbn.callbacks import (
     AvgStatsCallback,
     Checkpoint,
     EpochMetric,
+    Log,
     ParamScheduler,
     Recorder,
     accuracy,
@@ -51,6 +52,23 @@ def make_silent(run):
 
 
 # --- Recorder
+
+
+def test_losses_of_samples_that_a_callback_weighs_are_recorded_as_their_mean(make_learn):
+    class Weighs(Callback):
+        def begin_fit(self):
+            self.run.claim(self, weigh=torch.mean)
+
+    rows, found = [], []
+    for loss_func, cbs in ((F.cross_entropy, []), (nn.CrossEntropyLoss(reduction="none"), [Weighs])):
+        torch.manual_seed(0)
+        log = Log(lambda numbers, step: rows.append(numbers.get("step_loss")), every=1)
+        run = make_silent(Runner([*cbs, AvgStatsCallback, Recorder, log]))
+        run.fit(1, make_learn(loss_func=loss_func))
+        means = [v for name, v in run.avg_stats.history[0].items() if name.endswith("loss")]
+        found.append([*means, *run.recorder.losses, *filter(None, rows)])
+        rows.clear()
+    assert found[1] == pytest.approx(found[0])
 
 
 def test_recorder_keeps_loss_and_rate_of_each_step(make_learn):
