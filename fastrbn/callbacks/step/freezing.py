@@ -146,6 +146,13 @@ class Freeze(Callback):
             release_statistics(m)
         self._params, self._norms = [], []
 
+    def state_dict(self) -> dict:
+        """What is frozen, so that a fit resumed without this callback warns: there it would stay frozen."""
+        return {"patterns": list(self.patterns), "until": self.until}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The arguments of this callback count."""
+
     def __getstate__(self):
         return {**super().__getstate__(), "_params": [], "_norms": []}
 

@@ -209,6 +209,12 @@ def test_a_resumed_fit_unfreezes_at_the_same_epoch(norm, at, make_learn, tmp_pat
     assert all(p.requires_grad for p in fresh.model.parameters())
 
 
+def test_a_fit_resumed_without_it_is_told_of_it(make_learn, tmp_path):
+    Runner([Freeze("0"), Checkpoint(tmp_path)]).fit(1, make_learn())
+    with pytest.warns(UserWarning, match="state of callbacks that this run does not have: freeze"):
+        Runner([]).fit(2, make_learn(), resume=tmp_path)
+
+
 def test_it_does_not_trip_others(make_learn, tmp_path):
     learn = make_learn(model=model_of(RunningBatchNorm), opt=torch.optim.AdamW)
     learn.data.train_dl = [learn.data.train_dl[0]] * 4
