@@ -142,8 +142,8 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
     """Replace every running batch norm in `model` by nn.BatchNorm, in place.
 
     Evaluation gives the same output. Training then normalises with each batch's own statistics; the recipe is lost.
-    Frozen layers stay frozen (`unfreeze(model)` undoes it). Parameters stay the same objects, and hooks are kept. Warns
-    if there was nothing to replace.
+    Parameters stay the same objects, and hooks are kept. Layers that are frozen and in training mode stay frozen, until
+    `unfreeze`. Warns if there was nothing to replace.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
         with torch.no_grad():
             for name, buffer in new._buffers.items():
                 buffer.copy_(old._buffers[name])
-        if old.frozen:
+        if old.frozen and old.training:  # torch.jit.script takes no hooks, and to_batchnorm(model.eval()) is for it
             frozen.append(new)
         return _finished(new, old)
 

@@ -101,6 +101,11 @@ def test_a_frozen_norm_stays_so_when_it_is_converted_or_others_are_recomputed(no
     assert moved(model, before, "body")
 
 
+def test_in_evaluation_mode_a_converted_norm_has_no_hooks_which_torchscript_refuses():
+    model = to_batchnorm(freeze(model_of(RunningBatchNorm)).eval(), dims=1)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_an_error_in_a_frozen_norm_does_not_leave_it_in_evaluation_mode():
     norm = freeze(nn.BatchNorm1d(8))
     for _ in range(2):
