@@ -133,6 +133,7 @@ class _PerClass(_Counts):
         super().__init__(_AVERAGES[average] + name, ignore_index)
 
     _labels = True  # a target of the scores' shape has labels that are independent of one another
+    _invalid = f"{_Counts._invalid} (for labels of the scores' shape: not 0 or 1)"
 
     def update(self, pred: torch.Tensor, yb: torch.Tensor) -> None:
         """Count a batch."""
