@@ -104,7 +104,8 @@ class Freeze(Callback):
     Raises
     ------
     ValueError
-        If an argument is out of range; in the fit, if a pattern matches nothing, or nothing is left to train.
+        If an argument is out of range; in the fit, if a pattern matches nothing, nothing is left to train, or the
+        optimiser has nothing of what is to be trained later.
 
     Examples
     --------
@@ -127,6 +128,12 @@ class Freeze(Callback):
         params, norms = _find("Freeze", self.run.learn.model, self.patterns)
         self._params = [p for p in params if p.requires_grad]
         self._norms = [m for m in norms if not statistics_are_fixed(m)]
+        trained = {p for group in getattr(self.run.opt, "param_groups", ()) for p in group["params"]}
+        if self.until is not None and self._params and trained and trained.isdisjoint(self._params):
+            raise ValueError(
+                f"{self!r}: the optimiser has none of these parameters and would not train them then: make it with all "
+                f"of the model's"
+            )
 
     def begin_epoch(self) -> None:
         frozen = self.until is None or self.run.epoch < self.until

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastrbn.build import param_groups
 from fastrbn.callbacks import (
     EMA,
     Checkpoint,
@@ -115,11 +116,12 @@ def test_an_error_in_a_frozen_norm_does_not_leave_it_in_evaluation_mode():
 
 
 def test_names_are_those_without_compile():
-    model = freeze(torch.compile(model_of(nn.BatchNorm1d), backend="eager"), "body")
+    model = freeze(nn.ModuleDict({"_orig_mod": model_of(nn.BatchNorm1d)}), "body")  # as torch.compile wraps a model
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         f"_orig_mod.{name}" for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
     ]
-    assert model._orig_mod.body[1]._forward_hooks
+    assert model["_orig_mod"].body[1]._forward_hooks
+    assert [group["name"] for group in param_groups(model, lr={"body": 1e-4})] == ["body", "body", "rest", "rest"]
 
 
 def test_a_gradient_that_is_left_does_not_move_a_frozen_parameter():
@@ -264,6 +266,10 @@ def test_wrong_arguments_are_refused(make_learn):
         Freeze("body", until=0)
     with pytest.raises(ValueError, match="^Freeze: 'haed' matches no name .* Did you mean 'head'"):
         Runner([Freeze("haed")]).fit(1, make_learn(model=model_of(nn.BatchNorm1d)))
+    learn = make_learn(model=model_of(nn.BatchNorm1d))
+    learn.opt = decaying(learn.model.head.parameters())
+    with pytest.raises(ValueError, match=r"^Freeze\('body', until=2\): the optimiser has none of these parameters"):
+        Runner([Freeze("body", until=2)]).fit(1, learn)
     for cbs in ([Freeze("*", until=2)], [Freeze("body", "norm"), Freeze("head", until=2)]):
         with pytest.raises(ValueError, match=r"^Freeze\('.*', until=2\) leaves no parameter to train"):
             Runner(cbs).fit(1, make_learn(model=model_of(nn.BatchNorm1d)))
