@@ -16,6 +16,7 @@ from .callbacks import ParamScheduler, TorchScheduler, combine_scheds, cos_1cycl
 from .callbacks.step.schedule import KeptRates, sets_rate
 from .learn import Learner, Runner
 from .learn.optimiser import check as check_opt
+from .learn.snapshot import plain_name
 from .models import get_cnn_model, init_cnn
 from .norm import RunningBatchNorm
 from .util import is_number, matches, unmatched
@@ -148,7 +149,7 @@ def _by_rate(model: nn.Module, lr: Any) -> list[tuple[dict[str, Any], list[nn.Pa
             )
     left: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        left.setdefault(p, []).append(name)
+        left.setdefault(p, []).append(plain_name(name))
     if message := unmatched("param_groups", lr, [name for names in left.values() for name in names]):
         raise ValueError(message)
     parts: list[tuple[dict[str, Any], list[nn.Parameter]]] = []

@@ -1,4 +1,4 @@
-"""Small helpers for every room: error messages, checks of arguments, nested tensors, and files.
+"""Small helpers for every room: error messages, checks of arguments, nested tensors, files, and frozen norms.
 
 Imports neither torch nor anything else of the package, so that `fastrbn --help` is quick.
 """
@@ -185,3 +185,41 @@ def unmatched(what: str, patterns: Iterable[Any], names: Iterable[str]) -> str |
             more = suggestion(pattern, [*known, *names]) or f" At the top it has {tops}."
             return f"{what}: {pattern!r} matches no name of a parameter or module of the model.{more}"
     return None
+
+
+# A running batch norm has a switch. PyTorch's norms have none, and train() would end their evaluation mode, so they
+# change to it for each forward pass.
+
+
+def statistics_are_fixed(norm: Any) -> bool:
+    """Whether a norm normalises by its running statistics in training mode too."""
+    return getattr(norm, "frozen", False) or _evaluate in norm._forward_pre_hooks.values()
+
+
+def fix_statistics(norm: Any) -> None:
+    """Make a norm normalise by its running statistics in training mode too, and leave them as they are."""
+    if hasattr(norm, "unfreeze"):
+        norm.freeze()
+    elif not statistics_are_fixed(norm):
+        norm.register_forward_pre_hook(_evaluate)
+        norm.register_forward_hook(_put_back)
+
+
+def release_statistics(norm: Any) -> None:
+    """Undo `fix_statistics`."""
+    if hasattr(norm, "unfreeze"):
+        norm.unfreeze()
+    for table in (norm._forward_pre_hooks, norm._forward_hooks):  # convert_batchnorm takes them to a running batch norm
+        for key in [key for key, hook in table.items() if hook in (_evaluate, _put_back)]:
+            del table[key]
+    if "_trains" in vars(norm):  # its forward pass has raised an error
+        _put_back(norm)
+
+
+def _evaluate(norm: Any, *args: Any) -> None:
+    vars(norm).setdefault("_trains", norm.training)
+    norm.training = False
+
+
+def _put_back(norm: Any, *args: Any) -> None:
+    norm.training = vars(norm).pop("_trains")

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fastrbn import callbacks as built_in_package
-from fastrbn.callbacks import SaveBest
+from fastrbn.callbacks import JSONLLogger, SaveBest
 from fastrbn.learn import Callback
 from fastrbn.util import suggestion
 
 from .options import BAD_ARGUMENTS, CliError
 
 GROUP = "fastrbn.callbacks"
+IN_FOLDER = (JSONLLogger, SaveBest)  # these write into the run's folder unless a path is given
 
 
 def built_in() -> dict[str, type[Callback]]:
@@ -66,7 +67,7 @@ def outside(spec: str, folder: Path) -> str | None:
     factory, kwargs = _built_in(name.strip()), _arguments(rest, spec)
     if factory is None:
         return "gives text to a plug-in" if _text_in([*kwargs.values()]) else None
-    default = None if factory is SaveBest else inspect.signature(factory).parameters.get("path")
+    default = None if factory in IN_FOLDER else inspect.signature(factory).parameters.get("path")
     path = kwargs.get("path", None if default is None else default.default)
     if path in (None, inspect.Parameter.empty):
         return None

@@ -36,7 +36,7 @@ from .settings import NFS, Settings, of_config, read_config, split_norm
 
 CHECKPOINTS = "checkpoints"  # a folder
 REPORT = "nan_report.txt"
-BEST = "best.pt"  # of SaveBest, unless its path is given
+BEST, LINES = "best.pt", "history.jsonl"  # of SaveBest and JSONLLogger, unless their path is given
 RESULTS = (
     "config.json",
     "model.pt",
@@ -44,6 +44,7 @@ RESULTS = (
     "model.onnx",
     "model.pt2",
     "history.csv",
+    LINES,
     "curves.png",
     "params.png",
     REPORT,

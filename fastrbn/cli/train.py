@@ -57,7 +57,7 @@ from . import ranks as processes
 from .augment import transforms
 from .build import build_data, build_model
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
-from .plugins import gives, make_callback
+from .plugins import IN_FOLDER, gives, make_callback
 from .run_folder import Plan
 from .settings import COMPILE, MODELS, Settings, of_file, settle
 
@@ -339,8 +339,8 @@ def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callbac
     if not settings.no_halt:
         own.append(HaltOnNaN(path=folder))
     for spec, cb in zip(settings.cb, added):
-        if type(cb) is SaveBest and not gives(spec, "path"):
-            cb.path = folder.absolute() / run_folder.BEST
+        if isinstance(cb, IN_FOLDER) and not gives(spec, "path"):
+            cb.path = folder.absolute() / (run_folder.BEST if isinstance(cb, SaveBest) else run_folder.LINES)
         if type(cb) is EMA and not gives(spec, "keep"):
             cb.keep = True  # model.pt is all that stays of a run: it gets the weights that were validated
         if type(cb) is HaltOnNaN and cb.path is None:

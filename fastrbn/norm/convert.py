@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastrbn.util import fix_statistics
+
 from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 from .recipes import Recipe, get_recipe
 from .reference import NormState
@@ -140,7 +142,8 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
     """Replace every running batch norm in `model` by nn.BatchNorm, in place.
 
     Evaluation gives the same output. Training then normalises with each batch's own statistics; the recipe is lost.
-    Parameters stay the same objects, and hooks are kept. Warns if there was nothing to replace.
+    Parameters stay the same objects, and hooks are kept. Layers that are frozen and in training mode stay frozen, until
+    `unfreeze`. Warns if there was nothing to replace.
 
     Parameters
     ----------
@@ -168,7 +171,8 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
     """
     if dims not in _ANY_RANK:
         raise ValueError(f"dims is the number of spatial dimensions, 1, 2 or 3; got {dims!r}")
-    found = []
+    found: list[nn.Module] = []
+    frozen: list[nn.Module] = []
 
     def batch(old: Any, name: str) -> nn.Module | None:
         if not isinstance(old, RunningBatchNorm):
@@ -182,9 +186,13 @@ def to_batchnorm(model: nn.Module, dims: int = 2) -> nn.Module:
         with torch.no_grad():
             for name, buffer in new._buffers.items():
                 buffer.copy_(old._buffers[name])
+        if old.frozen and old.training:  # torch.jit.script takes no hooks, and to_batchnorm(model.eval()) is for it
+            frozen.append(new)
         return _finished(new, old)
 
     model = _replace(model, batch)
+    for m in frozen:
+        fix_statistics(m)
     if not found:
         _warn_nothing("to_batchnorm", "running batch norm", model)
     return model

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from fastrbn.random_state import RandomState
-from fastrbn.util import apply_to, whole
+from fastrbn.util import apply_to, statistics_are_fixed, whole
 
 from .groups import merge_over_ranks
 from .layers import RunningBatchNorm, batch_moments
@@ -36,7 +36,7 @@ def recompute_statistics(
     statistics gathered so far: in an MLP of four norms after SWA, accuracy was within 0.1 % of the exact fixed point
     from 500 samples on, at batch sizes 2 to 256.
 
-    Training modes, `momentum`, random states and the statistics of frozen layers (`layer.freeze()`) and of layers that
+    Training modes, `momentum`, random states and the statistics of frozen layers (`freeze`) and of layers that
     evaluation does not reach are kept. Running variances are biased in our layers and unbiased in nn.BatchNorm, as in
     training. For layers with a process group and for nn.SyncBatchNorm, statistics are merged over the ranks; every rank
     must call.
@@ -115,7 +115,7 @@ def recompute_statistics(
 
 
 def _has_statistics(name: str, module: nn.Module) -> bool:
-    if not isinstance(module, _BatchNorm) or module.running_mean is None or getattr(module, "frozen", False):
+    if not isinstance(module, _BatchNorm) or module.running_mean is None or statistics_are_fixed(module):
         return False
     if is_lazy(module.running_mean):
         raise ValueError(

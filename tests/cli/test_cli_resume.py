@@ -280,10 +280,12 @@ def test_a_callback_that_reaches_out_of_the_runs_folder_is_resumed_only_when_rep
 
 @pytest.mark.parametrize("spec", ["CSVLogger:path=mine.csv", "SaveBest", "EMA:decay=0.5"])
 def test_repeated_or_harmless_callbacks_are_resumed(spec, cli):
-    trained(cli, "--cb", spec)
-    repeated = () if "mine" not in spec else ("--cb", spec)
+    given = ("--cb", spec, "--cb", "JSONLLogger")
+    trained(cli, *given)
+    repeated = () if "mine" not in spec else given
     assert cli("train", "--resume", "a", "--epochs", 2, *repeated)[0] == 0
     assert len(rows("a/history.csv")) == 2 and ("mine" not in spec or rows("mine.csv") == rows("a/history.csv"))
+    assert len(Path("a/history.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_plug_in_is_resumed_without_text_only():

@@ -147,6 +147,7 @@ class Distributed(Callback):
                 if (loader := getattr(data, name)) is not None:
                     data = with_loader(data, name, made[id(loader)])
             run.data = data
+        run._passes.plan()  # callbacks read the length of the fit in begin_fit
 
     def _seed_ranks(self, channel: ranks.Channel) -> None:
         """Rank 0 keeps its random numbers, the others get different ones."""

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from fastrbn.learn.callback import Callback
-from fastrbn.util import matches, unmatched, whole
+from fastrbn.learn.snapshot import plain_name
+from fastrbn.util import fix_statistics, matches, release_statistics, statistics_are_fixed, unmatched, whole
 
 
 def freeze(model: nn.Module, *patterns: str) -> nn.Module:
@@ -48,7 +49,7 @@ def freeze(model: nn.Module, *patterns: str) -> nn.Module:
         p.requires_grad_(False)
         p.grad = None  # a gradient that has been kept would still move it
     for m in norms:
-        _fix(m)
+        fix_statistics(m)
     return model
 
 
@@ -82,7 +83,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> nn.Module:
     for p in params:
         p.requires_grad_()
     for m in norms:
-        _release(m)
+        release_statistics(m)
     return model
 
 
@@ -103,7 +104,8 @@ class Freeze(Callback):
     Raises
     ------
     ValueError
-        If an argument is out of range; in `begin_fit`, if a pattern matches nothing, or nothing is left to train.
+        If an argument is out of range; in the fit, if a pattern matches nothing, nothing is left to train, or the
+        optimiser has nothing of what is to be trained later.
 
     Examples
     --------
@@ -123,12 +125,15 @@ class Freeze(Callback):
         self._norms: list[nn.Module] = []
 
     def begin_fit(self) -> None:
-        model = self.run.learn.model
-        params, norms = _find("Freeze", model, self.patterns)
+        params, norms = _find("Freeze", self.run.learn.model, self.patterns)
         self._params = [p for p in params if p.requires_grad]
-        self._norms = [m for m in norms if not _is_fixed(m)]
-        if {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, self._params)):
-            raise ValueError(f"{self!r} leaves no parameter to train: name a part of the model only")
+        self._norms = [m for m in norms if not statistics_are_fixed(m)]
+        trained = {p for group in getattr(self.run.opt, "param_groups", ()) for p in group["params"]}
+        if self.until is not None and self._params and trained and trained.isdisjoint(self._params):
+            raise ValueError(
+                f"{self!r}: the optimiser has none of these parameters and would not train them then: make it with all "
+                f"of the model's"
+            )
 
     def begin_epoch(self) -> None:
         frozen = self.until is None or self.run.epoch < self.until
@@ -137,14 +142,23 @@ class Freeze(Callback):
             if frozen:
                 p.grad = None
         for m in self._norms:
-            _fix(m) if frozen else _release(m)
+            fix_statistics(m) if frozen else release_statistics(m)
+        if not any(p.requires_grad for p in self.run.learn.model.parameters()):
+            raise ValueError(f"{self!r} leaves no parameter to train: name a part of the model only")
 
     def after_fit(self) -> None:
         for p in self._params:
             p.requires_grad_()
         for m in self._norms:
-            _release(m)
+            release_statistics(m)
         self._params, self._norms = [], []
+
+    def state_dict(self) -> dict:
+        """What is frozen, so that a fit resumed without this callback warns: there it would stay frozen."""
+        return {"patterns": list(self.patterns), "until": self.until}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The arguments of this callback count."""
 
     def __getstate__(self):
         return {**super().__getstate__(), "_params": [], "_norms": []}
@@ -158,48 +172,15 @@ def _find(what: str, model: Any, patterns: tuple[str, ...]) -> tuple[list[nn.Par
     """The parameters that match, and the norms with statistics of which all parameters and buffers match."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{what} needs an nn.Module; got {model!r} of type {type(model).__name__}")
-    params = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    names = [*params, *buffers]
+    params = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    names = [*params, *(plain_name(name) for name, _ in model.named_buffers(remove_duplicate=False))]
     if message := unmatched(what, patterns, names):
         raise ValueError(message)
     chosen = {name for name in names if not patterns or any(matches(name, p) for p in patterns)}
     norms: list[nn.Module] = []
     for prefix, m in model.named_modules():
         own = [name for name, t in (*m._parameters.items(), *m._buffers.items()) if t is not None]
-        inside = all(f"{prefix}.{name}".lstrip(".") in chosen for name in own)
+        inside = all(plain_name(f"{prefix}.{name}".lstrip(".")) in chosen for name in own)
         if inside and isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None:
             norms.append(m)
     return list({id(p): p for name, p in params.items() if name in chosen}.values()), norms
-
-
-# A running batch norm has a switch. PyTorch's norms have none, and train() would end their evaluation mode, so they
-# change to it for each forward pass.
-
-
-def _evaluate(module: Any, args: Any) -> None:
-    module._trains, module.training = module.training, False
-
-
-def _put_back(module: Any, args: Any, output: Any) -> None:
-    module.training = vars(module).pop("_trains")
-
-
-def _is_fixed(m: Any) -> bool:
-    return getattr(m, "frozen", False) or _evaluate in m._forward_pre_hooks.values()
-
-
-def _fix(m: Any) -> None:
-    if hasattr(m, "unfreeze"):
-        m.freeze()
-    elif not _is_fixed(m):
-        m.register_forward_pre_hook(_evaluate)
-        m.register_forward_hook(_put_back)
-
-
-def _release(m: Any) -> None:
-    if hasattr(m, "unfreeze"):
-        m.unfreeze()
-    for table in (m._forward_pre_hooks, m._forward_hooks):  # convert_batchnorm takes them to a running batch norm
-        for key in [key for key, hook in table.items() if hook in (_evaluate, _put_back)]:
-            del table[key]

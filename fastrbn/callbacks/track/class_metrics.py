@@ -64,11 +64,11 @@ class _Counts:
 
     def _valid(self, target: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(targets as int64 with 0 for what does not count, which count, how many are invalid)."""
-        whole_target = target.long()
-        counts = target != self.ignore_index
-        inside = (whole_target == target) & (whole_target >= 0) & (whole_target < classes)
-        valid = counts & inside
-        return torch.where(valid, whole_target, 0), valid, (counts & ~inside).sum()
+        whole_target = target.long()  # a byte of 156 equals -100
+        is_whole = whole_target == target
+        ignored = is_whole & (whole_target == self.ignore_index)
+        valid = is_whole & ~ignored & (whole_target >= 0) & (whole_target < classes)
+        return torch.where(valid, whole_target, 0), valid, (~(valid | ignored)).sum()
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -133,6 +133,7 @@ class _PerClass(_Counts):
         super().__init__(_AVERAGES[average] + name, ignore_index)
 
     _labels = True  # a target of the scores' shape has labels that are independent of one another
+    _invalid = f"{_Counts._invalid} (for labels of the scores' shape: not 0 or 1)"
 
     def update(self, pred: torch.Tensor, yb: torch.Tensor) -> None:
         """Count a batch."""

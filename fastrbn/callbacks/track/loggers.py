@@ -264,7 +264,8 @@ class JSONLLogger(_Logger):
     Parameters
     ----------
     path : str or Path, default "history.jsonl"
-        The file, relative to the working directory at construction. Missing folders are created.
+        The file, relative to the working directory at construction (`fastrbn train` puts it into the run's folder).
+        Missing folders are created.
     every : int, optional
         Also write loss and rate of each `every`-th training step. Default: averages only.
     append : bool, default False

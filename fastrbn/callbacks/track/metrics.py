@@ -60,9 +60,10 @@ def predicted_classes(out: torch.Tensor, yb: torch.Tensor, name: str) -> tuple[t
     else:
         predicted, target = out.argmax(dim=1), yb
     if predicted.shape != target.shape:
+        more = ": give it yb.argmax(1) if they are one-hot or mixed" if yb.shape == out.shape else ""
         raise ValueError(
             f"{name} needs one target for each row of the output; got an output of shape {tuple(out.shape)} and "
-            f"targets of shape {tuple(yb.shape)}"
+            f"targets of shape {tuple(yb.shape)}{more}"
         )
     return predicted, target
 
@@ -131,9 +132,10 @@ class EpochMetric:
 def check(metric: Any) -> None:
     """Raise TypeError unless `metric` is a function of a batch or an object that accumulates; ValueError if empty."""
     has = [name for name in _PROTOCOL if callable(getattr(metric, name, None))]
-    if isinstance(metric, type) and has:
+    if isinstance(made_by := _innermost(metric), type):
         raise TypeError(
-            f"a metric must be a function or an object; got the class {metric.__name__}: write {metric.__name__}()"
+            f"a metric must be a function or an object; got {'the class' if metric is made_by else 'a partial of'} "
+            f"{made_by.__name__}: write {made_by.__name__}({'' if metric is made_by else '…'})"
         )
     if has and len(has) < len(_PROTOCOL):
         lacks = ", ".join(name for name in _PROTOCOL if name not in has)
@@ -153,9 +155,15 @@ def accumulates(metric: Any) -> bool:
 
 
 def metric_name(metric: Any) -> str:
-    while isinstance(metric, functools.partial):
-        metric = metric.func
+    metric = _innermost(metric)
     return getattr(metric, "__name__", type(metric).__name__).strip("<>")
+
+
+def _innermost(function: Any) -> Any:
+    """The function inside partials."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def names_of(metrics: Sequence[Any]) -> list[list[str]]:

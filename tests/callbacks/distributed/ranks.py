@@ -41,6 +41,7 @@ from fastrbn.callbacks import (
     ProgressCallback,
     Recorder,
     TopK,
+    Warmup,
     accuracy,
 )
 from fastrbn.data import BatchLoader, RandomFlip
@@ -537,6 +538,14 @@ def a_search_for_a_rate_leaves_model_and_layers_as_they_were():
     assert len(run.lr_find.lrs) == 5
     assert all(torch.equal(value, before[name]) for name, value in learn.model.state_dict().items())
     assert [m.process_group for m in learn.model.modules() if isinstance(m, RunningBatchNorm)] == [None, None]
+
+
+@check
+def schedules_end_with_the_fit_also_when_epochs_are_numbers_of_steps():
+    learn = learner(loaders(4), lr=1.0)
+    run = Runner([Distributed(timeout=TIMEOUT), Warmup(share=0.5), Recorder()])
+    run.fit(2, learn, validate_every=4)  # 12 steps
+    assert run.recorder.lrs[0] == [*(k / 6 for k in range(1, 6)), *[1.0] * 7]
 
 
 @check

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastrbn.build import param_groups
 from fastrbn.callbacks import (
     EMA,
     Checkpoint,
@@ -23,7 +24,7 @@ from fastrbn.callbacks import (
     unfreeze,
 )
 from fastrbn.learn import Callback, CancelTrainException, Runner
-from fastrbn.norm import RunningBatchNorm, convert_batchnorm
+from fastrbn.norm import RunningBatchNorm, convert_batchnorm, recompute_statistics, to_batchnorm
 
 
 def model_of(norm):
@@ -89,13 +90,38 @@ def test_a_frozen_norm_evaluates_in_any_mode_also_as_a_copy(norm):
         assert not torch.equal(m.body(x), expected) and moved(m, before)
 
 
-def test_a_frozen_norm_stays_so_when_it_is_converted():
-    model = convert_batchnorm(freeze(model_of(nn.BatchNorm1d), "body"))
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, RunningBatchNorm])
+def test_a_frozen_norm_stays_so_when_it_is_converted_or_others_are_recomputed(norm):
+    model = freeze(model_of(norm), "body")
+    model = convert_batchnorm(model) if norm is nn.BatchNorm1d else to_batchnorm(model, dims=1)
     before = copied(model.train())
     model(torch.randn(5, 4))
-    assert moved(model, before) and not moved(model, before, "body")
+    recompute_statistics(model, [torch.randn(5, 4)])
+    assert "norm.running_mean" in moved(model, before) and not moved(model, before, "body")
     unfreeze(model)(torch.randn(5, 4))
     assert moved(model, before, "body")
+
+
+def test_in_evaluation_mode_a_converted_norm_has_no_hooks_which_torchscript_refuses():
+    model = to_batchnorm(freeze(model_of(RunningBatchNorm)).eval(), dims=1)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_error_in_a_frozen_norm_does_not_leave_it_in_evaluation_mode():
+    norm = freeze(nn.BatchNorm1d(8))
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            norm(torch.randn(3, 5))
+    assert unfreeze(norm).training and vars(norm).keys() == vars(nn.BatchNorm1d(8)).keys()
+
+
+def test_names_are_those_without_compile():
+    model = freeze(nn.ModuleDict({"_orig_mod": model_of(nn.BatchNorm1d)}), "body")  # as torch.compile wraps a model
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        f"_orig_mod.{name}" for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    ]
+    assert model["_orig_mod"].body[1]._forward_hooks
+    assert [group["name"] for group in param_groups(model, lr={"body": 1e-4})] == ["body", "body", "rest", "rest"]
 
 
 def test_a_gradient_that_is_left_does_not_move_a_frozen_parameter():
@@ -190,6 +216,12 @@ def test_a_resumed_fit_unfreezes_at_the_same_epoch(norm, at, make_learn, tmp_pat
     assert all(p.requires_grad for p in fresh.model.parameters())
 
 
+def test_a_fit_resumed_without_it_is_told_of_it(make_learn, tmp_path):
+    Runner([Freeze("0"), Checkpoint(tmp_path)]).fit(1, make_learn())
+    with pytest.warns(UserWarning, match="state of callbacks that this run does not have: freeze"):
+        Runner([]).fit(2, make_learn(), resume=tmp_path)
+
+
 def test_it_does_not_trip_others(make_learn, tmp_path):
     learn = make_learn(model=model_of(RunningBatchNorm), opt=torch.optim.AdamW)
     learn.data.train_dl = [learn.data.train_dl[0]] * 4
@@ -234,5 +266,10 @@ def test_wrong_arguments_are_refused(make_learn):
         Freeze("body", until=0)
     with pytest.raises(ValueError, match="^Freeze: 'haed' matches no name .* Did you mean 'head'"):
         Runner([Freeze("haed")]).fit(1, make_learn(model=model_of(nn.BatchNorm1d)))
-    with pytest.raises(ValueError, match=r"^Freeze\('\*', until=2\) leaves no parameter to train"):
-        Runner([Freeze("*", until=2)]).fit(1, make_learn())
+    learn = make_learn(model=model_of(nn.BatchNorm1d))
+    learn.opt = decaying(learn.model.head.parameters())
+    with pytest.raises(ValueError, match=r"^Freeze\('body', until=2\): the optimiser has none of these parameters"):
+        Runner([Freeze("body", until=2)]).fit(1, learn)
+    for cbs in ([Freeze("*", until=2)], [Freeze("body", "norm"), Freeze("head", until=2)]):
+        with pytest.raises(ValueError, match=r"^Freeze\('.*', until=2\) leaves no parameter to train"):
+            Runner(cbs).fit(1, make_learn(model=model_of(nn.BatchNorm1d)))

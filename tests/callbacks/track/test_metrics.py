@@ -3,6 +3,7 @@
 import copy
 import csv
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_a_target_that_is_no_class_is_an_error_when_the_value_is_computed(bad):
     for make in MAKE:
         with pytest.raises(ValueError, match="1 targets are no class index from 0.*leave out by"):
             computed(make(), torch.randn(3, 6), torch.tensor([0, 5, bad]))
-    with pytest.raises(ValueError, match="no class index"):
+    with pytest.raises(ValueError, match="1 targets are no class index.*labels of the scores' shape: not 0 or 1"):
         computed(F1(), torch.randn(2, 2), torch.tensor([[1.0, 0.3], [0, 1]]))
 
 
@@ -218,11 +219,19 @@ def test_a_target_that_is_no_class_is_an_error_when_the_value_is_computed(bad):
             "predictions of a batch as one tensor; got dict with",
         ),
         (lambda: IoU().update(torch.randn(3, 6), None), TypeError, "targets of a batch as one tensor; got NoneType"),
+        (lambda: AvgStats(F1), TypeError, r"got the class F1: write F1\(\)"),
+        (lambda: AvgStats([partial(TopK, 2)]), TypeError, r"got a partial of TopK: write TopK\(…\)"),
+        (lambda: accuracy(torch.zeros(2, 3), torch.eye(3)[:2]), ValueError, r"yb.argmax\(1\) if they are one-hot"),
     ],
 )
 def test_bad_input_is_an_error_with_the_rule(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_class_156_in_bytes_is_not_ignored_as_minus_100():
+    pred, yb = torch.eye(200)[[156, 7]], torch.tensor([156, 8], dtype=torch.uint8)
+    assert computed(TopK(1), pred, yb) == 0.5
 
 
 def test_batches_of_one_pass_have_the_same_classes():
