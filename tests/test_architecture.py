@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "cli.nets": ["norm", "util"],
     "cli.build": ["cli.augment", "cli.nets", "cli.settings", "data", "models"],
     "export": ["norm", "util"],
-    "saved_run": ["cli.build", "cli.settings", "data", "export", "learn", "util"],
+    "saved_run": ["callbacks", "cli.build", "cli.settings", "data", "export", "learn", "util"],
 }
 # Imports from inside functions that point upward, each with its reason
 UPWARD = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastrbn._version import __version__
 from fastrbn.util import suggestion
@@ -55,7 +55,10 @@ def _listed(kind: Rule) -> Rule:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an unknown option with the closest known one and the usage of its own command."""
+    """Reports a wrong argument in a line of its own, and an unknown option with the closest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_ARGUMENTS, f"{self.prog}: error: {message}\n")  # not after ten lines of usage
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         parsed, unknown = super().parse_known_args(args, namespace)

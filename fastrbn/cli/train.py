@@ -335,7 +335,8 @@ def _try_a_batch(model: nn.Module, data: DataBunch, settings: Settings, world: i
 def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callback]) -> list[Callback]:
     """The command's own callbacks and the added ones; an added one replaces its own of that class."""
     own = [Recorder(), AvgStatsCallback(accuracy), ProgressCallback()]
-    own.append(ParamMagnitudes(every=max(1, steps * settings.epochs // MAGNITUDES)))
+    steps = min(steps * settings.epochs, settings.max_steps or steps * settings.epochs)
+    own.append(ParamMagnitudes(every=max(1, steps // MAGNITUDES)))
     if not settings.no_halt:
         own.append(HaltOnNaN(path=folder))
     for spec, cb in zip(settings.cb, added):
@@ -401,9 +402,15 @@ def _announce(settings: Settings, config: dict[str, Any], model: nn.Module) -> N
     fast = [settings.amp, "channels last" if settings.channels_last else None, compiled if settings.compile else None]
     print(
         f"{_net(settings, model)}, {config['parameters']} parameters, {settings.opt}, {bs}, learning rate {path}, "
-        + ", ".join([_count(settings.epochs, "epoch"), f"on {settings.device}", *filter(None, fast)])
+        + ", ".join([_length(settings), f"on {settings.device}", *filter(None, fast)])
     )
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _length(settings: Settings) -> str:
+    """How long the training is to last."""
+    epochs = _count(settings.epochs, "epoch")
+    return epochs if settings.max_steps is None else f"{epochs} or {_count(settings.max_steps, 'step')}"
