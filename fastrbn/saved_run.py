@@ -127,8 +127,8 @@ def load_run(folder: str | Path, weights: str = "best", device: torch.device | s
     except (RuntimeError, AttributeError, TypeError) as e:
         why = " ".join(str(e).split())
         raise RunError(
-            f"{file} does not fit the model that {folder / 'config.json'} describes ({settings.model} of "
-            f"{settings.layer}): {why[:300]}{'…' if len(why) > 300 else ''} Are both files of the same run?"
+            f"{file} does not fit the model that {folder / 'config.json'} describes ("
+            f"{settings.title}): {why[:300]}{'…' if len(why) > 300 else ''} Are both files of the same run?"
         ) from e
     history = _history(folder / "history.csv")
     model = model.to(settings.device).eval()
@@ -383,7 +383,7 @@ class SavedRun:
         t = self.transform
         weights = self.weights.relative_to(self.folder) if self.weights.is_relative_to(self.folder) else self.weights
         return (
-            f"SavedRun({str(self.folder)!r}, {self.settings.model} of {self.settings.layer}, weights of {weights}, "
+            f"SavedRun({str(self.folder)!r}, {self.settings.title}, weights of {weights}, "
             f"{len(self.classes)} classes of images of {(len(t.mean), *t.size)})"
         )
 
@@ -555,8 +555,10 @@ def _trained(history: list[dict[str, Any]], config: dict[str, Any], which: str) 
     """The row of the epoch in which the best, or the last, weights were validated."""
     result = config.get("result", {})
     if which == "best":
-        best = _best(config)  # an epoch that --max-steps had cut and that was resumed has two rows
-        rows = [row for row in history if row["epoch"] == best.get("epoch") and {*best.values()} & {*row.values()}]
+        best = _best(config)
+        rows = [row for row in history if row["epoch"] == best.get("epoch")]
+        # an epoch that max_steps had cut, and that went on later, has two: the one with the best value comes first
+        rows.sort(key=lambda row: [*best.values()][-1] in [*row.values()][1:], reverse=True)
     else:
         ema = [cb for cb in map(str, config.get("callbacks", ())) if cb.startswith("EMA(")]
         kept = not ema or result.get("status") == 0 and "keep=True" in ema[0]  # else the averages were validated

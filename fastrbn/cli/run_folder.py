@@ -31,16 +31,15 @@ from fastrbn.norm import get_recipe
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DATA_SETS, DONE, CliError
-from .plugins import outside
+from .plugins import IN_THE_FOLDER, outside
 from .settings import NFS, Settings, of_config, read_config, split_norm
 
 CHECKPOINTS = "checkpoints"  # a folder
 REPORT = "nan_report.txt"
-BEST = "best.pt"  # of SaveBest, unless its path is given
 RESULTS = (
     "config.json",
     "model.pt",
-    BEST,
+    *IN_THE_FOLDER.values(),
     "model.onnx",
     "model.pt2",
     "history.csv",

@@ -167,6 +167,12 @@ class Settings:
         """The norm by the name of its layer: `conv_rbn`, `conv_bn` or `conv_gn`."""
         return NORMS[self.norm]
 
+    @property
+    def title(self) -> str:
+        """The model and its norms in a few words."""
+        other = "its own norms" if self.norm == "own" else f"recipe {self.recipe}"
+        return f"{self.model} of {self.layer}" if self.model in MODELS else f"{self.model} with {other}"
+
     def dump(self) -> dict[str, Any]:
         """The settings as JSON can hold them; `of_config` makes the same of them in any folder."""
         paths = {name: None if (path := getattr(self, name)) is None else str(path.resolve()) for name in _PATHS}

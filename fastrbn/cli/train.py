@@ -33,7 +33,6 @@ from fastrbn.callbacks import (
     ParamScheduler,
     ProgressCallback,
     Recorder,
-    SaveBest,
     TensorBoardLogger,
     accuracy,
     combine_scheds,
@@ -57,7 +56,7 @@ from . import ranks as processes
 from .augment import transforms
 from .build import build_data, build_model
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
-from .plugins import gives, make_callback
+from .plugins import IN_THE_FOLDER, gives, make_callback
 from .run_folder import Plan
 from .settings import COMPILE, MODELS, Settings, of_file, settle
 
@@ -121,7 +120,7 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
     except Exception as e:  # noqa: BLE001 - a net of the user's or of torchvision's may raise anything
         net, told, hint = settings.model, str(e), ""
         if net in MODELS:
-            net = f"{net} of {settings.layer}"
+            net = settings.title
         elif ":" in net:
             told = nets.told(e)
         elif min(images.train.x.shape[2:]) < EVERY_NET:
@@ -191,9 +190,13 @@ def _fit(plan: Plan, learn: Learner, run: Runner, folder: Path, config: dict[str
 
 
 def _says_all(error: BaseException) -> bool:
-    """Whether the sentence at the end is enough: a full disk is no fault of the code that a traceback would show."""
+    """Whether the sentence at the end is enough: neither a full disk nor an argument that a callback of the package
+    refuses is a fault of the code that a traceback would show."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or isinstance(error, CheckpointError)
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    refused = isinstance(error, ValueError) and any(code.co_name == "begin_fit" for code in codes)
+    ours = bool(codes) and Path(codes[-1].co_filename).is_relative_to(Path(__file__).parents[1])
+    return full or refused and ours or isinstance(error, CheckpointError)
 
 
 def _put_back(plan: Plan, folder: Path, ranks: processes.Ranks) -> None:
@@ -340,8 +343,8 @@ def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callbac
     if not settings.no_halt:
         own.append(HaltOnNaN(path=folder))
     for spec, cb in zip(settings.cb, added):
-        if type(cb) is SaveBest and not gives(spec, "path"):
-            cb.path = folder.absolute() / run_folder.BEST
+        if (name := IN_THE_FOLDER.get(type(cb))) is not None and not gives(spec, "path"):
+            cb.path = folder.absolute() / name
         if type(cb) is EMA and not gives(spec, "keep"):
             cb.keep = True  # model.pt is all that stays of a run: it gets the weights that were validated
         if type(cb) is HaltOnNaN and cb.path is None:
@@ -374,11 +377,9 @@ def _schedule(name: str, lr: float) -> Callable[[float], float] | None:
 def _net(settings: Settings, model: nn.Module) -> str:
     """The net and its norms in a few words."""
     recipe = f" (recipe {settings.recipe})" if settings.recipe else ""
-    if settings.model in MODELS:
-        return f"{settings.model} of {settings.layer}{recipe}"
+    if settings.model in MODELS or settings.norm == "own":
+        return settings.title + recipe
     n = sum(isinstance(m, RunningBatchNorm) for m in model.modules())
-    if settings.norm == "own":
-        return f"{settings.model} with its own norms"
     return f"{settings.model} with {_count(n, 'running batch norm') + recipe if n else 'no batch norm to replace'}"
 
 
