@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastrbn.callbacks import AvgStatsCallback, ConfusionMatrix, CudaCallback, MixedPrecision
-from fastrbn.cli.build import build_data, build_model
-from fastrbn.cli.settings import Settings, find_device, of_config, read_config
 from fastrbn.data import BadDataError, BatchLoader, DataBunch, DataError, DataNotFoundError, Dataset, load_dataset
 from fastrbn.data.folder import files_in, listing
 from fastrbn.data.image_file import UNREADABLE, ImageTransform
 from fastrbn.learn import Learner, Runner, checkpoint_file
 from fastrbn.learn.checkpoint_file import CheckpointError
 from fastrbn.learn.snapshot import load_plain_state_dict
+from fastrbn.trainer.build import build_data, build_model
+from fastrbn.trainer.settings import Settings, find_device, of_config, read_config
 from fastrbn.util import one_of, suggestion, whole
 
 __all__ = ["Evaluation", "ImagePrediction", "RunError", "SavedRun", "load_run"]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from fastrbn.compare import GridResult, cells_of, run_grid, split_norms, write_report
 from fastrbn.data import DataError, DataNotFoundError
+from fastrbn.trainer.settings import find_device
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DONE, ERROR, INTERRUPTED, CliError
 from .run_folder import make_folder
-from .settings import find_device
 
 CELLS, FAILED = "cells.csv", "failed.txt"
 

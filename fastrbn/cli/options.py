@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastrbn._version import __version__
+from fastrbn.trainer.settings import COMPILE, MANY, MODELS, OPTIMISERS, Rule, one_of, rate, rule, whole
 from fastrbn.util import suggestion
-
-from .settings import COMPILE, MANY, MODELS, OPTIMISERS, Rule, one_of, rate, rule, whole
 
 DONE, ERROR, BAD_ARGUMENTS, HALTED, INTERRUPTED = 0, 1, 2, 3, 130
 

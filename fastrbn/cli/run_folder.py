@@ -28,11 +28,11 @@ from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, ParamMagnitudes, Reco
 from fastrbn.data import DataBunch, ImageData
 from fastrbn.learn import Learner, Runner, checkpoint_file
 from fastrbn.norm import get_recipe
+from fastrbn.trainer.settings import NFS, Settings, of_config, read_config, split_norm
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DATA_SETS, DONE, CliError
 from .plugins import IN_THE_FOLDER, outside
-from .settings import NFS, Settings, of_config, read_config, split_norm
 
 CHECKPOINTS = "checkpoints"  # a folder
 REPORT = "nan_report.txt"

@@ -50,15 +50,16 @@ from fastrbn.data import (
 )
 from fastrbn.learn import Callback, Learner, Runner
 from fastrbn.norm import RunningBatchNorm
+from fastrbn.trainer import nets
+from fastrbn.trainer.augment import transforms
+from fastrbn.trainer.build import build_data, build_model
+from fastrbn.trainer.settings import COMPILE, MODELS, Settings, of_file, settle
 
-from . import nets, run_folder
 from . import ranks as processes
-from .augment import transforms
-from .build import build_data, build_model
+from . import run_folder
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
 from .plugins import IN_THE_FOLDER, gives, make_callback
 from .run_folder import Plan
-from .settings import COMPILE, MODELS, Settings, of_file, settle
 
 EVERY_NET = 224  # pixels a side for which every net of torchvision is made
 MAGNITUDES = 500  # about as many moments as params.png has columns

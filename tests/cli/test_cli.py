@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 
 import fastrbn
-from fastrbn.cli import build as cli_build
 from fastrbn.cli import main, plugins, run_folder
 from fastrbn.cli import ranks as cli_ranks
 from fastrbn.cli import train as cli_train
-from fastrbn.cli.settings import default_lr
 from fastrbn.data import DownloadError, glyphs, image_databunch
 from fastrbn.learn import Callback
 from fastrbn.models import conv_rbn, get_cnn_model, resnet9
+from fastrbn.trainer import build as cli_build
+from fastrbn.trainer.settings import default_lr
 
 COMMAND = "fastrbn train glyphs --limit 400 --bs 16 --epochs 2 --seed 3 --out here/run"
 RESULTS = {"config.json", "history.csv", "curves.png", "params.png", "model.pt"}

@@ -24,9 +24,9 @@ from fastrbn.callbacks import ParamMagnitudes, Recorder
 from fastrbn.cli import main, plugins, run_folder
 from fastrbn.cli import train as cli_train
 from fastrbn.cli.options import CliError, parser
-from fastrbn.cli.settings import default_lr, of_config, settle
 from fastrbn.data import glyphs, load_dataset
 from fastrbn.learn import checkpoint_file
+from fastrbn.trainer.settings import default_lr, of_config, settle
 
 ROOT = Path(fastrbn.__file__).parents[1]
 STEPS = 25  # an epoch
