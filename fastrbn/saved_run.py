@@ -229,9 +229,9 @@ class SavedRun:
 
         Parameters
         ----------
-        data : path or loader, optional
-            A folder with a folder of images for each class (some classes may be missing), or an iterable of batches
-            `(xb, yb)` that are normalised. By default the data of the run.
+        data : path, loader or batch, optional
+            A folder with a folder of images for each class (some classes may be missing), or batches `(xb, yb)` that
+            are normalised: a loader, another iterable of them, a DataBunch, or one. By default the data of the run.
         split : {"valid", "test"}, default "valid"
             Which of the run's data: the validation images as the run had them, or all test images.
 
@@ -261,8 +261,8 @@ class SavedRun:
         matrix, amp, opt = ConfusionMatrix(), self.settings.amp, torch.optim.SGD(self.model.parameters())
         cbs = [AvgStatsCallback(matrix), CudaCallback(self._device), *([MixedPrecision(amp)] if amp else [])]
         loss_func = nn.CrossEntropyLoss(label_smoothing=self.settings.label_smoothing)
-        learn = Learner(self.model, opt, loss_func, DataBunch(loader, loader))
-        loss = Runner(cbs).validate(learn=learn)["loss"]
+        learn = Learner(self.model, opt, loss_func, DataBunch([], []))
+        loss = Runner(cbs).validate(loader, learn)["loss"]
         confusion = matrix.compute()
         counts, right = confusion.sum(1).tolist(), confusion.diagonal()
         per_class = {name: int(hits) / count for name, hits, count in zip(self.classes, right, counts) if count}

@@ -74,7 +74,8 @@ def _line(text: str) -> None:
 
 
 def _data(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    names = [part.rstrip("/") or part for part in parts]  # as the same folder with and without it has the same cells
     if not names or len(set(names)) < len(names):
         raise ValueError(f"DATA is a data set or several with commas between them, each once; got '{text}'")
     return names
