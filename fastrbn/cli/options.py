@@ -155,9 +155,10 @@ def _add_train(commands) -> None:
     setting(
         "epochs",
         "N",
-        "passes over the data (default: 1); the first is epoch 0, on screen as in history.csv and curves.png",
+        "passes over the data (default: 1, or as many as --max-steps needs); the first is epoch 0, on screen as in "
+        "history.csv and curves.png",
     )
-    setting("max_steps", "N", "end after N training steps, if --epochs are not done before")
+    setting("max_steps", "N", "end after N training steps, or after --epochs if that is sooner")
     setting(
         "sched",
         "NAME",

@@ -221,7 +221,8 @@ def _outcome(
     history = run_folder.callback_of(run, AvgStatsCallback).history
     last = history[-1] if history else {}
     reached = f", validation accuracy {last['valid_accuracy']:.2%}" if last.get("valid_accuracy") is not None else ""
-    length = _count(settings.epochs, "epoch") if run.n_iter != settings.max_steps else _count(run.n_iter, "step")
+    by_steps = settings.epochs is None or run.n_iter == settings.max_steps
+    length = _count(run.n_iter, "step") if by_steps else _count(settings.epochs, "epoch")
     return DONE, f"done: {length} in {seconds:.1f} s{reached}"
 
 
@@ -339,8 +340,8 @@ def _try_a_batch(model: nn.Module, data: DataBunch, settings: Settings, world: i
 def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callback]) -> list[Callback]:
     """The command's own callbacks and the added ones; an added one replaces its own of that class."""
     own = [Recorder(), AvgStatsCallback(accuracy), ProgressCallback()]
-    steps = min(steps * settings.epochs, settings.max_steps or steps * settings.epochs)
-    own.append(ParamMagnitudes(every=max(1, steps // MAGNITUDES)))
+    ends = (None if settings.epochs is None else steps * settings.epochs, settings.max_steps)
+    own.append(ParamMagnitudes(every=max(1, min(n for n in ends if n is not None) // MAGNITUDES)))
     if not settings.no_halt:
         own.append(HaltOnNaN(path=folder))
     for spec, cb in zip(settings.cb, added):
@@ -414,5 +415,5 @@ def _count(n: int, what: str) -> str:
 
 def _length(settings: Settings) -> str:
     """How long the training is to last."""
-    epochs = _count(settings.epochs, "epoch")
-    return epochs if settings.max_steps is None else f"{epochs} or {_count(settings.max_steps, 'step')}"
+    ends = ((settings.epochs, "epoch"), (settings.max_steps, "step"))
+    return " or ".join(_count(n, what) for n, what in ends if n is not None)
