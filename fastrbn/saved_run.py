@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,24 +12,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fastrbn.cli.build import build_data, build_model
-from fastrbn.cli.settings import Settings, find_device, of_config, read_config
+from fastrbn.callbacks import AvgStatsCallback, ConfusionMatrix, CudaCallback, MixedPrecision
 from fastrbn.data import BadDataError, BatchLoader, DataBunch, DataError, DataNotFoundError, Dataset, load_dataset
 from fastrbn.data.folder import files_in, listing
 from fastrbn.data.image_file import UNREADABLE, ImageTransform
-from fastrbn.learn import checkpoint_file
+from fastrbn.learn import Learner, Runner, checkpoint_file
 from fastrbn.learn.checkpoint_file import CheckpointError
 from fastrbn.learn.snapshot import load_plain_state_dict
+from fastrbn.trainer.build import build_data, build_model
+from fastrbn.trainer.settings import Settings, find_device, of_config, read_config
 from fastrbn.util import one_of, suggestion, whole
 
 __all__ = ["Evaluation", "ImagePrediction", "RunError", "SavedRun", "load_run"]
 
 Images = str | Path | Image.Image
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
 
 
 class RunError(ValueError):
@@ -129,8 +127,8 @@ def load_run(folder: str | Path, weights: str = "best", device: torch.device | s
     except (RuntimeError, AttributeError, TypeError) as e:
         why = " ".join(str(e).split())
         raise RunError(
-            f"{file} does not fit the model that {folder / 'config.json'} describes ({settings.model} of "
-            f"{settings.layer}): {why[:300]}{'…' if len(why) > 300 else ''} Are both files of the same run?"
+            f"{file} does not fit the model that {folder / 'config.json'} describes ("
+            f"{settings.title}): {why[:300]}{'…' if len(why) > 300 else ''} Are both files of the same run?"
         ) from e
     history = _history(folder / "history.csv")
     model = model.to(settings.device).eval()
@@ -231,9 +229,9 @@ class SavedRun:
 
         Parameters
         ----------
-        data : path or loader, optional
-            A folder with a folder of images for each class (some classes may be missing), or an iterable of batches
-            `(xb, yb)` that are normalised. By default the data of the run.
+        data : path, loader or batch, optional
+            A folder with a folder of images for each class (some classes may be missing), or batches `(xb, yb)` that
+            are normalised: a loader, another iterable of them, a DataBunch, or one. By default the data of the run.
         split : {"valid", "test"}, default "valid"
             Which of the run's data: the validation images as the run had them, or all test images.
 
@@ -259,23 +257,16 @@ class SavedRun:
             loader = self.data().valid_dl if split == "valid" else self._loader(self._images(valid="test").valid)
         return self._measure(loader)
 
-    @torch.inference_mode()
-    def _measure(self, loader: Iterable[Any]) -> Evaluation:
-        device, c, dtype = self._device, len(self.classes), _DTYPES.get(self.settings.amp or "")
-        total, confusion = 0.0, torch.zeros(c * c, dtype=torch.int64)
-        self.model.eval()
-        for xb, yb in loader:
-            yb = yb.to(device)
-            with contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype):
-                scores = self.model(xb.to(device)).float()
-            total += F.cross_entropy(scores, yb, reduction="sum", label_smoothing=self.settings.label_smoothing).item()
-            confusion += torch.bincount(yb * c + scores.argmax(1), minlength=c * c).cpu()
-        confusion = confusion.view(c, c)
-        n, counts, right = int(confusion.sum()), confusion.sum(1).tolist(), confusion.diagonal()
-        if n == 0:
-            raise ValueError("evaluate needs at least one batch; the loader gave none")
+    def _measure(self, loader: Any) -> Evaluation:
+        matrix, amp, opt = ConfusionMatrix(), self.settings.amp, torch.optim.SGD(self.model.parameters())
+        cbs = [AvgStatsCallback(matrix), CudaCallback(self._device), *([MixedPrecision(amp)] if amp else [])]
+        loss_func = nn.CrossEntropyLoss(label_smoothing=self.settings.label_smoothing)
+        learn = Learner(self.model, opt, loss_func, DataBunch([], []))
+        loss = Runner(cbs).validate(loader, learn)["loss"]
+        confusion = matrix.compute()
+        counts, right = confusion.sum(1).tolist(), confusion.diagonal()
         per_class = {name: int(hits) / count for name, hits, count in zip(self.classes, right, counts) if count}
-        return Evaluation(total / n, int(right.sum()) / n, per_class, confusion)
+        return Evaluation(loss, int(right.sum()) / sum(counts), per_class, confusion)
 
     def data(self) -> DataBunch:
         """Make the loaders that the run was trained with, normalised with the run's statistics.
@@ -392,7 +383,7 @@ class SavedRun:
         t = self.transform
         weights = self.weights.relative_to(self.folder) if self.weights.is_relative_to(self.folder) else self.weights
         return (
-            f"SavedRun({str(self.folder)!r}, {self.settings.model} of {self.settings.layer}, weights of {weights}, "
+            f"SavedRun({str(self.folder)!r}, {self.settings.title}, weights of {weights}, "
             f"{len(self.classes)} classes of images of {(len(t.mean), *t.size)})"
         )
 
@@ -564,7 +555,10 @@ def _trained(history: list[dict[str, Any]], config: dict[str, Any], which: str) 
     """The row of the epoch in which the best, or the last, weights were validated."""
     result = config.get("result", {})
     if which == "best":
-        rows = [row for row in history if row["epoch"] == _best(config).get("epoch")]
+        best = _best(config)
+        rows = [row for row in history if row["epoch"] == best.get("epoch")]
+        # an epoch that max_steps had cut, and that went on later, has two: the one with the best value comes first
+        rows.sort(key=lambda row: [*best.values()][-1] in [*row.values()][1:], reverse=True)
     else:
         ema = [cb for cb in map(str, config.get("callbacks", ())) if cb.startswith("EMA(")]
         kept = not ema or result.get("status") == 0 and "keep=True" in ema[0]  # else the averages were validated

@@ -45,13 +45,13 @@ MAY_IMPORT = {
     "build": ["callbacks", "learn", "models", "norm", "util"],
     "compare.peers": [],
     "compare": ["_version", "callbacks", "compare.peers", "data", "learn", "models", "norm", "plots", "util"],
-    "cli.settings": ["norm", "util"],
-    "cli.options": ["_version", "cli.settings", "util"],
-    "cli.augment": ["cli.nets", "data"],
-    "cli.nets": ["norm", "util"],
-    "cli.build": ["cli.augment", "cli.nets", "cli.settings", "data", "models"],
+    "trainer.settings": ["norm", "util"],
+    "trainer.augment": ["trainer.nets", "data"],
+    "trainer.nets": ["norm", "util"],
+    "trainer.build": ["trainer.augment", "trainer.nets", "trainer.settings", "data", "models"],
+    "cli.options": ["_version", "trainer.settings", "util"],
     "export": ["norm", "util"],
-    "saved_run": ["cli.build", "cli.settings", "data", "export", "learn", "util"],
+    "saved_run": ["callbacks", "data", "export", "learn", "trainer.build", "trainer.settings", "util"],
 }
 # Imports from inside functions that point upward, each with its reason
 UPWARD = {

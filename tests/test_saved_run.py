@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastrbn import EMA, RunError, load_run, saved_run
-from fastrbn.data import BadDataError, load_folder
+from fastrbn.data import BadDataError, DataBunch, load_folder
 from fastrbn.learn import checkpoint_file
 
 
@@ -107,7 +107,8 @@ def test_other_images_can_be_evaluated(run, trained_run, tmp_path):
     assert found.per_class == {"dog": labels.count("dog") / 8}
     x = torch.stack([run.transform(file) for file in sorted((tmp_path / "some" / "dog").iterdir())])
     batches = [(x[:5], torch.ones(5, dtype=torch.int64)), (x[5:], torch.ones(3, dtype=torch.int64))]
-    assert run.evaluate(batches).loss == pytest.approx(found.loss)
+    for data in (batches, (x, torch.ones(8, dtype=torch.int64)), DataBunch(None, batches)):
+        assert run.evaluate(data).loss == pytest.approx(found.loss)
     with torch.no_grad():
         want = F.cross_entropy(run.model(x), torch.ones(8, dtype=torch.int64), label_smoothing=0.1)
     assert found.loss == pytest.approx(want.item())

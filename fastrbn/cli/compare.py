@@ -10,11 +10,11 @@ from pathlib import Path
 
 from fastrbn.compare import GridResult, cells_of, run_grid, split_norms, write_report
 from fastrbn.data import DataError, DataNotFoundError
+from fastrbn.trainer.settings import find_device
 from fastrbn.util import locked, write_whole
 
 from .options import BAD_ARGUMENTS, DONE, ERROR, INTERRUPTED, CliError
 from .run_folder import make_folder
-from .settings import find_device
 
 CELLS, FAILED = "cells.csv", "failed.txt"
 
@@ -74,7 +74,8 @@ def _line(text: str) -> None:
 
 
 def _data(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    names = [part.rstrip("/") or part for part in parts]  # as the same folder with and without it has the same cells
     if not names or len(set(names)) < len(names):
         raise ValueError(f"DATA is a data set or several with commas between them, each once; got '{text}'")
     return names

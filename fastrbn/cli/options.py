@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastrbn._version import __version__
+from fastrbn.trainer.settings import COMPILE, MANY, MODELS, OPTIMISERS, Rule, one_of, rate, rule, whole
 from fastrbn.util import suggestion
-
-from .settings import COMPILE, MANY, MODELS, OPTIMISERS, Rule, one_of, rate, rule, whole
 
 DONE, ERROR, BAD_ARGUMENTS, HALTED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -55,7 +54,10 @@ def _listed(kind: Rule) -> Rule:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an unknown option with the closest known one and the usage of its own command."""
+    """Reports a wrong argument in a line of its own, and an unknown option with the closest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_ARGUMENTS, f"{self.prog}: error: {message}\n")  # not after ten lines of usage
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         parsed, unknown = super().parse_known_args(args, namespace)
@@ -153,9 +155,10 @@ def _add_train(commands) -> None:
     setting(
         "epochs",
         "N",
-        "passes over the data (default: 1); the first is epoch 0, on screen as in history.csv and curves.png",
+        "passes over the data (default: 1, or as many as --max-steps needs); the first is epoch 0, on screen as in "
+        "history.csv and curves.png",
     )
-    setting("max_steps", "N", "end after N training steps, if --epochs are not done before")
+    setting("max_steps", "N", "end after N training steps, or after --epochs if that is sooner")
     setting(
         "sched",
         "NAME",

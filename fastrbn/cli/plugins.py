@@ -17,7 +17,7 @@ from fastrbn.util import suggestion
 from .options import BAD_ARGUMENTS, CliError
 
 GROUP = "fastrbn.callbacks"
-IN_FOLDER = (JSONLLogger, SaveBest)  # these write into the run's folder unless a path is given
+IN_THE_FOLDER = {SaveBest: "best.pt", JSONLLogger: "history.jsonl"}  # where they write in a run's, unless path is given
 
 
 def built_in() -> dict[str, type[Callback]]:
@@ -39,16 +39,20 @@ def make_callback(spec: str) -> Callback:
     """The callback that `NAME[:ARG=VALUE,…]` describes. CliError for an unknown name or wrong arguments."""
     name, _, rest = spec.partition(":")
     factory = _find(name.strip(), spec)
-    kwargs = _arguments(rest, spec)
+    kwargs, several = _arguments(rest, spec), ()
     signature = _signature(factory)
+    for p in signature.parameters.values():
+        if p.kind is p.VAR_POSITIONAL and p.name in kwargs:  # patterns=('stem', 'body') of Freeze
+            value = kwargs.pop(p.name)
+            several = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     try:
-        signature.bind(**kwargs)
+        signature.bind(*several, **kwargs)
     except TypeError as e:
         unknown = [k for k in kwargs if k not in signature.parameters]
         hint = suggestion(unknown[0], signature.parameters) if unknown else ""
         raise CliError(f"--cb {spec}: {e}; {name} takes {_takes(signature)}.{hint}", BAD_ARGUMENTS) from None
     try:
-        made = factory(**kwargs)
+        made = factory(*several, **kwargs)
     except (TypeError, ValueError, OSError) as e:
         raise CliError(f"--cb {spec}: {e}", BAD_ARGUMENTS) from e
     except (Exception, SystemExit) as e:
@@ -67,7 +71,7 @@ def outside(spec: str, folder: Path) -> str | None:
     factory, kwargs = _built_in(name.strip()), _arguments(rest, spec)
     if factory is None:
         return "gives text to a plug-in" if _text_in([*kwargs.values()]) else None
-    default = None if factory in IN_FOLDER else inspect.signature(factory).parameters.get("path")
+    default = None if factory in IN_THE_FOLDER else inspect.signature(factory).parameters.get("path")
     path = kwargs.get("path", None if default is None else default.default)
     if path in (None, inspect.Parameter.empty):
         return None

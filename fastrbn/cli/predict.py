@@ -84,7 +84,7 @@ def eval(args: Namespace) -> int:  # called like its command
     n, own = int(found.confusion.sum()), args.data is None and args.split == "valid"
     what = {"valid": "validation images", "test": "test images"}[args.split]
     what = what if args.data is None else f"images in {args.data}"
-    print(f"{run.settings.model} of {run.settings.layer}, weights of {run.weights}, {n} {what}")
+    print(f"{run.settings.title}, weights of {run.weights}, {n} {what}")
     before = run.trained if own else None
     beside = "" if before is None else f"; in training, epoch {before['epoch']}: {_measured(before)}"
     print(f"loss {found.loss:.4f}, accuracy {found.accuracy:.2%}{beside}")

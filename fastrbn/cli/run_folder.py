@@ -28,23 +28,21 @@ from fastrbn.callbacks import AvgStatsCallback, HaltOnNaN, ParamMagnitudes, Reco
 from fastrbn.data import DataBunch, ImageData
 from fastrbn.learn import Learner, Runner, checkpoint_file
 from fastrbn.norm import get_recipe
+from fastrbn.trainer.settings import NFS, Settings, of_config, read_config, split_norm
 from fastrbn.util import locked, write_whole
 
-from .options import BAD_ARGUMENTS, DONE, CliError
-from .plugins import outside
-from .settings import NFS, Settings, of_config, read_config, split_norm
+from .options import BAD_ARGUMENTS, DATA_SETS, DONE, CliError
+from .plugins import IN_THE_FOLDER, outside
 
 CHECKPOINTS = "checkpoints"  # a folder
 REPORT = "nan_report.txt"
-BEST, LINES = "best.pt", "history.jsonl"  # of SaveBest and JSONLLogger, unless their path is given
 RESULTS = (
     "config.json",
     "model.pt",
-    BEST,
+    *IN_THE_FOLDER.values(),
     "model.onnx",
     "model.pt2",
     "history.csv",
-    LINES,
     "curves.png",
     "params.png",
     REPORT,
@@ -184,15 +182,25 @@ def configuration(
     }
     if (past := plan.config) is None:
         return config
+    then = past.get("data")
+    classes = then.get("classes", [*images.classes]) if isinstance(then, dict) else [*images.classes]
+    if classes != [*images.classes]:
+        raise CliError(
+            f"{kept['data']} has other classes ({', '.join(images.classes[:5])}) than the run was trained with "
+            f"({', '.join(map(str, classes[:5]))}): put its images back, or train in another folder"
+        )
     again = {"command": past["command"], "started": past["started"], "resumed": [*past.get("resumed", []), now]}
-    return {**past, **config, **again}
+    return {name: value for name, value in past.items() if name != "result"} | config | again
 
 
 def _found(data: str | None, images: ImageData) -> str:
     """The data by the name under which they will be found again, from any folder."""
-    if data is not None and Path(data).is_dir():
-        return str(Path(data).resolve())
-    return images.name if data is None or data == images.name.removesuffix("-jpeg") else data
+    return images.name if data is None or data in DATA_SETS else _anywhere(data)
+
+
+def _anywhere(data: str) -> str:
+    """A folder by its whole path; the name of a data set, which takes precedence, as it is."""
+    return str(Path(data).resolve()) if data not in DATA_SETS and Path(data).is_dir() else data
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -312,8 +320,14 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
     if "pretrained" in asked:
         asked["pretrained"] = str(asked["pretrained"].resolve())
     kept = {**settings.dump(), "out": folder, "force": False}
+    may_change = {*_MAY_CHANGE}
+    if "data" in asked:
+        asked["data"] = kept["data"] if kept["data"] == f"{asked['data']}-jpeg" else _anywhere(asked["data"])
+        then, now = Path(kept["data"]), Path(asked["data"])
+        if then.is_absolute() and not then.exists() and now.is_absolute():  # they, or the run, have been moved
+            may_change.add("data")
     for name, wanted in sorted(asked.items()):
-        if name not in _MAY_CHANGE and wanted != kept[name]:
+        if name not in may_change and wanted != kept[name]:
             option = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
             raise CliError(
                 f"{option} does not go with --resume: the run has {kept[name]}, got {wanted}; leave it out, or begin "
@@ -322,7 +336,7 @@ def resumed(folder: Path, given: Mapping[str, Any], command: str) -> Plan:
             )
     if "cb" not in asked:
         _check_callbacks(settings.cb, folder)
-    settings = dataclasses.replace(settings, **{name: asked[name] for name in _MAY_CHANGE if name in asked})
+    settings = dataclasses.replace(settings, **{name: asked[name] for name in may_change if name in asked})
     root = settings.data_dir
     if "data_dir" not in asked and root is not None and not root.is_dir():
         raise CliError(

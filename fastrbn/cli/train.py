@@ -33,7 +33,6 @@ from fastrbn.callbacks import (
     ParamScheduler,
     ProgressCallback,
     Recorder,
-    SaveBest,
     TensorBoardLogger,
     accuracy,
     combine_scheds,
@@ -51,15 +50,16 @@ from fastrbn.data import (
 )
 from fastrbn.learn import Callback, Learner, Runner
 from fastrbn.norm import RunningBatchNorm
+from fastrbn.trainer import nets
+from fastrbn.trainer.augment import transforms
+from fastrbn.trainer.build import build_data, build_model
+from fastrbn.trainer.settings import COMPILE, MODELS, Settings, of_file, settle
 
-from . import nets, run_folder
 from . import ranks as processes
-from .augment import transforms
-from .build import build_data, build_model
+from . import run_folder
 from .options import BAD_ARGUMENTS, DONE, ERROR, HALTED, INTERRUPTED, CliError
-from .plugins import IN_FOLDER, gives, make_callback
+from .plugins import IN_THE_FOLDER, gives, make_callback
 from .run_folder import Plan
-from .settings import COMPILE, MODELS, Settings, of_file, settle
 
 EVERY_NET = 224  # pixels a side for which every net of torchvision is made
 MAGNITUDES = 500  # about as many moments as params.png has columns
@@ -121,7 +121,7 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
     except Exception as e:  # noqa: BLE001 - a net of the user's or of torchvision's may raise anything
         net, told, hint = settings.model, str(e), ""
         if net in MODELS:
-            net = f"{net} of {settings.layer}"
+            net = settings.title
         elif ":" in net:
             told = nets.told(e)
         elif min(images.train.x.shape[2:]) < EVERY_NET:
@@ -191,9 +191,13 @@ def _fit(plan: Plan, learn: Learner, run: Runner, folder: Path, config: dict[str
 
 
 def _says_all(error: BaseException) -> bool:
-    """Whether the sentence at the end is enough: a full disk is no fault of the code that a traceback would show."""
+    """Whether the sentence at the end is enough: neither a full disk nor an argument that a callback of the package
+    refuses is a fault of the code that a traceback would show."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or isinstance(error, CheckpointError)
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    refused = isinstance(error, ValueError) and any(code.co_name == "begin_fit" for code in codes)
+    ours = bool(codes) and Path(codes[-1].co_filename).is_relative_to(Path(__file__).parents[1])
+    return full or refused and ours or isinstance(error, CheckpointError)
 
 
 def _put_back(plan: Plan, folder: Path, ranks: processes.Ranks) -> None:
@@ -217,7 +221,8 @@ def _outcome(
     history = run_folder.callback_of(run, AvgStatsCallback).history
     last = history[-1] if history else {}
     reached = f", validation accuracy {last['valid_accuracy']:.2%}" if last.get("valid_accuracy") is not None else ""
-    length = _count(settings.epochs, "epoch") if run.n_iter != settings.max_steps else _count(run.n_iter, "step")
+    by_steps = settings.epochs is None or run.n_iter == settings.max_steps
+    length = _count(run.n_iter, "step") if by_steps else _count(settings.epochs, "epoch")
     return DONE, f"done: {length} in {seconds:.1f} s{reached}"
 
 
@@ -335,12 +340,13 @@ def _try_a_batch(model: nn.Module, data: DataBunch, settings: Settings, world: i
 def _callbacks(settings: Settings, folder: Path, steps: int, added: list[Callback]) -> list[Callback]:
     """The command's own callbacks and the added ones; an added one replaces its own of that class."""
     own = [Recorder(), AvgStatsCallback(accuracy), ProgressCallback()]
-    own.append(ParamMagnitudes(every=max(1, steps * settings.epochs // MAGNITUDES)))
+    ends = (None if settings.epochs is None else steps * settings.epochs, settings.max_steps)
+    own.append(ParamMagnitudes(every=max(1, min(n for n in ends if n is not None) // MAGNITUDES)))
     if not settings.no_halt:
         own.append(HaltOnNaN(path=folder))
     for spec, cb in zip(settings.cb, added):
-        if isinstance(cb, IN_FOLDER) and not gives(spec, "path"):
-            cb.path = folder.absolute() / (run_folder.BEST if isinstance(cb, SaveBest) else run_folder.LINES)
+        if (name := IN_THE_FOLDER.get(type(cb))) is not None and not gives(spec, "path"):
+            cb.path = folder.absolute() / name
         if type(cb) is EMA and not gives(spec, "keep"):
             cb.keep = True  # model.pt is all that stays of a run: it gets the weights that were validated
         if type(cb) is HaltOnNaN and cb.path is None:
@@ -373,11 +379,9 @@ def _schedule(name: str, lr: float) -> Callable[[float], float] | None:
 def _net(settings: Settings, model: nn.Module) -> str:
     """The net and its norms in a few words."""
     recipe = f" (recipe {settings.recipe})" if settings.recipe else ""
-    if settings.model in MODELS:
-        return f"{settings.model} of {settings.layer}{recipe}"
+    if settings.model in MODELS or settings.norm == "own":
+        return settings.title + recipe
     n = sum(isinstance(m, RunningBatchNorm) for m in model.modules())
-    if settings.norm == "own":
-        return f"{settings.model} with its own norms"
     return f"{settings.model} with {_count(n, 'running batch norm') + recipe if n else 'no batch norm to replace'}"
 
 
@@ -401,9 +405,15 @@ def _announce(settings: Settings, config: dict[str, Any], model: nn.Module) -> N
     fast = [settings.amp, "channels last" if settings.channels_last else None, compiled if settings.compile else None]
     print(
         f"{_net(settings, model)}, {config['parameters']} parameters, {settings.opt}, {bs}, learning rate {path}, "
-        + ", ".join([_count(settings.epochs, "epoch"), f"on {settings.device}", *filter(None, fast)])
+        + ", ".join([_length(settings), f"on {settings.device}", *filter(None, fast)])
     )
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _length(settings: Settings) -> str:
+    """How long the training is to last."""
+    ends = ((settings.epochs, "epoch"), (settings.max_steps, "step"))
+    return " or ".join(_count(n, what) for n, what in ends if n is not None)

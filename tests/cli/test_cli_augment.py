@@ -8,8 +8,8 @@ from torchvision.transforms import v2
 
 from fastrbn.cli import main, run_folder
 from fastrbn.cli import train as cli_train
-from fastrbn.cli.augment import transforms
 from fastrbn.data import RandomCrop, RandomFlip, glyphs
+from fastrbn.trainer.augment import transforms
 
 OWN = """
 from torchvision.transforms import v2

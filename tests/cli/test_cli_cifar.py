@@ -12,8 +12,8 @@ from torch import nn
 from fastrbn import RECIPES, LabelSmoothingCrossEntropy, RunningBatchNorm
 from fastrbn.cli import main, run_folder
 from fastrbn.cli import train as cli_train
-from fastrbn.cli.settings import default_lr
 from fastrbn.data import Cutout, RandomCrop, RandomFlip, glyphs, to_channels_last
+from fastrbn.trainer.settings import default_lr
 
 REAL = Path(os.environ.get("FASTRBN_DATA") or "/nowhere") / "cifar10-jpeg"
 ALL = (

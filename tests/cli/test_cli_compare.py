@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import fastrbn
-from fastrbn.cli import main, options
+from fastrbn.cli import compare, main, options
 from fastrbn.compare import NETS, grid, read_rows, table, workers
 from fastrbn.data import glyphs
 from fastrbn.util import locked
@@ -72,6 +72,10 @@ def test_the_options_reach_the_cells(cli):
     assert {k: first[k] for k in want} == want
     assert (first["lr_factor"], second["lr_factor"]) == ("0.5", "2")
     assert {"sweep.png", "weight_norms.png", "cells_norms"} <= set(os.listdir("there"))
+
+
+def test_a_folder_has_the_same_cells_with_a_slash_at_its_end_as_shells_write_it():
+    assert compare._data("photos/, mnist") == ["photos", "mnist"]
 
 
 def test_a_folder_of_one_class_is_refused(cli, tmp_path):

@@ -13,13 +13,14 @@ from torch import nn, optim
 from torchvision import models
 
 from fastrbn import load_run
-from fastrbn.cli import main, nets, run_folder
+from fastrbn.cli import main, run_folder
 from fastrbn.cli import train as cli_train
-from fastrbn.cli.build import build_model
-from fastrbn.cli.settings import OPTIMISERS, settle
 from fastrbn.data import glyphs
 from fastrbn.data.image_data import resized
 from fastrbn.norm import RunningBatchNorm, convert_batchnorm
+from fastrbn.trainer import nets
+from fastrbn.trainer.build import build_model
+from fastrbn.trainer.settings import OPTIMISERS, settle
 
 MINE = """
 from torch import nn

@@ -1,6 +1,7 @@
 """`fastrbn train --checkpoint-every` and `--resume`: what is continued, and what is refused."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -18,14 +19,14 @@ import pytest
 import torch
 
 import fastrbn
-from fastrbn import util
-from fastrbn.callbacks import Recorder
+from fastrbn import load_run, util
+from fastrbn.callbacks import ParamMagnitudes, Recorder
 from fastrbn.cli import main, plugins, run_folder
 from fastrbn.cli import train as cli_train
 from fastrbn.cli.options import CliError, parser
-from fastrbn.cli.settings import default_lr, of_config, settle
 from fastrbn.data import glyphs, load_dataset
 from fastrbn.learn import checkpoint_file
+from fastrbn.trainer.settings import default_lr, of_config, settle
 
 ROOT = Path(fastrbn.__file__).parents[1]
 STEPS = 25  # an epoch
@@ -162,11 +163,69 @@ def trained(cli, *extra):
     assert cli("train", "glyphs", "--limit", 80, "--checkpoint-every", 4, "--out", "a", *extra)[0] == 0
 
 
+def test_a_relative_folder_of_images_and_one_that_was_moved_are_found(cli, tmp_path, monkeypatch):
+    def load(name, *args):
+        return dataclasses.replace(small(), name="pets", classes=tuple("abcdefghij") if "other" in name else classes)
+
+    def again(data):
+        return run_folder.resumed(Path("a"), {"data": data}, "").settings.data
+
+    classes = small().classes
+    monkeypatch.setattr(cli_train, "load_dataset", load)
+    for folder in ("pets", "moved/pets", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert cli("train", "pets", "--limit", 8, "--checkpoint-every", 1, "--out", "a")[0] == 0
+    assert again("pets") == again("./pets/") == config("a")["arguments"]["data"] == str(tmp_path / "pets")
+    with pytest.raises(CliError, match="DATA does not go with --resume"):
+        again("moved/pets")
+    (tmp_path / "pets").rmdir()
+    assert again("moved/pets") == str(tmp_path / "moved" / "pets")
+    before = contents("a")
+    status, _, err = cli("train", "other", "--resume", "a")
+    assert status == 1 and "other has other classes (a, b, c, d, e) than the run" in err and contents("a") == before
+
+
+def test_a_data_set_is_no_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mnist").mkdir()
+    assert run_folder._found("mnist", dataclasses.replace(small(), name="mnist")) == "mnist"
+
+
+def test_a_resumed_run_that_is_killed_does_not_show_how_it_had_ended(cli, monkeypatch):
+    trained(cli)
+    told = []
+    stop_after(12, monkeypatch, lambda: told.append(config("a")))
+    assert cli("train", "--resume", "a", "--epochs", 2)[0] == 0
+    assert "result" not in told[0] and config("a")["result"]["steps"] == 20
+
+
 def test_max_steps_ends_a_run_within_an_epoch_and_more_of_them_go_on(cli):
     trained(cli, "--bs", 16, "--epochs", 2, "--max-steps", 7)
     status, out, _ = cli("train", "--resume", "a", "--max-steps", 9)
-    assert status == 0 and "done: 9 steps in" in out
+    assert status == 0 and "done: 9 steps in" in out and ", 2 epochs or 9 steps, on" in out
     assert json.loads(Path("a/config.json").read_text())["result"]["steps"] == 9
+
+
+def test_max_steps_without_epochs_takes_as_many_as_it_needs(cli):
+    status, out, _ = cli("train", "glyphs", "--limit", 16, "--max-steps", 5, "--checkpoint-every", 9, "--out", "a")
+    assert status == 0 and "(linear), 5 steps, on" in out and "done: 5 steps in" in out
+    assert [int(row["epoch"]) for row in rows("a/history.csv")] == [0, 1, 2] and config("a")["epochs"] is None
+    assert cli("train", "--resume", "a", "--max-steps", 6)[0] == 0 and config("a")["result"]["steps"] == 6
+
+
+def test_the_row_of_the_best_weights_is_found_among_two_of_an_epoch(cli):
+    trained(cli, "--bs", 16, "--epochs", 2, "--max-steps", 7, "--cb", "SaveBest:monitor=train_accuracy")
+    assert cli("train", "--resume", "a", "--max-steps", 10)[0] == 0
+    run = load_run("a")
+    assert [row["epoch"] for row in run.history] == [0, 1, 1]
+    assert run.trained["train_accuracy"] == run.results["best"]["train_accuracy"]
+    assert run.results["best"]["epoch"] == 1 and run.trained is not run.history[1], "the second row is the better one"
+
+
+def test_moments_of_the_parameters_are_those_of_a_run_that_max_steps_ends():
+    settings = settle({"epochs": 10**6, "max_steps": 20})
+    (every,) = [cb.every for cb in cli_train._callbacks(settings, Path(), 100, []) if isinstance(cb, ParamMagnitudes)]
+    assert every == 1
 
 
 def contents(folder):
@@ -278,14 +337,15 @@ def test_a_callback_that_reaches_out_of_the_runs_folder_is_resumed_only_when_rep
     assert contents(".") == before
 
 
-@pytest.mark.parametrize("spec", ["CSVLogger:path=mine.csv", "SaveBest", "EMA:decay=0.5"])
+@pytest.mark.parametrize("spec", ["CSVLogger:path=mine.csv", "SaveBest", "JSONLLogger", "EMA:decay=0.5"])
 def test_repeated_or_harmless_callbacks_are_resumed(spec, cli):
-    given = ("--cb", spec, "--cb", "JSONLLogger")
+    given = ("--cb", spec)
     trained(cli, *given)
     repeated = () if "mine" not in spec else given
     assert cli("train", "--resume", "a", "--epochs", 2, *repeated)[0] == 0
+    lines = Path("a/history.jsonl")
+    assert (len(lines.read_text().splitlines()) == 2) if spec == "JSONLLogger" else not lines.exists()
     assert len(rows("a/history.csv")) == 2 and ("mine" not in spec or rows("mine.csv") == rows("a/history.csv"))
-    assert len(Path("a/history.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_plug_in_is_resumed_without_text_only():
@@ -326,11 +386,12 @@ def test_a_mistyped_configuration_gets_one_line_that_names_file_and_key(cli):
                 assert named or plain and "was trained with --checkpoint-every" in str(e), (key, e)
             else:
                 kept = got.config if owner is made else got.settings.dump()
+                if (key, value) in (("recipe", None), ("epochs", None)):  # which are `default` and 1
+                    continue
                 accepted.append((key, value))
-                if (key, value) != ("recipe", None):  # which is `default` of running batch norm
-                    if key == "pretrained" and value == "x":
-                        kept[key] = Path(kept[key]).name
-                    assert value == "missing" or kept[key] == value or kept[key] == float(value), (key, value)
+                if key == "pretrained" and value == "x":
+                    kept[key] = Path(kept[key]).name
+                assert value == "missing" or kept[key] == value or kept[key] == float(value), (key, value)
         owner.clear()
         owner.update(before)
     typed = {

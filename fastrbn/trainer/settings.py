@@ -142,7 +142,7 @@ class Settings:
     opt: str = _setting("SGD", optimiser)
     lr: float = _setting(None, rate)
     sched: str = _setting("lin", one_of(*SCHEDULES))
-    epochs: int = _setting(1, whole(0))
+    epochs: int | None = _setting(None, whole(0))  # None: as many as max_steps needs
     max_steps: int | None = _setting(None, whole(1))
     width: int | None = _setting(None, whole(1, 4096))
     momentum: float = _setting(0.0, share)
@@ -166,6 +166,12 @@ class Settings:
     def layer(self) -> str:
         """The norm by the name of its layer: `conv_rbn`, `conv_bn` or `conv_gn`."""
         return NORMS[self.norm]
+
+    @property
+    def title(self) -> str:
+        """The model and its norms in a few words."""
+        other = "its own norms" if self.norm == "own" else f"recipe {self.recipe}"
+        return f"{self.model} of {self.layer}" if self.model in MODELS else f"{self.model} with {other}"
 
     def dump(self) -> dict[str, Any]:
         """The settings as JSON can hold them; `of_config` makes the same of them in any folder."""
@@ -198,6 +204,8 @@ def settle(given: Mapping[str, Any], world: int = 1) -> Settings:
     values = {name: f.metadata["default"] for name, f in _FIELDS.items()} | dict(given)
     values["norm"], values["recipe"] = _norm_and_recipe(values["norm"], values["recipe"])
     values["cb"] = tuple(values["cb"])
+    if values["epochs"] is None and values["max_steps"] is None:
+        values["epochs"] = 1
     model, cnn = values["model"], values["model"] == "cnn"
     if model != "resnet9" and values["width"] is not None:
         raise ValueError(f"--width is for resnet9, and --model is {model}: leave it out")
