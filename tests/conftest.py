@@ -13,9 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
+# They take longest, and so are given out first: at the end there are short ones left for every process
+LONG = ("test_notebooks.py", "test_distributed.py", "test_triton.py", "test_packaging.py", "test_benchmark_peers.py")
+
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True)

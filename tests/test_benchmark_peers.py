@@ -1,7 +1,6 @@
 """`benchmarks/peers.py`: the workers it talks to, what it says of a peer that is not there, how it counts."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,21 +18,15 @@ def peers(monkeypatch):
     return module
 
 
-def test_fastrbn_and_a_plain_loop_are_checked_and_timed_and_a_peer_that_is_not_there_is_named(tmp_path):
-    script = tmp_path / "peers.py"  # its environments lie beside it, so here there are none
-    script.write_text((BENCHMARKS / "peers.py").read_text())
-    for name in ("peer_scripts", "about.py"):
-        (tmp_path / name).symlink_to(BENCHMARKS / name)
+def test_fastrbn_and_a_plain_loop_are_checked_and_timed_and_a_peer_that_is_not_there_is_named(
+    peers, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(peers, "ENVS", tmp_path)  # where there are none
     options = ["--only", "raw", "fastrbn", "skorch", "--rounds", "1", "--steps", "20", "--epochs", "0"]
-    done = subprocess.run(
-        [sys.executable, script, *options, "--csv", tmp_path / "out.csv"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "skorch: skipped, not installed; `python benchmarks/peers.py --install --only skorch`" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["peers.py", *options, "--csv", str(tmp_path / "out.csv")])
+    peers.main()
+    out = capsys.readouterr().out
+    assert "skorch: skipped, not installed; `python benchmarks/peers.py --install --only skorch`" in out
     header, *rows = (tmp_path / "out.csv").read_text().splitlines()
     assert header.startswith("framework,version,plain_us,bare_added_us,full_added_us,epoch_s")
     assert [row.split(",")[0] for row in rows] == ["raw", "fastrbn"]

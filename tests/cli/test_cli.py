@@ -633,7 +633,10 @@ def test_an_interrupt_while_the_last_line_is_flushed_ends_with_130_quietly(cli, 
 def test_ctrl_c_while_the_process_exits_shows_no_traceback(tmp_path):
     code = """if True:
         import atexit, signal, sys, torch
-        from fastrbn.cli import main
+        from fastrbn.cli import main, run_folder, train
+        from fastrbn.data import glyphs
+        run_folder.plots.png = lambda figure: b"a picture"
+        train.load_dataset = lambda *_: glyphs(16, 16)
         atexit.register(signal.raise_signal, signal.SIGINT)  # as if it came among torch's
         sys.exit(main(["train", "glyphs", "--limit", "16", "--out", "r"]))"""
     done = subprocess.run(
@@ -648,7 +651,11 @@ def test_ctrl_c_in_a_real_process_ends_with_130_and_leaves_the_results(tmp_path)
     code = """if True:
         import sys
         from fastrbn import Recorder
-        from fastrbn.cli import main
+        from fastrbn.cli import main, run_folder, train
+        from fastrbn.data import glyphs
+
+        run_folder.plots.png = lambda figure: b"a picture"
+        train.load_dataset = lambda *_: glyphs(16, 16)
 
         def tell(self):
             if self.run.n_iter == 3:

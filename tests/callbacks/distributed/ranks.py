@@ -425,7 +425,7 @@ def torch_loaders(bs, n, generator):
 def torchs_dataloaders_are_cut_like_batchloaders():
     for n in (45, 48, 40):
         alone, ours = (learner(torch_loaders(bs, n, generator=True)) for bs in (8, 4))
-        want, got = fit(alone, together=False), fit(ours)
+        want, got = fit(alone, together=False, epochs=2), fit(ours, epochs=2)
         assert_close(ours.model.state_dict(), alone.model.state_dict())
         assert_history(got.avg_stats.history, want.avg_stats.history)
 
@@ -611,7 +611,7 @@ def what_one_rank_cancels_all_cancel():
     for kind, name in kinds.items():
         for event in ("begin_batch", "after_pred", "after_loss"):
             learn, events = learner(loaders(4)), Events()
-            fit(learn, Does(event, raises(kind("enough"))), events)
+            fit(learn, Does(event, raises(kind("enough"))), events, epochs=2)
             assert events.seen == [(name, 1, 2)], (event, events.seen)
             assert_same_on_ranks(learn.model)
             assert kind is not CancelTrainException or "enough" in events.run.stop_reason
@@ -631,7 +631,7 @@ def a_step_that_only_one_rank_leaves_out_is_an_error_on_all():
 def training_that_one_rank_ends_after_its_step_ends_for_all():
     for event in ("after_step", "after_batch"):
         learn, events = learner(loaders(4)), Events()
-        run = fit(learn, Does(event, raises(CancelTrainException("that will do"))), events)
+        run = fit(learn, Does(event, raises(CancelTrainException("that will do"))), events, epochs=2)
         assert "that will do" in run.stop_reason and ("rank 1" in run.stop_reason) == (RANK == 0)
         assert events.seen == [("train", 1, 2 + (RANK == 0))]
         assert_same_on_ranks(learn.model)
@@ -788,10 +788,10 @@ def ctrl_c_on_any_rank_ends_all_after_the_same_batch():
 
 @check
 def ctrl_c_on_any_rank_saves_a_checkpoint_first():
+    whole = learner(loaders(4))
+    fit(whole)
     for rank in (0, 1, None):
-        folder = FOLDER / f"interrupted-{rank}"
-        whole, learn = learner(loaders(4)), learner(loaders(4))
-        fit(whole)
+        folder, learn = FOLDER / f"interrupted-{rank}", learner(loaders(4))
         stops = Does("after_pred", partial(signal.raise_signal, signal.SIGINT), rank=rank)
         run = fit(learn, Checkpoint(folder), stops)
         assert run.stop_reason.startswith("interrupted (Ctrl-C)")
@@ -839,7 +839,7 @@ def fit_with_a_layer_that(does):
         def begin_batch(self):
             model[3].armed = does if RANK == 1 and self.run.n_iter == 8 else None
 
-    run = Runner([Arms(), Distributed(timeout=10)])
+    run = Runner([Arms(), Distributed(timeout=5)])
     return run, lambda: run.fit(3, learn)
 
 
