@@ -488,8 +488,8 @@ class Calls:
         """The outputs of all calls, without other processes."""
         if not xb:
             raise RuntimeError(
-                "the model was not seen in training mode outside of compiled code, so that the batch is not known; give "
-                "watch what torch.compile has returned"
+                "the model was not seen in training mode outside of compiled code, so that the batch is not known; "
+                "give watch what torch.compile has returned"
             )
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         return forward(lambda: [model(*args, **kwargs) for args, kwargs in xb[:_CALLS]])
