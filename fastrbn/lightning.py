@@ -123,6 +123,10 @@ class _Stopping(Outside):
         except CancelTrainException:
             self._trainer.should_stop = True
 
+    def ready(self) -> None:
+        if self._settled or not self.model.automatic_optimization:  # otherwise training_step has returned None
+            super().ready()
+
     def _forward(self, function: Callable[..., Any], *args: Any) -> Any:
         with self._context():
             return function(*args)

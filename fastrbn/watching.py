@@ -60,7 +60,7 @@ class Outside(Runner):
                     f"in another loop callbacks can only look on: {', '.join(cls.__name__ for cls in looking)}, and "
                     f"your own; {type(cb).__name__} needs this package's loop: use {instead}"
                 )
-        self._show = show
+        self._show, self._blind = show, [type(cb).__name__ for cb in self.cbs if isinstance(cb, _NEED_LOSS)]
         self._again, self._autocast = again, contextlib.nullcontext()
         self._begun = self._ended = self._open = self._settled = self._busy = False
 
@@ -95,26 +95,28 @@ class Outside(Runner):
         self.tell("begin_batch")
 
     def settle(self, loss: Any = None) -> None:
-        """The loss is known, or will not be shown."""
-        if loss is None and self._settled:
+        """The loss is known, or will not be shown. One that is shown twice counts once."""
+        if self._settled and (loss is None or loss is self.loss):
             return
-        if loss is None and (blind := [type(cb).__name__ for cb in self.cbs if isinstance(cb, _NEED_LOSS)]):
-            raise RuntimeError(
-                f"{', '.join(blind)} must be shown the loss before its backward pass, and has not seen it: {self._show}"
-            )
         self.loss, self._settled = loss, True
         self.tell("after_pred")
         self.tell("after_loss")
 
     def ready(self) -> None:
         """Gradients are there, and the step comes next."""
+        if self._blind and not self._settled:
+            raise RuntimeError(
+                f"{', '.join(self._blind)} must be shown the loss before its backward pass, and has not seen it: "
+                f"{self._show}"
+            )
         self.settle()
         self.tell("after_backward")
 
     def close(self) -> None:
         """The batch is over."""
         if self._open:
-            self.settle()
+            if not self._blind:  # a batch that was skipped has no loss to show
+                self.settle()
             self._open = False
             self.tell("after_batch")
 
@@ -144,7 +146,7 @@ class Outside(Runner):
 
         def and_look() -> Any:
             loss = closure()
-            if isinstance(loss, Tensor) and not self._settled:
+            if isinstance(loss, Tensor) and not self._settled and "GraphMonitor" not in self._blind:
                 self.settle(loss.detach())
             self.ready()
             return loss
@@ -196,6 +198,11 @@ class Watch(Outside):
             raise TypeError(
                 f"watch needs the model and its optimiser, watch(model, opt, …), an nn.Module and a "
                 f"torch.optim.Optimizer; got {type(model).__name__} and {type(opt).__name__}"
+            )
+        if not {*model.parameters()} & {p for group in opt.param_groups for p in group["params"]}:
+            raise ValueError(
+                f"the optimiser of watch must be the model's; {type(opt).__name__} has none of the parameters of "
+                f"{type(model).__name__}: give watch the model and the optimiser that the loop uses"
             )
         cbs = cbs or (HaltOnNaN(),)
         super().__init__(
@@ -294,7 +301,7 @@ class Watch(Outside):
         if self._hooks:
             raise RuntimeError("watch is in use already: make another one for another loop")
         model, opt = self._trained
-        self._begun, self._stop = False, None
+        self._begun, self._moved, self._stop = False, False, None
         self._hooks = [
             model.register_forward_pre_hook(ModelHook(self._called), with_kwargs=True),
             model.register_forward_hook(ModelHook(self._returned)),
@@ -308,26 +315,25 @@ class Watch(Outside):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if not self._begun:
-            if error is None:
-                warnings.warn(
-                    "watch saw no training: neither a forward pass of the model in training mode nor a step of the "
-                    "optimiser; give it the model and the optimiser that the loop uses",
-                    stacklevel=2,
-                )
-            return False
-        try:
-            if isinstance(error, KeyboardInterrupt):
-                self.stop_reason = f"interrupted (Ctrl-C) {self._where()}"
-            elif failed:
-                self.stop_reason = f"{type(error).__name__} {self._where(error)}: {error}"
-            else:
-                self._scope("train", self._last, error)
-        except BaseException:
-            failed = True
-            raise
-        finally:
-            self.end(failed)
+        if self._begun:
+            try:
+                if isinstance(error, KeyboardInterrupt):
+                    self.stop_reason = f"interrupted (Ctrl-C) {self._where()}"
+                elif failed:
+                    self.stop_reason = f"{type(error).__name__} {self._where(error)}: {error}"
+                else:
+                    self._scope("train", self._last, error)
+            except BaseException:
+                failed = True
+                raise
+            finally:
+                self.end(failed)
+        if error is None and not self._moved and self.resumed_from is None:
+            warnings.warn(
+                "watch saw no step of the optimiser: take it in the block, with opt.step() or w.step(loss), and give "
+                "watch the optimiser that the loop uses",
+                stacklevel=2,
+            )
         return ours
 
     def _last(self, error: BaseException | None) -> None:
@@ -366,13 +372,13 @@ class Watch(Outside):
             self.open([], {"loss": None, "grads": []}, iter=self.n_iter)
 
     def _called(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        trains = model.training and torch.is_grad_enabled() and not self._busy and not torch.compiler.is_compiling()
+        trains = not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled() and not self._busy
         if trains:
             if self._used and self._stop is None:  # the last batch has had its loss, its backward pass or its step
                 self.close()
             self._in_batch()
             self.xb.append((args, kwargs))
-            del self.xb[_CALLS:]
+            del self.xb[_CALLS + 1 :]
         self._inside = trains
 
     def _returned(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -386,7 +392,8 @@ class Watch(Outside):
 
     def _note(self, grads: list, i: int, grad: Tensor) -> None:
         """The gradient of an output."""
-        grads[i], self._used = grad.detach(), True
+        grads[i] = grad.detach()
+        self._used |= not torch.is_grad_enabled()  # with create_graph, the loss is yet to come
 
     def settle(self, loss: Any = None) -> None:
         if loss is not None:
@@ -399,7 +406,7 @@ class Watch(Outside):
         super().ready()
 
     def after_step(self, opt: Any, args: tuple, kwargs: dict) -> None:
-        self._stepped = True
+        self._stepped = self._moved = True
         super().after_step(opt, args, kwargs)
 
     def __call__(self, event: str) -> None:
@@ -480,9 +487,12 @@ class Calls:
     def call_model(self, model: Any, xb: Any, forward: Callable[..., Any]) -> Any:
         """The outputs of all calls, without other processes."""
         if not xb:
-            raise RuntimeError("the model was not seen in training mode, so that the batch is not known")
+            raise RuntimeError(
+                "the model was not seen in training mode outside of compiled code, so that the batch is not known; "
+                "give watch what torch.compile has returned"
+            )
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        return forward(lambda: [model(*args, **kwargs) for args, kwargs in xb])
+        return forward(lambda: [model(*args, **kwargs) for args, kwargs in xb[:_CALLS]])
 
     def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:
         """The loss as it was, whose backward pass brings the same gradients to the outputs.

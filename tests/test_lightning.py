@@ -21,6 +21,7 @@ from fastrbn import (
     HaltOnNaN,
     NonFiniteError,
     ParamMagnitudes,
+    Recorder,
 )
 
 PACKAGES = [p for p in ("lightning.pytorch", "pytorch_lightning") if importlib.util.find_spec(p.partition(".")[0])]
@@ -53,6 +54,8 @@ def module(L, bad=None, where="loss", manual=False):
 
         def training_step(self, batch, batch_idx):
             xb, yb = batch
+            if batch_idx == bad and where == "skipped":
+                return None
             h = self.net(xb)
             if batch_idx == bad and where == "grad":
                 h.register_hook(lambda grad: grad * math.nan)
@@ -115,6 +118,12 @@ def test_a_fit_with_a_fault_ends_with_the_report_and_the_last_finite_state(L, di
     assert (report.note, len(report.losses)) == ("", 3)
     assert all(t.isfinite().all() for t in net.state_dict().values()) and hooks(net) == []
     assert "log" not in vars(net)
+
+
+def test_a_batch_that_training_step_skips_has_no_loss(L, diagnose):
+    recorder = Recorder()
+    fit(L, module(L, bad=2, where="skipped"), diagnose(HaltOnNaN(), GraphMonitor(), recorder))
+    assert len(recorder.losses) == 6
 
 
 def test_manual_optimisation_is_not_gone_through_again(L, diagnose):

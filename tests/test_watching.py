@@ -193,6 +193,40 @@ def test_several_calls_of_the_model_before_one_loss_are_one_batch():
     assert (report.step, report.where) == (1, "2") and len(w.xb) == 2
 
 
+def test_a_penalty_on_a_gradient_and_its_loss_are_one_batch():
+    model, opt = make(bad=4)
+    with watch(model, opt) as w:
+        for xb, _ in batches():
+            xb.requires_grad_()
+            (slope,) = torch.autograd.grad(model(xb).sum(), xb, create_graph=True)
+            (model(xb).mean() + slope.square().mean()).backward()
+            opt.step()
+            opt.zero_grad()
+    report = w.halt_on_nan.report
+    assert (report.step, report.where, report.note) == (2, "2", "")
+
+
+def test_of_many_calls_before_one_loss_the_first_are_gone_through_again():
+    model, opt = make()
+    model[2].forward = Steep.apply
+    with watch(model, opt) as w:
+        sum(model(batches()[0][0]).square().mean() for _ in range(12)).backward()
+        opt.step()
+    report = w.halt_on_nan.report
+    assert (report.step, report.phase, report.where, report.note) == (0, "backward", "1.weight", "")
+
+
+def test_a_batch_that_the_loop_skips_needs_no_loss_and_a_loss_shown_twice_counts_once():
+    model, opt = make()
+    with watch(model, opt, GraphMonitor(), Recorder()) as w:
+        for i, (xb, yb) in enumerate(batches()):
+            loss = w.look(F.cross_entropy(model(xb), yb)) if i != 2 else model(xb).sum().backward()
+            if loss is not None:
+                w.step(loss)
+            opt.zero_grad()
+    assert w.n_iter == 5 and len(w.recorder.losses) == 4 and w.graph_monitor.steps == [0, 1, 3, 4]
+
+
 def test_a_scaler_that_skips_a_step_is_no_reason_to_halt():
     model, opt = make()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -223,6 +257,8 @@ def test_closures_are_looked_into(named):
             opt.step(closure=closure) if named else opt.step(closure)
     report = w.halt_on_nan.report
     assert (report.step, report.where, len(report.losses)) == (3, "2", 4) and w.param_magnitudes.steps == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="GraphMonitor must be shown the loss"), watch(model, opt, GraphMonitor()):
+        opt.step(closure)  # its graph is gone after the backward pass
 
 
 def test_autocast_is_on_when_the_batch_goes_through_the_model_again():
@@ -427,8 +463,13 @@ def test_misuse_is_an_error_that_says_what_to_do(tmp_path):
         w.step(F.cross_entropy(model(batches()[0][0]), batches()[0][1], reduction="none"))
     with pytest.raises(RuntimeError, match="to train with this package's, use Runner"):
         w.fit(1)
-    with pytest.warns(UserWarning, match="watch saw no training"), watch(model, opt):
-        pass
+    for forgets in (lambda: None, lambda: F.cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()):
+        with pytest.warns(UserWarning, match=r"no step of the optimiser: take it.*opt.step\(\) or w.step\(loss\)"):
+            with watch(model, opt):
+                forgets()
+    with pytest.raises(ValueError, match="SGD has none of the parameters of Linear: give watch"):
+        watch(nn.Linear(2, 2), opt)
+    assert hooks(model, opt) == []
     with pytest.raises(RuntimeError, match="in use already"), w, w:
         pass
 

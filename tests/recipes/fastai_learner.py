@@ -16,6 +16,5 @@ dls = DataLoaders.from_dsets(TensorDataset(x[:512], y[:512]), TensorDataset(x[51
 model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
 halt = HaltOnNaN()
 learn = Learner(dls, convert_batchnorm(model), loss_func=F.cross_entropy, metrics=accuracy, cbs=Diagnose(halt))
-with learn.no_bar():
-    learn.fit_one_cycle(2, 0.01)
+learn.fit(2, 0.01)
 print(halt.report)

@@ -7,7 +7,7 @@ from PIL import Image
 from fastrbn import glyphs, load_run
 from fastrbn.cli import main
 
-main("train glyphs --bs 8 --limit 640 --out digits".split())  # in a shell: fastrbn train glyphs …
+main("train glyphs --bs 8 --limit 320 --out digits".split())  # in a shell: fastrbn train glyphs …
 
 Path("scans").mkdir()
 valid = glyphs(n_train=10, n_valid=20).valid

@@ -12,5 +12,5 @@ cbs = [
     GradientClip(max_norm=5.0),
     AvgStatsCallback(accuracy),
 ]
-learn, run = get_learn_run([8, 16], data, 0.8, conv_rbn, cbs=cbs)
+learn, run = get_learn_run([8, 16, 32], data, 0.4, conv_rbn, cbs=cbs)
 run.fit(2, learn)

@@ -18,4 +18,4 @@ with watch(model, opt) as w:
         loss.backward()
         opt.step()
         opt.zero_grad()
-print(w.halt_on_nan.report)  # and the model holds the last finite state
+print(all(p.isfinite().all() for p in model.parameters()))  # the model holds the last finite state; training can go on

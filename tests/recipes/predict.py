@@ -5,7 +5,7 @@ import torch
 from fastrbn import accuracy, conv_rbn, get_learn_run, glyphs, image_databunch, show_worst
 
 data = image_databunch(glyphs(n_train=640, n_valid=160), bs=8)
-learn, run = get_learn_run([8, 16], data, 0.4, conv_rbn)
+learn, run = get_learn_run([8, 16, 32], data, 0.4, conv_rbn)
 run.fit(1, learn)
 
 preds, targets, losses = run.predict(losses=True)  # of the validation set

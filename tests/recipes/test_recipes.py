@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,37 +23,38 @@ def valid(name):
 
 # What shows that a recipe works: a value of its names and its output, and the least that it must be
 PROMISES = {
-    "class_weights": (valid("accuracy"), 0.85),
+    "class_weights": (lambda names, out: min(names["per_class"].compute()), 0.8),
     "dict_batch": (valid("accuracy"), 0.9),
     "export": (lambda names, out: "\nTrue\n" in out, True),
     "fastai_learner": (lambda names, out: names["learn"].recorder.values[-1][-1], 0.9),
     "images_of_different_sizes": (valid("accuracy"), 0.9),
     "lightning_trainer": (lambda names, out: len(names["magnitudes"].steps), 50),
-    "load_a_run": (lambda names, out: names["run"].evaluate().accuracy, 0.3),
+    "load_a_run": (lambda names, out: names["run"].evaluate().accuracy, 0.5),
     "log_to_anything": (lambda names, out: len(names["board"].rows), 10),
-    "mixed_precision": (valid("accuracy"), 0.2),
+    "mixed_precision": (valid("accuracy"), 0.35),
     "multi_label": (valid("f1"), 0.8),
-    "own_loop": (lambda names, out: names["w"].halt_on_nan.report.step == 30, True),
-    "predict": (lambda names, out: float(accuracy(*names["run"].predict()[:2])), 0.2),
+    "own_loop": (lambda names, out: "of step 30" in out and out.endswith("True\n"), True),
+    "predict": (lambda names, out: float(accuracy(*names["run"].predict()[:2])), 0.3),
     "reduce_on_plateau": (lambda names, out: len(set(names["run"].recorder.lrs[0])), 2),
     "regression": (lambda names, out: -valid("mean_absolute_error")(names, out), -0.4),
     "resume_in_the_middle": (lambda names, out: out.endswith("True\n"), True),
     "segmentation": (valid("accuracy"), 0.93),
     "signals": (valid("accuracy"), 0.75),
     "streaming": (valid("accuracy"), 0.9),
-    "timm_net_converted": (valid("accuracy"), 0.2),
+    "timm_net_converted": (valid("accuracy"), 0.4),
     "torchmetrics_in_a_fit": (valid("MulticlassF1Score"), 0.05),
     "two_inputs": (valid("accuracy"), 0.9),
     "two_processes": (valid("accuracy"), 0.2),
     "two_rates_and_freezing": (valid("accuracy"), 0.8),
-    "validate": (lambda names, out: names["run"].validate()["accuracy"], 0.2),
+    "validate": (lambda names, out: names["run"].validate()["accuracy"], 0.3),
 }
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_runs_and_keeps_its_promise(file, tmp_path, monkeypatch, capsys):
-    missing = OPTIONAL & set(re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE))
-    for package in missing:
+    packages = OPTIONAL & set(re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE))
+    for package in packages:
+        warnings.simplefilter("ignore")  # they warn of each other's newer versions
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Two processes train as one: `torchrun --nproc-per-node 2 two_processes.py`. One process runs it as it is."""
+"""Two processes, a share of the data each: `torchrun --nproc-per-node 2 two_processes.py`. One process runs it too."""
 
 import torch
 
@@ -6,7 +6,7 @@ from fastrbn import AvgStatsCallback, CudaCallback, Distributed, accuracy, conv_
 from fastrbn import image_databunch, seed_everything
 
 seed_everything(0)
-data = image_databunch(glyphs(n_train=640, n_valid=160), bs=16)  # of one process: 32 with both
+data = image_databunch(glyphs(n_train=640, n_valid=160), bs=8)  # of each process: two take steps of 16
 cbs = [Distributed, CudaCallback, AvgStatsCallback(accuracy)]
 learn, run = get_learn_run([8, 16], data, 0.2, conv_rbn, cbs=cbs)
 run.fit(2, learn)  # rank 0 prints

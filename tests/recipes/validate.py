@@ -4,7 +4,7 @@ from fastrbn import AvgStatsCallback, ConfusionMatrix, accuracy, conv_rbn, get_l
 
 data = image_databunch(glyphs(n_train=640, n_valid=160), bs=8)
 matrix = ConfusionMatrix()
-learn, run = get_learn_run([8, 16], data, 0.4, conv_rbn, cbs=[AvgStatsCallback([accuracy, matrix])])
+learn, run = get_learn_run([8, 16, 32], data, 0.4, conv_rbn, cbs=[AvgStatsCallback([accuracy, matrix])])
 run.fit(1, learn)
 
 print(run.validate())  # the validation set: what the fit has printed last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import get_worker_info
 
 from fastrbn.learn import checkpoint_file
 from fastrbn.learn.batch import gradients_are_whole
@@ -47,8 +49,8 @@ class Checkpoint(Callback):
     mode : {"min", "max"}, optional
         The better direction of `monitor`. Needed unless the name ends in `loss`, `accuracy`, `f1` or `iou`.
     on_interrupt : bool, default True
-        After Ctrl-C, finish the batch, save, and then end the fit; a second Ctrl-C ends it at once. Not available with
-        loaders that have workers (Ctrl-C ends those too), or if the program handles Ctrl-C itself.
+        After Ctrl-C, finish the batch, save, and then end the fit; a second Ctrl-C ends it at once. Not available while
+        a loader has workers (Ctrl-C ends those too), or if the program handles Ctrl-C itself.
     overwrite : bool, default False
         Start a new fit in a folder with checkpoints of another one, and delete those. Otherwise that is an error, so
         that forgetting `resume` costs nothing.
@@ -125,9 +127,7 @@ class Checkpoint(Callback):
             self._claim_folder()
         stateless = (cb for cb in run.cbs if type(cb).state_dict is Callback.state_dict)
         self._watched = [(cb, _looks(cb)) for cb in stateless if not type(cb).__module__.startswith("fastrbn.")]
-        loaders = (run.data.train_dl, run.data.valid_dl)
-        # on other ranks Distributed handles Ctrl-C, and tells rank 0
-        if self.on_interrupt and rank() == 0 and not any(getattr(dl, "num_workers", 0) for dl in loaders):
+        if self.on_interrupt and rank() == 0:  # on other ranks Distributed handles Ctrl-C, and tells rank 0
             self._handler = _handle(self._interrupted)
 
     def begin_epoch(self) -> None:
@@ -195,6 +195,8 @@ class Checkpoint(Callback):
 
     def _interrupted(self, signum: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if get_worker_info() is not None or multiprocessing.active_children():  # Ctrl-C ends workers too
+            raise KeyboardInterrupt
         self._asked = True
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader, as in `… 2>&1 | tee log`
             os.write(2, b"\nfastrbn: saving a checkpoint after this batch; Ctrl-C again stops at once, without one\n")

@@ -381,7 +381,12 @@ def test_a_second_ctrl_c_ends_at_once_without_a_checkpoint(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_is_unchanged_on_request_and_with_other_handlers(tmp_path):
+def test_ctrl_c_is_unchanged_on_request_and_with_workers_and_other_handlers(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.active_children", lambda: ["a worker, which Ctrl-C ends too"])
+        run = make_run(tmp_path, Interrupts("after_backward", 1), every=1000)
+        run.fit(2, make_learn())
+    assert run.stop_reason.startswith("interrupted") and files(tmp_path / "c") == []
     run = make_run(tmp_path, Interrupts("after_backward", 1), every=1000, on_interrupt=False)
     run.fit(2, make_learn())
     assert run.stop_reason.startswith("interrupted") and files(tmp_path / "c") == []
