@@ -201,6 +201,7 @@ class _Kept:
 
     def __init__(self, loader: Any, batches: list[Any]) -> None:
         self.loader, self.batches = loader, batches
+        self.normalize = getattr(loader, "normalize", None)  # pictures undo it
 
     @property
     def dataset(self) -> Any:

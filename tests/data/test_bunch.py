@@ -93,6 +93,11 @@ def test_overfit_keeps_the_same_batches_for_every_epoch_and_for_validation(name)
     assert "2 of the batches of" in repr(data)
 
 
+def test_overfit_knows_what_pictures_have_to_undo():
+    data = image_databunch(glyphs(16, 10), 8)
+    assert overfit(data).train_dl.normalize == data.train_dl.normalize is not None
+
+
 def test_overfit_needs_as_many_batches():
     with pytest.raises(ValueError, match="cannot keep 3 batches: the training loader has 2. Use a smaller n"):
         overfit(SimpleNamespace(train_dl=LOADERS["list"]()), 3)
