@@ -20,7 +20,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=$PWD/benchmarks/results/cuda rehearse=
 while [ $# -gt 0 ]; do
     case $1 in
-    --rehearse) rehearse=1 out=$(mktemp -d) ;;
+    --rehearse) rehearse=$(mktemp -d) && out=$rehearse ;;
     --out) out=$(realpath -m "${2:?--out needs a folder}") && shift ;;
     *) break ;;
     esac
@@ -77,7 +77,7 @@ if [ -n "$rehearse" ]; then
     interpreter=1
     "$python" -c 'import numpy, sys, triton
 old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-sys.exit(old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 5))' ||
+sys.exit(old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4))' ||
         { interpreter=0 && echo "== rehearsal: without Triton's interpreter, which this NumPy breaks or which is not installed"; }
     echo "== rehearsal: skipped without CUDA: the tests' bodies, captured graphs, bfloat16 on the device, nn.BatchNorm without cuDNN"
 else
@@ -120,5 +120,5 @@ for name in "${todo[@]}"; do
     callbacks) part 0 "$python" benchmarks/callbacks.py --device "$device" "${callbacks[@]}" --resume --csv "$out/callbacks_cuda.csv" ;;
     esac
 done
-[ -z "$rehearse" ] || rm -rf "$out"
+[ -z "$rehearse" ] || rm -rf "$rehearse"
 [ ${#unfinished[@]} -eq 0 ] || { printf '== %s\n' "${unfinished[@]}" && exit 1; }
