@@ -34,6 +34,25 @@ def write_csv(path, rows, about):
         out.writerows({**row, **about} for row in rows)
 
 
+def rows_of(path):
+    """The rows of a CSV, none where there is no file yet."""
+    if not path or not path.is_file():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def append(path, rows, about):
+    """As `write_csv`, at the end of what the file has."""
+    if not rows:
+        return
+    if not rows_of(path):
+        write_csv(path, rows, about)
+        return
+    with open(path, "a", newline="") as f:
+        csv.DictWriter(f, [*rows[0], *about], lineterminator="\n").writerows({**row, **about} for row in rows)
+
+
 def _processor():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from about import in_words, machine, write_csv
+from about import append, in_words, machine, rows_of
 
 from fastrbn import ActivationStats, Callback, HaltOnNaN, ParamMagnitudes, conv_rbn, get_learn_run
 
@@ -217,6 +217,7 @@ def report(times, cases, bs, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="write the table here too")
+    parser.add_argument("--resume", action="store_true", help="leave out the batch sizes that --csv has, keep its rows")
     parser.add_argument("--case", default="", help="only cases whose name has this in it")
     parser.add_argument("--bs", type=int, nargs="+", help="batch sizes (default 2 32; on CUDA 32 512)")
     parser.add_argument("--rounds", type=int, default=15, help="fits of each case that are timed (default 15)")
@@ -228,17 +229,22 @@ def main():
     cases = {name: case for name, case in CASES.items() if args.case in name or name == "plain again"}
     if len(cases) == 1:
         sys.exit(f"--case must be part of one of: {', '.join(CASES)}; got {args.case!r}")
-    rows, about = [], machine(args.device)
+    about = machine(args.device)
+    if args.csv and not args.resume:
+        args.csv.unlink(missing_ok=True)
+    known = {int(row["batch"]) for row in rows_of(args.csv)}
     print(in_words(about))
     print(f"{'callback':<28}{'batch':>6}{'µs a step':>11}{'ratio':>8}{'target':>8}  met")
     for bs in args.bs or ([2, 32] if args.device.type == "cpu" else [32, 512]):
+        if bs in known:
+            continue
         make = maker(bs, args.steps, args.device)
         check(cases, make)
-        for row in report(measure(cases, make, args.rounds, args.steps, args.device), cases, bs, args.device):
+        rows = report(measure(cases, make, args.rounds, args.steps, args.device), cases, bs, args.device)
+        for row in rows:
             print("{callback:<28}{batch:>6}{us_per_step:>11}{ratio:>8}{target:>8}  {met}".format(**row), flush=True)
-            rows.append(row)
-    if args.csv:
-        write_csv(args.csv, rows, about)
+        if args.csv:
+            append(args.csv, rows, about)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import statistics
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from about import in_words, machine
+from about import append, in_words, machine, rows_of
 
 from fastrbn import image_databunch, load_dataset, plots, resnet9
 from fastrbn.cli import main as fastrbn
@@ -38,27 +37,10 @@ WAYS = ("plain", "compiled", "reduce-overhead", "graph")
 LENGTHS = {512: [6, 12, 24], 32: [6, 12], 8: [4]}  # epochs: the smaller the batch, the longer each
 RECIPE = "--sched 1cycle --momentum 0.9 --weight-decay 5e-4 --label-smoothing 0.1 --cutout 8 --amp bf16 --channels-last"
 FLAT = 0.5  # points of accuracy
-CHECKED, WARM, LR = 8, 4, 0.01  # steps that must agree, of which so many are before a capture; small, so that they do
+CHECKED, WARM, LR = 8, 4, 0.001  # steps that must agree, of which so many are before a capture; small, so that they do
 RESULTS = Path(__file__).parent / "results"
 STEPS, TRAININGS = "cifar_steps.csv", "cifar.csv"
 SKIP = {"steps": STEPS, "trainings": TRAININGS}
-
-
-def rows_of(path):
-    if not path.is_file():
-        return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def append(path, row):
-    new = not path.is_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as f:
-        out = csv.DictWriter(f, row)
-        if new:
-            out.writeheader()
-        out.writerow(row)
 
 
 # steps
@@ -122,14 +104,14 @@ def clock(run, steps, cuda):
     return (time.perf_counter() - began) / steps
 
 
-def time_steps(norm, bs, images, args):
-    """A row a way: milliseconds a step, or why there are none."""
+def time_steps(norm, bs, missing, images, args):
+    """A row for each missing way: milliseconds a step, or why there are none."""
     device = torch.device(args.device)
     data = image_databunch(images, bs, device=device, cutout=8, channels_last=True)
     xb, yb = next(iter(data.train_dl))
     torch.manual_seed(0)
     model = resnet9(norm=norm, width=args.width).to(device, memory_format=torch.channels_last)
-    ways = [w for w in args.ways if device.type == "cuda" or w in ("plain", "compiled")]
+    ways = list(dict.fromkeys(("plain", *missing)))  # plain tells the others' losses
     expected, steps, notes = None, {}, {}
     for way in ways:
         torch.compiler.reset()
@@ -158,7 +140,7 @@ def time_steps(norm, bs, images, args):
             "ms": round(1000 * statistics.median(times[way]), 4) if way in times else "",
             "note": notes.get(way, ""),
         }
-        for way in ways
+        for way in missing
     ]
 
 
@@ -288,11 +270,17 @@ def arguments():
 
 def step_cells(args):
     """What is left of the steps: names, and functions that give rows."""
-    known = {(r["norm"], int(r["bs"]), int(r["width"])) for r in rows_of(args.out / STEPS)}
-    todo = [(norm, bs) for bs in args.bs for norm in args.norms if (norm, bs, args.width) not in known]
+    known = {(r["norm"], int(r["bs"]), int(r["width"]), r["way"]) for r in rows_of(args.out / STEPS)}
+    ways = [w for w in args.ways if args.device.startswith("cuda") or w in ("plain", "compiled")]
+    todo = {
+        (norm, bs): missing
+        for bs in args.bs
+        for norm in args.norms
+        if (missing := [way for way in ways if (norm, bs, args.width, way) not in known])
+    }
     images = load_dataset("cifar10", args.data_dir) if todo else None
-    for norm, bs in todo:
-        yield f"steps of {norm} at {bs}", partial(time_steps, norm, bs, images, args)
+    for (norm, bs), missing in todo.items():
+        yield f"steps of {norm} at {bs}: {', '.join(missing)}", partial(time_steps, norm, bs, missing, images, args)
 
 
 def training_cells(args):
@@ -332,10 +320,10 @@ def main():
                 left += 1
                 continue
             print(f"== {name}", flush=True)
-            for row in measure():
-                append(args.out / file, {**row, **about})
+            append(args.out / file, measure(), about)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
+        report(args, about)
         return 130
     report(args, about)
     if left:

@@ -14,7 +14,13 @@ import torch
 from PIL import Image
 
 # They take longest, and so are given out first: at the end there are short ones left for every process
-LONG = ("test_notebooks.py", "test_distributed.py", "test_triton.py", "test_packaging.py", "test_benchmark_peers.py")
+LONG = (
+    "test_notebooks.py",
+    "test_distributed.py",
+    "test_triton_anywhere.py",
+    "test_packaging.py",
+    "test_benchmark_peers.py",
+)
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
@@ -22,6 +28,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 
 def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     items.sort(key=lambda item: item.path.name not in LONG)
 
 

@@ -4,9 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat", reason="the package nbformat is not installed")
+NotebookClient = pytest.importorskip("nbclient", reason="the package nbclient is not installed").NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
 # Less work for the tests: texts of a notebook's code, and what stands in their place there

@@ -135,7 +135,7 @@ def test_compile_takes_a_mode_or_none(cli, args, mode):
     assert cli.built[0][1].compile.compile_args == ({"mode": mode} if mode else {})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("norm", ["batch", "group", "running"])
 def test_a_compiled_training_with_cuda_graphs_ends_well_on_a_gpu(cli, cifar, norm):
     recipe = (*ALL, "--norm", norm, "--compile", "reduce-overhead", "--device", "cuda")

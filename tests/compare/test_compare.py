@@ -282,9 +282,8 @@ def test_an_impossible_number_of_images_is_refused(n_train):
         run_cell(Cell("default", 8, n_train=n_train), small())
 
 
+@pytest.mark.cuda
 def test_a_cell_on_cuda_stops_at_a_nonfinite_loss():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     row, _ = run_cell(Cell("none", 8, lr_factor=1e6, epochs=100), small(), "cuda")
     assert row["status"] == "diverged" and row["steps"] < 800
     assert run_cell(Cell("default", 8, epochs=6), small(), "cuda")[0]["accuracy"] > 30

@@ -470,10 +470,9 @@ def test_invalid_settings_and_shapes_are_refused(make, words):
         make()
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("make", [BatchRenorm, FilterResponseNorm2d, OnlineNorm, MABN])
 def test_peers_give_the_same_on_cuda(make):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     here, there, x = make(3), make(3).cuda(), torch.randn(4, 3, 5, 5)
     for _ in range(3):
         torch.testing.assert_close(there(x.cuda()).cpu(), here(x))

@@ -374,7 +374,7 @@ def test_wrong_input_is_refused(call, error, words):
         call()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_a_graph_on_the_gpu_is_read_the_same():
     model = course_net().cuda()
     x, y = torch.randn(4, 1, 28, 28, device="cuda"), torch.randint(0, 10, (4,), device="cuda")

@@ -415,7 +415,7 @@ def test_jit_trace_in_evaluation_takes_any_size():
     assert relative_error(traced(x), net(x)) < 1e-6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("recipe", RECIPES_HERE)
 def test_a_cuda_graph_captures_a_training_step(recipe):
     eager, captured = (layer_of(recipe=RECIPES_HERE[recipe]).cuda() for _ in range(2))
@@ -447,7 +447,7 @@ def test_a_cuda_graph_captures_a_training_step(recipe):
         assert_same(got, step(eager, eager, new.cuda(), up.cuda()), 1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("recipe", RECIPES_HERE)
 def test_a_training_step_on_cuda_never_waits_for_the_device(recipe):
     layer = layer_of(recipe=RECIPES_HERE[recipe]).cuda()

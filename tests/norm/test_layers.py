@@ -19,8 +19,7 @@ from torch import nn
 
 from fastrbn.norm import RECIPES, RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 BACKENDS = pytest.mark.parametrize("backend", ALL)
 SHAPES = [(5, 3), (1, 3), (7, 3, 11), (1, 3, 1), (4, 3, 5, 7), (1, 3, 9, 2), (2, 3, 1, 1), (3, 3, 2, 5, 3)]
 SHAPES += [(1, 3, 1, 1, 1), (2, 3, 2, 2, 2, 3), (6, 1), (3, 1, 4, 4), (1, 1)]

@@ -314,7 +314,7 @@ def test_wrong_arguments_are_errors(kwargs):
         Stats(**kwargs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_on_a_gpu_it_never_waits_within_an_epoch(make_learn):
     class NoWaiting(Callback):
         _order = -9

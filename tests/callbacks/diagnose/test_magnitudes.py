@@ -365,7 +365,7 @@ def test_a_copy_within_a_fit_has_what_was_recorded_so_far(make_learn):
     assert len(run.param_magnitudes.values["update"]) == 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("limit", [2**26, 0], ids=["copied", "on the spot"])
 def test_on_a_gpu_it_never_waits_within_an_epoch(make_learn, monkeypatch, limit):
     class NoWaiting(Callback):

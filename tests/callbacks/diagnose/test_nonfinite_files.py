@@ -276,7 +276,7 @@ def test_a_buffer_that_is_replaced_in_each_step_needs_no_new_room():
         assert {id(kept._spare), id(kept._saved[1])} == rooms
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("opt", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.Adam])
 def test_on_cuda_no_step_waits_and_the_bad_step_is_found(make_learn, opt):
     class NoWait(Callback):

@@ -279,7 +279,7 @@ def test_invalid_arguments_are_errors(args, words):
         MixedPrecision(*args)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_on_cuda_it_equals_a_loop_by_hand(dtype):
     learn, hand = make_learn(device="cuda"), make_learn(device="cuda")

@@ -265,7 +265,7 @@ def test_resuming_with_more_epochs_stretches_the_schedule(whole, tmp_path):
     assert run.recorder.lrs[0][2 * STEPS] == pytest.approx(sched_cos(0.02, 0.001)(0.5))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_on_cuda_a_resumed_fit_ends_as_the_whole_one(tmp_path):
     ends = []
     for resume in (None, tmp_path / "c" / "checkpoint-0003-step-3.pt"):
