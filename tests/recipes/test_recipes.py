@@ -58,7 +58,6 @@ def test_a_recipe_runs_and_keeps_its_promise(file, tmp_path, monkeypatch, capsys
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # for recipes that do not set one
         names = runpy.run_path(str(file))
     value, least = PROMISES[file.stem]
     assert value(names, capsys.readouterr().out) >= least
