@@ -40,9 +40,12 @@ def _named(name: str, size: tuple[int, int]) -> Any:
 
 def _users(spec: str) -> Any:
     """What the function `package.module:function` returns; modules are looked for in the current folder too."""
+    rule = "--augment must name a function that takes no arguments and returns transforms"
     try:
         function = users_function(spec)
+    except ValueError as e:
+        raise ValueError(f"{rule}; {e}") from e
+    try:
         return function()
     except (Exception, SystemExit) as e:
-        why = str(e) if isinstance(e, ValueError) and str(e).startswith(spec) else f"it failed: {told(e)}"
-        raise ValueError(f"--augment must name a function that takes no arguments and returns transforms; {why}") from e
+        raise ValueError(f"{rule}; it failed: {told(e)}") from e

@@ -44,12 +44,7 @@ def freeze(model: nn.Module, *patterns: str) -> nn.Module:
     ['2.weight', '2.bias']
     >>> model = unfreeze(model, "1")   # train the norm of the frozen part
     """
-    params, norms = _find("freeze", model, patterns)
-    for p in params:
-        p.requires_grad_(False)
-        p.grad = None  # a gradient that has been kept would still move it
-    for m in norms:
-        fix_statistics(m)
+    _set_frozen(True, *_find("freeze", model, patterns))
     return model
 
 
@@ -79,11 +74,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> nn.Module:
     >>> [p.requires_grad for p in unfreeze(model, "1").parameters()]
     [False, False, True, True]
     """
-    params, norms = _find("unfreeze", model, patterns)
-    for p in params:
-        p.requires_grad_()
-    for m in norms:
-        release_statistics(m)
+    _set_frozen(False, *_find("unfreeze", model, patterns))
     return model
 
 
@@ -136,21 +127,12 @@ class Freeze(Callback):
             )
 
     def begin_epoch(self) -> None:
-        frozen = self.until is None or self.run.epoch < self.until
-        for p in self._params:
-            p.requires_grad_(not frozen)
-            if frozen:
-                p.grad = None
-        for m in self._norms:
-            fix_statistics(m) if frozen else release_statistics(m)
+        _set_frozen(self.until is None or self.run.epoch < self.until, self._params, self._norms)
         if not any(p.requires_grad for p in self.run.learn.model.parameters()):
             raise ValueError(f"{self!r} leaves no parameter to train: name a part of the model only")
 
     def after_fit(self) -> None:
-        for p in self._params:
-            p.requires_grad_()
-        for m in self._norms:
-            release_statistics(m)
+        _set_frozen(False, self._params, self._norms)
         self._params, self._norms = [], []
 
     def state_dict(self) -> dict:
@@ -166,6 +148,15 @@ class Freeze(Callback):
     def __repr__(self):
         until = "" if self.until is None else f", until={self.until}"
         return f"Freeze({', '.join(map(repr, self.patterns))}{until})"
+
+
+def _set_frozen(frozen: bool, params: list[nn.Parameter], norms: list[nn.Module]) -> None:
+    for p in params:
+        p.requires_grad_(not frozen)
+        if frozen:
+            p.grad = None  # a gradient that has been kept would still move it
+    for m in norms:
+        fix_statistics(m) if frozen else release_statistics(m)
 
 
 def _find(what: str, model: Any, patterns: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Module]]:
