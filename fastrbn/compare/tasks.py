@@ -19,6 +19,7 @@ from torch import Tensor, nn, optim
 
 from fastrbn.callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
 from fastrbn.data import RandomCrop, RandomFlip
+from fastrbn.models import resnet9
 from fastrbn.util import one_of
 
 from . import task_data as data
@@ -286,10 +287,23 @@ _NORM_BATCH = replace(
 )
 
 _ORDER = replace(_COURSE, steps={1: 1200, 8: 500, 32: 200})
-_ORDER_FULL = replace(_COURSE, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 12_000, 8: 6000, 32: 3000})
+_ORDER_FULL = replace(
+    _COURSE, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 12_000, 8: 6000, 32: 3000}
+)
 _MLP_ORDER = replace(_MLP, batches="one class each")
 _ORDERS = {"shuffled": "shuffled", "one-class": "one class each", "runs": "runs of 16 samples of one class"}
 _FILMED = {"order-video": (_ORDER, 2000), "order-video-full": (_ORDER_FULL, 12_000)}
+
+_LARGE_BATCH = replace(
+    _RESNET,
+    data=partial(data.cifar, n=50_000, n_valid=10_000),
+    net=nets.quick_resnet,
+    steps={1: 110, 1024: 55},
+    rate=0.3,
+    cap=math.inf,
+    power=0,
+    optimiser="SGD with Nesterov momentum 0.9",
+)
 
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
@@ -307,6 +321,10 @@ STUDY_TASKS = {
     },
     "order-one-class-mlp": replace(_MLP_ORDER, steps={1: 1000, 8: 500, 32: 250}),
     "order-one-class-mlp-full": replace(_MLP_ORDER, steps={1: 12_000, 8: 8000, 32: 4000}),
+    "large-batch": _LARGE_BATCH,
+    "large-batch-full": replace(
+        _LARGE_BATCH, net=lambda norm: resnet9(norm=norm), steps={1: 2910, 1024: 1440}, augment=True
+    ),
 }
 """Tasks of `STUDIES` by name. Those that end in -full are for a GPU."""
 
