@@ -284,6 +284,12 @@ class Batches:
         self.dataset = torch.utils.data.TensorDataset(data.x.to(device), data.y.to(device))
         self._indices = BATCHES[task.batches], data.y, bs, task.n_steps(bs), seed
 
+    def inputs(self, n: int) -> Tensor:
+        """At most `n` random training inputs."""
+        x, y = self.dataset.tensors
+        i = torch.randperm(len(y), generator=torch.Generator().manual_seed(self._indices[4]))[:n]
+        return x[i.to(x.device)]
+
     def __len__(self) -> int:
         return self._indices[3]
 
