@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from fastrbn.callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
+from fastrbn.data import RandomCrop, RandomFlip
 from fastrbn.util import one_of
 
 from . import task_data as data
@@ -130,6 +131,9 @@ class Task:
     - `rate`, `cap`: the learning rate is `rate`·bs^`power`, at most `cap`. All were fixed before norms were compared.
     - `optimiser`, `schedule`, `batches`: names in `OPTIMISERS`, `SCHEDULES`, `BATCHES`.
     - `after`: the task whose net, trained with nn.BatchNorm, this one starts from, with a new last layer.
+    - `at_once`: the optimiser's batch size. The cell's batch size is then that of the norm alone: in training it sees
+      the batch in groups of that size, one after the other. By default both are the cell's.
+    - `augment`: crop (padding 4) and flip training images at random.
     """
 
     data: Callable[..., data.Tensors]
@@ -143,6 +147,8 @@ class Task:
     schedule: str = LINE
     batches: str = "shuffled"
     after: str | None = None
+    at_once: int | None = None
+    augment: bool = False
 
     def lr(self, bs: int) -> float:
         """Learning rate at a batch size."""
@@ -154,9 +160,11 @@ class Task:
 
     def __str__(self) -> str:
         start = f"; starts from {self.after}, trained with nn.BatchNorm" if self.after else ""
+        rate = f"{self.rate:g}·bs^{self.power:g}, at most {self.cap:g}" if self.power else f"{self.rate:g}"
+        size = f" of {self.at_once}" if self.at_once else ""
         return (
-            f"Learning rate {self.rate:g}·bs^{self.power:g}, at most {self.cap:g}, times the factor, {self.schedule}; "
-            f"{self.optimiser}; batches {self.batches}{start}."
+            f"Learning rate {rate}, times the factor, {self.schedule}; {self.optimiser}; "
+            f"batches{size} {self.batches}{', augmented' if self.augment else ''}{start}."
         )
 
 
@@ -231,12 +239,34 @@ TASKS = {
         goal=TELL_APART,
     ),
 }
-"""Tasks by name."""
+"""Tasks of `benchmarks/zoo.py` by name."""
+
+_NORM_BATCH = replace(
+    _RESNET,
+    data=partial(data.cifar, n=20_000),
+    steps={1: 128},
+    rate=0.3,
+    cap=math.inf,
+    power=0,
+    at_once=128,
+    augment=True,
+)
+
+STUDY_TASKS = {
+    "norm-batch": _NORM_BATCH,
+    "norm-batch-full": replace(
+        _NORM_BATCH,
+        data=partial(data.cifar, n=50_000, n_valid=10_000),
+        net=partial(nets.resnet, width=48),
+        steps={1: 5860},
+    ),
+}
+"""Tasks of `STUDIES` by name. Those that end in -full are for a GPU."""
 
 
 def task_of(data: str, net: str) -> Task | None:
     """The task of a cell with this `data` and `net`; None for a net on images, even from a folder called zoo."""
-    return TASKS.get(net) if data == ZOO else None
+    return (TASKS.get(net) or STUDY_TASKS.get(net)) if data == ZOO else None
 
 
 def get_task(name: str) -> Task:
@@ -245,7 +275,7 @@ def get_task(name: str) -> Task:
     Parameters
     ----------
     name : str
-        One of `TASKS`.
+        One of `TASKS` or `STUDY_TASKS`.
 
     Returns
     -------
@@ -261,7 +291,8 @@ def get_task(name: str) -> Task:
     >>> get_task("mlp-adam").lr(bs=4)
     0.002
     """
-    return TASKS[one_of("a task", name, TASKS)]
+    known = {**TASKS, **STUDY_TASKS}
+    return known[one_of("a task", name, known)]
 
 
 @dataclass(frozen=True)
@@ -282,7 +313,8 @@ class Batches:
         if not 1 <= bs <= len(data.x):
             raise ValueError(f"the batch size must be 1 to {len(data.x)}, the number of the task's samples; got {bs}")
         self.dataset = torch.utils.data.TensorDataset(data.x.to(device), data.y.to(device))
-        self._indices = BATCHES[task.batches], data.y, bs, task.n_steps(bs), seed
+        self._tfms = (RandomCrop(4), RandomFlip()) if task.augment else ()
+        self._indices = BATCHES[task.batches], data.y, task.at_once or bs, task.n_steps(bs), seed
 
     def inputs(self, n: int) -> Tensor:
         """At most `n` random training inputs."""
@@ -295,8 +327,39 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, y, bs, steps, seed = self._indices
+        g = torch.Generator(self.dataset.tensors[0].device).manual_seed(seed)  # for the transforms
         for i in order(y, bs, steps, torch.Generator().manual_seed(seed)):
-            yield self.dataset[i.to(self.dataset.tensors[0].device)]
+            xb, yb = self.dataset[i.to(g.device)]
+            for tfm in self._tfms:
+                xb = tfm(xb, g)
+            yield xb, yb
+
+
+class InGroups(nn.Module):
+    """Apply `norm` in training to groups of `size` samples, one after the other, as gradient accumulation does.
+
+    The forward pass equals that over micro-batches of `size`. In the backward pass autograd visits the groups of a
+    layer in reverse order, which only matters to norms whose gradient has a memory.
+    """
+
+    def __init__(self, norm: nn.Module, size: int) -> None:
+        super().__init__()
+        self.norm, self.size, self.activates = norm, size, getattr(norm, "activates", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) <= self.size:
+            return self.norm(x)
+        return torch.cat([self.norm(part) for part in x.split(self.size)])
+
+
+def in_groups(make: Callable[..., nn.Module | None], size: int) -> Callable[..., nn.Module | None]:
+    """`make` with each norm it returns in `InGroups`."""
+
+    def grouped(nf: int, dims: int = 2) -> nn.Module | None:
+        made = make(nf, dims)
+        return None if made is None else InGroups(made, size)
+
+    return grouped
 
 
 def build(task: Task, data: TaskData, norm: Callable[..., nn.Module | None], seed: int) -> nn.Module:
