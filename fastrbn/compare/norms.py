@@ -6,15 +6,15 @@ import ast
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from fastrbn.models import make_norm
-from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm
+from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, recompute_statistics
 from fastrbn.norm import recipes as _recipes
 from fastrbn.util import fix_statistics, one_of, suggestion
 
@@ -103,7 +103,9 @@ PREPARE = {"mabn": centralize_weights, "groupnorm-ws": standardize_weights, "run
 
 
 def _measure(model: nn.Module, inputs: Tensor) -> None:
-    update_bn([inputs], model)  # one batch, so that a layer is measured with the final statistics of those before it
+    # in one batch, so that a layer is measured with the final statistics of those before it
+    with suppress(ValueError):  # a diverged net, with activations that are not finite, keeps its statistics
+        recompute_statistics(model, [inputs])
 
 
 def _freeze(model: nn.Module, inputs: Tensor) -> None:

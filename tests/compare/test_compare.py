@@ -24,6 +24,7 @@ from fastrbn.compare import (
     run_grid,
     split_norms,
     table,
+    tasks,
     workers,
 )
 from fastrbn.compare import cell as cell_module
@@ -281,7 +282,7 @@ def test_the_rivals_learn_in_batches_of_four(norm):
 def measured(norm):
     """Two convolutions with `norm`, some inputs, and what each norm is fed when it evaluates them."""
     torch.manual_seed(0)
-    make, x, fed = get_norm(norm), torch.randn(20, 3, 6, 6) * 3 + 1, []
+    make, x, fed = tasks.in_groups(get_norm(norm), 2), torch.randn(20, 3, 6, 6) * 3 + 1, []
     net = nn.Sequential(nn.Conv2d(3, 4, 3), make(4), nn.ReLU(), nn.Conv2d(4, 4, 3), make(4))
     hooks = [net[i].register_forward_pre_hook(lambda _, args: fed.append(args[0].detach())) for i in (1, 4)]
 
@@ -301,7 +302,7 @@ def test_measured_statistics_are_the_pooled_ones_that_each_layer_sees_in_evaluat
     other = {"before": "after", "after": "before"}[when]
     settle_statistics(norm, net, other, lambda: pytest.fail("this norm needs no inputs then"))
     settle_statistics(norm, net, when, lambda: x)
-    for layer, seen in zip((net[1], net[4]), evaluated(), strict=True):
+    for layer, seen in zip((net[1].norm, net[4].norm), evaluated(), strict=True):
         # evaluation divides by the unbiased variance
         torch.testing.assert_close(layer.running_mean, seen.mean((0, 2, 3)), rtol=0.01, atol=1e-3)
         torch.testing.assert_close(layer.running_var, seen.var((0, 2, 3)), rtol=0.01, atol=0)
@@ -312,7 +313,7 @@ def test_frozen_statistics_never_move_and_the_layer_is_a_fixed_affine_map():
     settle_statistics("frozen", net, "before", lambda: x)
     for hook in hooks:
         hook.remove()
-    norm, fixed = net[1].double(), {n: b.clone() for n, b in net.named_buffers()}
+    norm, fixed = net[1].norm.double(), {n: b.clone() for n, b in net.named_buffers()}
     z, dy = (torch.randn(1, 4, 2, 2, dtype=torch.float64) for _ in range(2))
     z, column = z.requires_grad_(), lambda v: v[:, None, None]
     want = column(norm.weight) * (z - column(norm.running_mean)) / column(norm.running_var + norm.eps).sqrt()
@@ -323,6 +324,13 @@ def test_frozen_statistics_never_move_and_the_layer_is_a_fixed_affine_map():
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, inputs, dy))
     assert all(torch.equal(b, fixed[n]) for n, b in net.named_buffers())
+
+
+def test_a_diverged_net_keeps_its_statistics():
+    net, x, *_ = measured("precise")
+    net[0].weight.data.fill_(math.nan)
+    settle_statistics("precise", net, "after", lambda: x)
+    assert net[1].norm.running_var.tolist() == [1] * 4
 
 
 @pytest.mark.parametrize("norm", ["frozen", "precise"])
