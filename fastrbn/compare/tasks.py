@@ -31,7 +31,6 @@ ZOO = "zoo"
 OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
     "SGD": optim.SGD,
     "SGD with momentum 0.9": partial(optim.SGD, momentum=0.9),
-    "SGD with Nesterov momentum 0.9": partial(optim.SGD, momentum=0.9, nesterov=True),
     "Adam": optim.Adam,
     "AdamW with decay 0.05": partial(optim.AdamW, weight_decay=0.05),
 }
@@ -299,10 +298,10 @@ _LARGE_BATCH = replace(
     data=partial(data.cifar, n=50_000, n_valid=10_000),
     net=nets.quick_resnet,
     steps={1: 110, 1024: 55},
-    rate=0.3,
+    optimiser="AdamW with decay 0.05",
+    rate=0.02,
     cap=math.inf,
     power=0,
-    optimiser="SGD with Nesterov momentum 0.9",
 )
 
 _ANIMALS = replace(
