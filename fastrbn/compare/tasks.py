@@ -305,14 +305,17 @@ _LARGE_BATCH = replace(
 )
 
 _ANIMALS = replace(
-    _RESNET, data=partial(data.cifar, n=12_000, classes=data.ANIMALS), net=nets.quick_resnet, steps={1: 750}
+    _RESNET,
+    data=partial(data.cifar, n=12_000, classes=data.ANIMALS),
+    net=nets.quick_resnet,
+    steps={1: 750},
+    rate=0.0013,  # as in norm-batch, 0.1 at a batch size of 128
 )
 _VEHICLES = replace(
     _ANIMALS,
     data=partial(data.cifar, n=500, classes=data.VEHICLES),
     steps={1: 800, 2: 600, 4: 400, 32: 80},
-    rate=0.001,
-    cap=0.06,
+    rate=0.0005,
     after="animals",
 )
 _WIDE = partial(nets.resnet, width=48)
@@ -326,6 +329,7 @@ STUDY_TASKS = {
         data=partial(data.cifar, n=30_000, n_valid=6000, classes=data.ANIMALS),
         net=_WIDE,
         steps={1: 20_000},
+        rate=_RESNET.rate,
         augment=True,
     ),
     "fine-tuning-cifar": _VEHICLES,
@@ -334,6 +338,7 @@ STUDY_TASKS = {
         data=partial(data.cifar, n=5000, n_valid=4000, classes=data.VEHICLES),
         net=_WIDE,
         steps=_LONG,
+        rate=_RESNET.rate / 5,
         after="animals-full",
     ),
     "digits-full": replace(_NORM_FIRST, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000}),
