@@ -315,7 +315,7 @@ _VEHICLES = replace(
     _ANIMALS,
     data=partial(data.cifar, n=500, classes=data.VEHICLES),
     steps={1: 800, 2: 600, 4: 400, 32: 80},
-    rate=0.0005,
+    rate=0.0015,
     after="animals",
 )
 _WIDE = partial(nets.resnet, width=48)
@@ -338,7 +338,7 @@ STUDY_TASKS = {
         data=partial(data.cifar, n=5000, n_valid=4000, classes=data.VEHICLES),
         net=_WIDE,
         steps=_LONG,
-        rate=_RESNET.rate / 5,
+        rate=_RESNET.rate / 3,
         after="animals-full",
     ),
     "digits-full": replace(_NORM_FIRST, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000}),
