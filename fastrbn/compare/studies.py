@@ -66,6 +66,17 @@ STUDIES = {
         once=("onlinenorm", "groupnorm", "groupnorm-ws"),
         axis="images that the norm sees at once",
     ),
+    "fine-tuning": Study(
+        "How should a net with nn.BatchNorm be fine-tuned in small batches?",
+        {"fine-tuning": "MNIST, to dark rotated digits", "fine-tuning-cifar": "CIFAR-10, animals to vehicles"},
+        {
+            "default": "converted to RunningBatchNorm",
+            "frozen": "nn.BatchNorm, frozen statistics",
+            "batchnorm": "nn.BatchNorm",
+            "precise": "nn.BatchNorm, statistics measured after training",
+        },
+        (1, 2, 4, 32),
+    ),
     "correlated": Study(
         "Which norms can be trained on batches of correlated samples?",
         {

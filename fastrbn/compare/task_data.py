@@ -6,7 +6,7 @@ Each function takes the folder of the data sets and returns x, y, validation x, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -141,9 +141,9 @@ def small_digits(root: Root = None, flat: bool = False) -> Tensors:
     return (x.flatten(1), y, valid_x.flatten(1), valid_y) if flat else (x[:, 0], y, valid_x[:, 0], valid_y)
 
 
-def other_digits(root: Root = None) -> Tensors:
-    """2,000 images of MNIST that look different: rotated by a quarter turn, dark on light, with half the contrast."""
-    x, y, valid_x, valid_y = digits(root, 2000)
+def other_digits(root: Root = None, n: int = 2000, n_valid: int = 4000) -> Tensors:
+    """Images of MNIST that look different: rotated by a quarter turn, dark on light, with half the contrast."""
+    x, y, valid_x, valid_y = digits(root, n, n_valid)
     return 1 - 0.5 * x.rot90(1, (2, 3)), y, 1 - 0.5 * valid_x.rot90(1, (2, 3)), valid_y
 
 
@@ -162,13 +162,17 @@ def real_and_fake(root: Root = None) -> Tensors:
     return *pairs(x), *pairs(valid_x)
 
 
-def cifar(root: Root = None, n: int = 8000, n_valid: int = 2000) -> Tensors:
-    """A fixed random part of CIFAR-10, (N, 3, 32, 32)."""
-    images = _images("cifar10", root)
+ANIMALS, VEHICLES = (2, 3, 4, 5, 6, 7), (0, 1, 8, 9)  # classes of CIFAR-10
+
+
+def cifar(root: Root = None, n: int = 8000, n_valid: int = 2000, classes: Sequence[int] = range(10)) -> Tensors:
+    """A fixed random part of CIFAR-10, (N, 3, 32, 32), or of some of its classes, numbered from 0."""
+    images, wanted = _images("cifar10", root), torch.tensor(classes)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.mean, images.std))
 
     def part(data: Dataset, m: int) -> tuple[Tensor, Tensor]:
-        i = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:m]
-        return (data.x[i].float() / 255 - mean) / std, data.y[i]
+        members = torch.nonzero(torch.isin(data.y, wanted))[:, 0]
+        i = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(0))[:m]]
+        return (data.x[i].float() / 255 - mean) / std, torch.searchsorted(wanted, data.y[i])
 
     return *part(images.train, n), *part(images.valid, n_valid)

@@ -304,8 +304,50 @@ _LARGE_BATCH = replace(
     power=0,
 )
 
+_ANIMALS = replace(
+    _RESNET,
+    data=partial(data.cifar, n=12_000, classes=data.ANIMALS),
+    net=nets.quick_resnet,
+    steps={1: 750},
+    rate=0.0013,  # as in norm-batch, 0.1 at a batch size of 128
+)
+_VEHICLES = replace(
+    _ANIMALS,
+    data=partial(data.cifar, n=500, classes=data.VEHICLES),
+    steps={1: 800, 2: 600, 4: 400, 32: 80},
+    rate=0.0015,
+    after="animals",
+)
+_WIDE = partial(nets.resnet, width=48)
+_LONG = {1: 10_000, 4: 5000, 32: 1500}
+
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
+    "animals": _ANIMALS,
+    "animals-full": replace(
+        _ANIMALS,
+        data=partial(data.cifar, n=30_000, n_valid=6000, classes=data.ANIMALS),
+        net=_WIDE,
+        steps={1: 20_000},
+        rate=_RESNET.rate,
+        augment=True,
+    ),
+    "fine-tuning-cifar": _VEHICLES,
+    "fine-tuning-cifar-full": replace(
+        _VEHICLES,
+        data=partial(data.cifar, n=5000, n_valid=4000, classes=data.VEHICLES),
+        net=_WIDE,
+        steps=_LONG,
+        rate=_RESNET.rate / 3,
+        after="animals-full",
+    ),
+    "digits-full": replace(_NORM_FIRST, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000}),
+    "fine-tuning-full": replace(
+        TASKS["fine-tuning"],
+        data=partial(data.other_digits, n=10_000, n_valid=10_000),
+        steps=_LONG,
+        after="digits-full",
+    ),
     "norm-batch-full": replace(
         _NORM_BATCH,
         data=partial(data.cifar, n=50_000, n_valid=10_000),
@@ -385,6 +427,12 @@ class Batches:
         self.dataset = torch.utils.data.TensorDataset(data.x.to(device), data.y.to(device))
         self._tfms = (RandomCrop(4), RandomFlip()) if task.augment else ()
         self._indices = BATCHES[task.batches], data.y, task.at_once or bs, task.n_steps(bs), seed
+
+    def inputs(self, n: int) -> Tensor:
+        """At most `n` random training inputs."""
+        x, y = self.dataset.tensors
+        i = torch.randperm(len(y), generator=torch.Generator().manual_seed(self._indices[4]))[:n]
+        return x[i.to(x.device)]
 
     def __len__(self) -> int:
         return self._indices[3]
