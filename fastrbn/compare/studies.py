@@ -90,7 +90,6 @@ STUDIES = {
             "default": "RunningBatchNorm",
             "batchnorm": "nn.BatchNorm",
             "batchrenorm": "batch renorm",
-            "onlinenorm": "Online Normalization",
             "groupnorm": "GroupNorm",
         },
         (2, 8, 32),
