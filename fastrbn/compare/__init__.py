@@ -13,17 +13,23 @@ from .grid import GridResult, cells_of, run_grid
 from .norms import PEERS, describe, get_norm, prepare_model, split_norms
 from .report import markdown, standing_table, write_report
 from .results import standings
+from .studies import STUDIES, Best, Study, best_points, run_study
 from .table import read_rows
-from .tasks import TASKS, ZOO, get_task
+from .tasks import STUDY_TASKS, TASKS, ZOO, get_task
 
 __all__ = [
     "LR_RULES",
     "NETS",
     "PEERS",
+    "STUDIES",
+    "STUDY_TASKS",
     "TASKS",
     "ZOO",
+    "Best",
     "Cell",
     "GridResult",
+    "Study",
+    "best_points",
     "cells_of",
     "describe",
     "get_norm",
@@ -35,6 +41,7 @@ __all__ = [
     "read_rows",
     "run_cell",
     "run_grid",
+    "run_study",
     "split_norms",
     "standing_table",
     "standings",

@@ -25,7 +25,7 @@ from fastrbn.models import conv_layer, get_cnn_model, init_cnn, resnet9
 from .norms import describe, get_norm, prepare_model
 from .table import KEY
 from .task_nets import weights
-from .tasks import OPTIMISERS, SCHEDULES, ZOO, Batches, Task, TaskData, build, get_task, score_of, task_of
+from .tasks import OPTIMISERS, SCHEDULES, ZOO, Batches, Task, TaskData, build, get_task, in_groups, score_of, task_of
 
 NFS = [8, 16, 32, 64, 64]  # the course's net
 NETS: dict[str, Callable[..., nn.Module]] = {
@@ -201,7 +201,11 @@ def _image_job(cell: Cell, images: ImageData, device: str) -> _Job:
 def _task_job(cell: Cell, data: TaskData, device: str) -> _Job:
     task = get_task(cell.net)
     batches = Batches(task, data, cell.bs, cell.seed, device)
-    model = build(task, data, get_norm(cell.norm, len(batches)), cell.seed)
+    if task.at_once is None:
+        norm = get_norm(cell.norm, len(batches))
+    else:
+        norm = in_groups(get_norm(cell.norm, len(batches) * task.at_once // cell.bs), cell.bs)
+    model = build(task, data, norm, cell.seed)
     model = prepare_model(cell.norm, model).to(device)
     return _Job(
         DataBunch(batches, None, c=0, c_in=0),

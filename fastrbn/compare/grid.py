@@ -249,7 +249,8 @@ class _Progress:
 def _work(cell: Cell) -> float:
     """Relative cost of a cell: its steps, and a little for each sample."""
     if cell.task:
-        return cell.task.n_steps(cell.bs) * (1 + cell.bs / 32)
+        samples, groups = cell.task.at_once or cell.bs, (cell.task.at_once or cell.bs) / cell.bs
+        return cell.task.n_steps(cell.bs) * (groups + samples / 32)
     samples = (cell.n_train or 50_000) * cell.epochs
     return samples / cell.bs + samples / 32
 

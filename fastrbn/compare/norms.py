@@ -63,6 +63,10 @@ def _moving(
     return MABN(nf, window, mom, eps, r_max, (min(100, steps / 100), min(1000, steps / 10)))
 
 
+def _running(nf: int) -> nn.Module:
+    return RunningBatchNorm(nf)
+
+
 def _none(nf: int) -> None:
     return None
 
@@ -77,6 +81,7 @@ PEERS: dict[str, Make] = {
     "onlinenorm": _online,
     "mabn": _moving,
     "groupnorm-ws": _group,
+    "running-ws": _running,
     "none": _none,
 }
 """Norms other than recipes by name, with the function that makes each.
@@ -84,7 +89,7 @@ PEERS: dict[str, Make] = {
 GroupNorm has 8 groups; LayerNorm is GroupNorm with one.
 """
 
-PREPARE = {"mabn": centralize_weights, "groupnorm-ws": standardize_weights}
+PREPARE = {"mabn": centralize_weights, "groupnorm-ws": standardize_weights, "running-ws": standardize_weights}
 """How norms change the weights of their net; see `prepare_model`."""
 
 _GIVEN = ("nf", "steps", "dims")  # arguments that are not settings
@@ -198,7 +203,7 @@ def prepare_model(text: str, model: nn.Module) -> nn.Module:
     Returns
     -------
     nn.Module
-        `model` itself: with standardised weights for `groupnorm-ws`, with centralised weights for `mabn`.
+        `model` itself: with standardised weights for `groupnorm-ws` and `running-ws`, with centralised ones for `mabn`.
 
     Examples
     --------

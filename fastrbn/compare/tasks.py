@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from fastrbn.callbacks import IoU, combine_scheds, cos_1cycle_anneal, sched_lin
+from fastrbn.data import RandomCrop, RandomFlip
+from fastrbn.models import resnet9
 from fastrbn.util import one_of
 
 from . import task_data as data
@@ -128,6 +130,36 @@ def _runs(y: Tensor, bs: int, steps: int, g: torch.Generator, length: int = 1) -
         yield chosen[torch.randint(len(chosen), (bs,), generator=g)]
 
 
+def _cut(pieces: Iterator[Tensor], bs: int, steps: int) -> Iterator[Tensor]:
+    """Batches from an endless stream of samples that comes in pieces."""
+    left = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(left) < bs:
+            left = torch.cat([left, next(pieces)])
+        yield left[:bs]
+        left = left[bs:]
+
+
+def _short_runs(y: Tensor, bs: int, steps: int, g: torch.Generator, length: int = 16) -> Iterator[Tensor]:
+    """A stream of random samples that keeps a class for `length` samples, whatever the batch size."""
+
+    def pieces() -> Iterator[Tensor]:
+        while True:
+            yield from _runs(y, length, 1, g)
+
+    return _cut(pieces(), bs, steps)
+
+
+def _clips(y: Tensor, bs: int, steps: int, g: torch.Generator) -> Iterator[Tensor]:
+    """Clips in random order, each with its frames in their order; for the data of `task_data.filmed`."""
+
+    def pieces() -> Iterator[Tensor]:
+        while True:
+            yield from torch.arange(len(y)).view(-1, data.FRAMES)[torch.randperm(len(y) // data.FRAMES, generator=g)]
+
+    return _cut(pieces(), bs, steps)
+
+
 def _twice(y: Tensor, bs: int, steps: int, g: torch.Generator) -> Iterator[Tensor]:
     """Each sample twice in its batch (the last one once if the batch is odd)."""
     for half in _shuffled(y, (bs + 1) // 2, steps, g):
@@ -138,6 +170,8 @@ BATCHES: dict[str, Callable[..., Iterator[Tensor]]] = {
     "shuffled": _shuffled,
     "one class each": _runs,
     "runs of one class": partial(_runs, length=8),
+    "runs of 16 samples of one class": _short_runs,
+    "clips frame by frame": _clips,
     "each sample twice": _twice,
 }
 """How batches are made: f(y, batch size, steps, generator) yields the indices of each batch."""
@@ -153,6 +187,9 @@ class Task:
     - `rate`, `cap`: the learning rate is `rate`·bs^`power`, at most `cap`. All were fixed before norms were compared.
     - `optimiser`, `schedule`, `batches`: names in `OPTIMISERS`, `SCHEDULES`, `BATCHES`.
     - `after`: the task whose net, trained with nn.BatchNorm, this one starts from, with a new last layer.
+    - `at_once`: the optimiser's batch size. The cell's batch size is then that of the norm alone: in training it sees
+      the batch in groups of that size, one after the other. By default both are the cell's.
+    - `augment`: crop (padding 4) and flip training images at random.
     """
 
     data: Callable[..., data.Tensors]
@@ -166,6 +203,8 @@ class Task:
     schedule: str = LINE
     batches: str = "shuffled"
     after: str | None = None
+    at_once: int | None = None
+    augment: bool = False
 
     def lr(self, bs: int) -> float:
         """Learning rate at a batch size."""
@@ -177,27 +216,17 @@ class Task:
 
     def __str__(self) -> str:
         start = f"; starts from {self.after}, trained with nn.BatchNorm" if self.after else ""
+        rate = f"{self.rate:g}·bs^{self.power:g}, at most {self.cap:g}" if self.power else f"{self.rate:g}"
+        size = f" of {self.at_once}" if self.at_once else ""
         return (
-            f"Learning rate {self.rate:g}·bs^{self.power:g}, at most {self.cap:g}, times the factor, {self.schedule}; "
-            f"{self.optimiser}; batches {self.batches}{start}."
+            f"Learning rate {rate}, times the factor, {self.schedule}; {self.optimiser}; "
+            f"batches{size} {self.batches}{', augmented' if self.augment else ''}{start}."
         )
 
 
 _DENSE = Task(
     data.shapes, nets.EncoderDecoder, {1: 1500, 2: 1200, 8: 500, 32: 200, 256: 60}, rate=0.05, cap=1.0, goal=SEGMENT
 )
-_CANVASES = Task(
-    data.canvases,
-    partial(nets.EncoderDecoder, width=16, outputs=11),
-    {1: 1200, 2: 1000, 8: 400},
-    rate=3e-3,
-    cap=1e-2,
-    goal=LABEL_PIXELS,
-    power=0.5,
-    optimiser="Adam",
-    schedule=CYCLE,
-)
-_INPAINTING = replace(_CANVASES, data=data.inpainting, net=nets.inpainter, goal=REGRESS)
 _MLP = Task(
     partial(data.small_digits, flat=True),
     partial(nets.mlp, ni=196, classes=10),
@@ -265,6 +294,73 @@ TASKS = {
         cap=1.0,
         goal=TELL_APART,
     ),
+}
+"""Tasks of `benchmarks/zoo.py` by name."""
+
+_NORM_BATCH = replace(
+    _RESNET,
+    data=partial(data.cifar, n=20_000),
+    net=nets.quick_resnet,
+    steps={1: 160},
+    rate=0.1,
+    cap=math.inf,
+    power=0,
+    at_once=128,
+)
+
+_ORDER = replace(_COURSE, steps={1: 1200, 8: 500, 32: 200})
+_ORDER_FULL = replace(
+    _COURSE, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 12_000, 8: 6000, 32: 3000}
+)
+_MLP_ORDER = replace(_MLP, batches="one class each")
+_ORDERS = {"shuffled": "shuffled", "one-class": "one class each", "runs": "runs of 16 samples of one class"}
+_FILMED = {"order-video": (_ORDER, 2000), "order-video-full": (_ORDER_FULL, 12_000)}
+
+_LARGE_BATCH = replace(
+    _RESNET,
+    data=partial(data.cifar, n=50_000, n_valid=10_000),
+    net=nets.quick_resnet,
+    steps={1: 110, 1024: 55},
+    optimiser="AdamW with decay 0.05",
+    rate=0.02,
+    cap=math.inf,
+    power=0,
+)
+
+_CANVASES = Task(
+    data.canvases,
+    partial(nets.EncoderDecoder, width=16, outputs=11),
+    {1: 1200, 2: 1000, 8: 400},
+    rate=3e-3,
+    cap=1e-2,
+    goal=LABEL_PIXELS,
+    power=0.5,
+    optimiser="Adam",
+    schedule=CYCLE,
+)
+_INPAINTING = replace(_CANVASES, data=data.inpainting, net=nets.inpainter, goal=REGRESS)
+
+STUDY_TASKS = {
+    "norm-batch": _NORM_BATCH,
+    "norm-batch-full": replace(
+        _NORM_BATCH,
+        data=partial(data.cifar, n=50_000, n_valid=10_000),
+        net=partial(nets.resnet, width=48),
+        steps={1: 5860},
+        augment=True,
+    ),
+    **{f"order-{name}": replace(_ORDER, batches=batches) for name, batches in _ORDERS.items()},
+    **{f"order-{name}-full": replace(_ORDER_FULL, batches=batches) for name, batches in _ORDERS.items()},
+    **{
+        name: replace(task, data=partial(data.filmed, n=clips), batches="clips frame by frame")
+        for name, (task, clips) in _FILMED.items()
+    },
+    "order-one-class-mlp": replace(_MLP_ORDER, steps={1: 1000, 8: 500, 32: 250}),
+    "order-one-class-mlp-full": replace(_MLP_ORDER, steps={1: 12_000, 8: 8000, 32: 4000}),
+    "large-batch": _LARGE_BATCH,
+    "large-batch-full": replace(
+        _LARGE_BATCH, net=lambda norm: resnet9(norm=norm), steps={1: 2910, 1024: 1440}, augment=True
+    ),
     "canvases": _CANVASES,
     "canvases-full": replace(
         _CANVASES,
@@ -280,12 +376,12 @@ TASKS = {
         steps={1: 20_000, 2: 20_000, 8: 10_000},
     ),
 }
-"""Tasks by name."""
+"""Tasks of `STUDIES` by name. Those that end in -full are for a GPU."""
 
 
 def task_of(data: str, net: str) -> Task | None:
     """The task of a cell with this `data` and `net`; None for a net on images, even from a folder called zoo."""
-    return TASKS.get(net) if data == ZOO else None
+    return (TASKS.get(net) or STUDY_TASKS.get(net)) if data == ZOO else None
 
 
 def get_task(name: str) -> Task:
@@ -294,7 +390,7 @@ def get_task(name: str) -> Task:
     Parameters
     ----------
     name : str
-        One of `TASKS`.
+        One of `TASKS` or `STUDY_TASKS`.
 
     Returns
     -------
@@ -310,7 +406,8 @@ def get_task(name: str) -> Task:
     >>> get_task("mlp-adam").lr(bs=4)
     0.002
     """
-    return TASKS[one_of("a task", name, TASKS)]
+    known = {**TASKS, **STUDY_TASKS}
+    return known[one_of("a task", name, known)]
 
 
 @dataclass(frozen=True)
@@ -331,15 +428,47 @@ class Batches:
         if not 1 <= bs <= len(data.x):
             raise ValueError(f"the batch size must be 1 to {len(data.x)}, the number of the task's samples; got {bs}")
         self.dataset = torch.utils.data.TensorDataset(data.x.to(device), data.y.to(device))
-        self._indices = BATCHES[task.batches], data.y, bs, task.n_steps(bs), seed
+        self._tfms = (RandomCrop(4), RandomFlip()) if task.augment else ()
+        self._indices = BATCHES[task.batches], data.y, task.at_once or bs, task.n_steps(bs), seed
 
     def __len__(self) -> int:
         return self._indices[3]
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, y, bs, steps, seed = self._indices
+        g = torch.Generator(self.dataset.tensors[0].device).manual_seed(seed)  # for the transforms
         for i in order(y, bs, steps, torch.Generator().manual_seed(seed)):
-            yield self.dataset[i.to(self.dataset.tensors[0].device)]
+            xb, yb = self.dataset[i.to(g.device)]
+            for tfm in self._tfms:
+                xb = tfm(xb, g)
+            yield xb, yb
+
+
+class InGroups(nn.Module):
+    """Apply `norm` in training to groups of `size` samples, one after the other, as gradient accumulation does.
+
+    The forward pass equals that over micro-batches of `size`. In the backward pass autograd visits the groups of a
+    layer in reverse order, which only matters to norms whose gradient has a memory.
+    """
+
+    def __init__(self, norm: nn.Module, size: int) -> None:
+        super().__init__()
+        self.norm, self.size, self.activates = norm, size, getattr(norm, "activates", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) <= self.size:
+            return self.norm(x)
+        return torch.cat([self.norm(part) for part in x.split(self.size)])
+
+
+def in_groups(make: Callable[..., nn.Module | None], size: int) -> Callable[..., nn.Module | None]:
+    """`make` with each norm it returns in `InGroups`."""
+
+    def grouped(nf: int, dims: int = 2) -> nn.Module | None:
+        made = make(nf, dims)
+        return None if made is None else InGroups(made, size)
+
+    return grouped
 
 
 def build(task: Task, data: TaskData, norm: Callable[..., nn.Module | None], seed: int) -> nn.Module:

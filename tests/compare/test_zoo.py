@@ -65,7 +65,7 @@ def tiny(monkeypatch):
 # the tasks
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if not name.endswith("-full")])
+@pytest.mark.parametrize("name", TASKS)
 def test_each_task_trains_and_scores_and_every_norm_has_the_same_weights_and_batches(name, tiny, monkeypatch):
     seen, starts = {}, {}
     data = load_task(name)
