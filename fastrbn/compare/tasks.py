@@ -330,7 +330,7 @@ _LARGE_BATCH = replace(
 _CANVASES = Task(
     data.canvases,
     partial(nets.EncoderDecoder, width=16, outputs=11),
-    {1: 1200, 2: 1000, 8: 400},
+    {1: 900, 2: 700, 8: 250},
     rate=3e-3,
     cap=1e-2,
     goal=LABEL_PIXELS,
@@ -338,7 +338,7 @@ _CANVASES = Task(
     optimiser="Adam",
     schedule=CYCLE,
 )
-_INPAINTING = replace(_CANVASES, data=data.inpainting, net=nets.inpainter, goal=REGRESS)
+_INPAINTING = replace(_CANVASES, data=data.inpainting, net=nets.inpainter, steps={1: 500, 2: 400, 8: 120}, goal=REGRESS)
 
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
