@@ -359,7 +359,12 @@ STUDY_TASKS = {
     "order-one-class-mlp-full": replace(_MLP_ORDER, steps={1: 12_000, 8: 8000, 32: 4000}),
     "large-batch": _LARGE_BATCH,
     "large-batch-full": replace(
-        _LARGE_BATCH, net=lambda norm: resnet9(norm=norm), steps={1: 2910, 1024: 1440}, augment=True
+        _LARGE_BATCH,
+        net=lambda norm: resnet9(norm=norm),
+        steps={1: 2910, 1024: 1440},
+        optimiser="SGD with momentum 0.9",
+        rate=0.3,
+        augment=True,
     ),
     "canvases": _CANVASES,
     "canvases-full": replace(
