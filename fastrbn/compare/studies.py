@@ -66,6 +66,21 @@ STUDIES = {
         once=("onlinenorm", "groupnorm", "groupnorm-ws"),
         axis="images that the norm sees at once",
     ),
+    "dense": Study(
+        "Which norms train a net for dense prediction on batches of one or two images?",
+        {
+            "canvases": "labels of digits on cluttered canvases, U-Net, Adam",
+            "inpainting": "CIFAR-10 inpainted, U-Net, Adam",
+        },
+        {
+            "default": "RunningBatchNorm",
+            "batchnorm": "nn.BatchNorm",
+            "frozen": "nn.BatchNorm, frozen at the start",
+            "groupnorm": "GroupNorm",
+            "instancenorm": "InstanceNorm",
+        },
+        (1, 2, 8),
+    ),
     "fine-tuning": Study(
         "How should a net with nn.BatchNorm be fine-tuned in small batches?",
         {"fine-tuning": "MNIST, to dark rotated digits", "fine-tuning-cifar": "CIFAR-10, animals to vehicles"},

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from fastrbn.callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
+from fastrbn.callbacks import IoU, combine_scheds, cos_1cycle_anneal, sched_lin
 from fastrbn.data import RandomCrop, RandomFlip
 from fastrbn.models import resnet9
 from fastrbn.util import one_of
@@ -63,6 +63,21 @@ def _overlap(p: Tensor, y: Tensor) -> Tensor:
     return 100 * (found & there).sum() / (found | there).sum().clamp_min(1)
 
 
+_BACKGROUND = 0.2  # weight of class 0 in the loss, which most pixels have
+
+
+def _label_loss(p: Tensor, y: Tensor) -> Tensor:
+    weight = p.new_ones(p.shape[1])
+    weight[0] = _BACKGROUND
+    return F.cross_entropy(p, y, weight)
+
+
+def _mean_overlap(p: Tensor, y: Tensor) -> Tensor:
+    overlap = IoU()
+    overlap.update(p, y)
+    return 100 * overlap.compute()
+
+
 def _explained(p: Tensor, y: Tensor) -> Tensor:
     return (100 * (1 - F.mse_loss(p, y) / y.var(correction=0))).nan_to_num(-100).clamp_min(-100)
 
@@ -77,8 +92,16 @@ def _blind_mask(y: Tensor) -> tuple[float, float]:
     return 100 * share, -0.9 * (share * math.log(share) + (1 - share) * math.log(1 - share))
 
 
+def _blind_pixels(y: Tensor) -> tuple[float, float]:
+    count = y.flatten().bincount().float()
+    score = 200 * count[0].item() / y.numel() / len(count)
+    count[0] *= _BACKGROUND
+    return score, 0.9 * torch.special.entr(count / count.sum()).sum().item()
+
+
 CLASSIFY = Goal("accuracy", F.cross_entropy, _accuracy, _blind_class)
 SEGMENT = Goal("overlap (IoU)", F.binary_cross_entropy_with_logits, _overlap, _blind_mask)
+LABEL_PIXELS = Goal("overlap (mean IoU)", _label_loss, _mean_overlap, _blind_pixels)
 REGRESS = Goal("explained variance", F.mse_loss, _explained, lambda y: (10.0, 0.9 * y.var().item()))
 TELL_APART = Goal(
     "accuracy",
@@ -320,6 +343,18 @@ _VEHICLES = replace(
 )
 _WIDE = partial(nets.resnet, width=48)
 _LONG = {1: 10_000, 4: 5000, 32: 1500}
+_CANVASES = Task(
+    data.canvases,
+    partial(nets.EncoderDecoder, width=16, outputs=11),
+    {1: 900, 2: 700, 8: 250},
+    rate=3e-3,
+    cap=1e-2,
+    goal=LABEL_PIXELS,
+    power=0.5,
+    optimiser="Adam",
+    schedule=CYCLE,
+)
+_INPAINTING = replace(_CANVASES, data=data.inpainting, net=nets.inpainter, steps={1: 500, 2: 400, 8: 120}, goal=REGRESS)
 
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
@@ -371,6 +406,20 @@ STUDY_TASKS = {
         optimiser="SGD with momentum 0.9",
         rate=0.3,
         augment=True,
+    ),
+    "canvases": _CANVASES,
+    "canvases-full": replace(
+        _CANVASES,
+        data=partial(data.canvases, n=8000, n_valid=1000, cells=3, cell=24),
+        net=partial(nets.EncoderDecoder, width=32, levels=4, outputs=11),
+        steps={1: 20_000, 2: 20_000, 8: 10_000},
+    ),
+    "inpainting": _INPAINTING,
+    "inpainting-full": replace(
+        _INPAINTING,
+        data=partial(data.inpainting, n=50_000, n_valid=10_000),
+        net=partial(nets.inpainter, width=32, levels=4),
+        steps={1: 20_000, 2: 20_000, 8: 10_000},
     ),
 }
 """Tasks of `STUDIES` by name. Those that end in -full are for a GPU."""
