@@ -338,7 +338,7 @@ _VEHICLES = replace(
     _ANIMALS,
     data=partial(data.cifar, n=500, classes=data.VEHICLES),
     steps={1: 800, 2: 600, 4: 400, 32: 80},
-    rate=0.0015,
+    rate=0.003,
     after="animals",
 )
 _WIDE = partial(nets.resnet, width=48)
@@ -346,15 +346,23 @@ _LONG = {1: 10_000, 4: 5000, 32: 1500}
 _CANVASES = Task(
     data.canvases,
     partial(nets.EncoderDecoder, width=16, outputs=11),
-    {1: 900, 2: 700, 8: 250},
-    rate=3e-3,
-    cap=1e-2,
+    {1: 1500, 2: 1100, 8: 350},
+    rate=1e-2,
+    cap=3e-2,
     goal=LABEL_PIXELS,
     power=0.5,
     optimiser="Adam",
     schedule=CYCLE,
 )
-_INPAINTING = replace(_CANVASES, data=data.inpainting, net=nets.inpainter, steps={1: 500, 2: 400, 8: 120}, goal=REGRESS)
+_INPAINTING = replace(
+    _CANVASES,
+    data=data.inpainting,
+    net=nets.inpainter,
+    steps={1: 500, 2: 400, 8: 120},
+    rate=3e-3,
+    cap=1e-2,
+    goal=REGRESS,
+)
 
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
