@@ -48,15 +48,14 @@ from fastrbn.util import write_whole
 RESULTS = Path(__file__).parent / "results" / "evidence" / "crossq.csv"
 COLUMNS = ("task", "norm", "lr", "seed", "step", "return", "seconds", "machine", "torch", "date")
 NORMS = {
-    "batchrenorm": "batch renorm (CrossQ)",
-    "batchnorm:momentum=0.01": "nn.BatchNorm",  # the paper's rate, for both
-    "default": "running batch norm",
+    "default": "RunningBatchNorm",
+    "batchrenorm": "batch renorm",
+    "batchnorm:momentum=0.01": "nn.BatchNorm",  # the momentum of CrossQ, for both
     "layernorm": "LayerNorm",
     "none": "no norm",
-    "sac": "SAC: target networks, no norm",
+    "sac": "SAC, target networks",
 }
 RATES = (3e-4, 1e-3, 3e-3)
-SEEDS = (0, 1, 2)
 
 
 class Pendulum:
@@ -140,9 +139,6 @@ TASKS = {
     "pendulum-8": Task("pendulum, batches of 8", Pendulum, 2500, bs=8),
     "cartpole": Task("cart-pole swing-up, batches of 256", CartPole, 4000),
 }
-
-
-QUICK = "pendulum,pendulum-8"
 
 
 @dataclass(frozen=True)
@@ -263,7 +259,7 @@ def evaluate(agent: Agent, task: Task, n: int = 20) -> float:
 
 
 def train(run: Run) -> list[dict[str, Any]]:
-    """Train an agent, one update a step; the rows of its learning curve. A NaN ends it."""
+    """Train an agent, one update a step. Returns the rows of its learning curve; `seconds` are of the processor."""
     task, began, about = run.spec, time.process_time(), machine("cpu")
     world, seen = task.world, task.world.observations
     torch.manual_seed(run.seed)
@@ -335,17 +331,18 @@ def _begin() -> None:
 
 def grid(
     path: Path,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | None = None,
     norms: Sequence[str] = tuple(NORMS),
     rates: Sequence[float] = RATES,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] | None = None,
     jobs: int | None = None,
     full: bool = False,
     log: Callable[[str], object] = print,
 ) -> bool:
     """Train every norm at every rate with the first seed, then at its best rate with the others. False on Ctrl-C."""
+    pairs = list(itertools.product(tasks or TASKS, norms))
+    seeds = seeds or range(10 if full else 3)
     jobs = jobs or os.cpu_count() or 1
-    pairs = list(itertools.product(tasks, norms))
     try:
         train_all([Run(*pair, lr, seeds[0], full) for pair in pairs for lr in rates], path, jobs, log)
         best = {pair: curve.lr for pair, curve in curves(read_rows(path)).items()}
@@ -418,9 +415,9 @@ def figure(rows: Iterable[dict[str, str]]) -> Any:
     """Learning curves, a panel for each task: the mean over the seeds, and a band of a standard deviation each way."""
     found = curves(rows)
     tasks = [name for name in TASKS if any(t == name for t, _ in found)]
-    fig = new_figure(5.2 * max(len(tasks), 1), 3.6)
+    fig = new_figure(4.6 * max(len(tasks), 1), 3.6)
     panels = fig.add_gridspec(1, max(len(tasks), 1))
-    colors = dict(zip(["default", *(n for n in _ordered(n for _, n in found) if n != "default")], COLORS))
+    colors = dict(zip(_ordered(n for _, n in found), itertools.cycle(COLORS)))
     for i, name in enumerate(tasks):
         world = TASKS[name].world
         label = "mean return of 20 episodes" if i == 0 else ""
@@ -449,20 +446,21 @@ def _ordered(norms: Iterable[str]) -> list[str]:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=lambda text: text.split(","), help=f"of {', '.join(TASKS)}; default: {QUICK}")
+    names = functools.partial(str.split, sep=",")
+    parser.add_argument("--tasks", type=names, help=f"default: {','.join(TASKS)}")
     parser.add_argument("--norms", type=split_norms, default=list(NORMS), help=f"default: {','.join(NORMS)}")
     parser.add_argument("--rates", type=numbers(float), default=RATES, help="default: 3e-4,1e-3,3e-3")
     parser.add_argument("--seeds", type=numbers(int), help="default: 0,1,2; with --full 0 to 9")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each)")
-    parser.add_argument("--full", action="store_true", help="five times the steps, wider nets, all tasks")
+    parser.add_argument("--full", action="store_true", help="five times the steps, nets of 256, ten seeds")
     parser.add_argument("--csv", type=Path, help="default: results/evidence/crossq.csv, with --full crossq-full.csv")
     args = parser.parse_args()
-    tasks = args.tasks or (list(TASKS) if args.full else QUICK.split(","))
-    seeds = args.seeds or tuple(range(10 if args.full else 3))
+    if unknown := set(args.tasks or ()) - set(TASKS):
+        parser.error(f"tasks must be of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
     path = args.csv or RESULTS.with_stem("crossq-full" if args.full else "crossq")
     torch.set_num_threads(1)
     say = functools.partial(print, flush=True)
-    whole = grid(path, tasks, args.norms, args.rates, seeds, args.jobs, args.full, say)
+    whole = grid(path, args.tasks, args.norms, args.rates, args.seeds, args.jobs, args.full, say)
     if rows := read_rows(path):
         print(f"\n{table(rows)}\n\n{write_whole(path.with_suffix('.png'), plots.png(figure(rows)))}")
     if not whole:

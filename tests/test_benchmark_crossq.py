@@ -113,7 +113,7 @@ def test_norms_start_from_the_same_weights(crossq):
 
 def test_a_grid_goes_on_where_it_ended(tiny, tmp_path, monkeypatch):
     path, log, train = tmp_path / "out.csv", [], tiny.train
-    settings = {"norms": ["none", "default"], "rates": [1e-3, 3e-3], "seeds": [0, 1], "jobs": 1, "log": log.append}
+    settings = {"norms": ["none", "sac"], "rates": [1e-3, 3e-3], "seeds": [0, 1], "jobs": 1, "log": log.append}
 
     def interrupted(run):
         if run.seed == 1:
@@ -144,13 +144,13 @@ def test_table_and_picture_show_the_best_rate_and_every_seed(tiny):
     rows += made_up("default", 3e-3, 1, [-900, -170]) + made_up("sac", 1e-3, 0, [-1200, "nan"], "cartpole")
     rows += made_up("none", 3e-3, 0, [-1300, -1100]) + made_up("none", 3e-3, 1, [-1300, -290])
     text = tiny.table(rows)
-    assert "| running batch norm | 0.003 | **-160 ± 14** | 12 | 2 |" in text
+    assert "| RunningBatchNorm | 0.003 | **-160 ± 14** | 12 | 2 |" in text
     assert "| no norm | 0.003 | -695 ± 573 | 16 (1 of 2 seeds) | 2 |" in text
-    assert "| SAC: target networks, no norm | 0.001 | **15** | never | 1 |" in text
+    assert "| SAC, target networks | 0.001 | **15** | never | 1 |" in text
     fig = tiny.figure(rows)
     pendulum, cartpole = fig.axes
     means = [line.get_ydata() for line in pendulum.lines]
     assert any(list(m) == [-575, -160] for m in means) and len(means) == 3  # one of them marks the goal
     widths = {line.get_color(): line.get_linewidth() for line in pendulum.lines[1:]}
     assert widths[tiny.COLORS[0]] == max(widths.values())
-    assert [t.get_text() for t in cartpole.texts] == ["SAC: target networks, no norm"]
+    assert [t.get_text() for t in cartpole.texts] == ["SAC, target networks"]
