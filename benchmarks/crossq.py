@@ -165,7 +165,7 @@ class Run:
 
 
 def mlp(sizes: list[int], norm: str, steps: int) -> nn.Sequential:
-    """Linear layers with ReLU between them and a norm before each.
+    """Linear layers, a norm before each and ReLU between them.
 
     LayerNorm is left out before the first: across the few inputs it would remove what they tell.
     """
@@ -191,10 +191,6 @@ class Agent:
         betas = (0.5 if self.cross else 0.9, 0.999)
         self.critics = nn.ModuleList(mlp([observations + 1, width, width, 1], norm, steps) for _ in range(2))
         self.actor = mlp([observations, width, width, 2], norm, steps // self.delay)
-        for net in (*self.critics, self.actor):
-            for layer in net:
-                if isinstance(layer, nn.Linear):  # not before all norms are made, which may draw random numbers
-                    layer.reset_parameters()
         self.targets = None if self.cross else copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = torch.zeros((), requires_grad=True)
         self.opts = [
