@@ -165,6 +165,21 @@ def resnet(norm: Norm, width: int = 12) -> nn.Sequential:
     )
 
 
+def quick_resnet(norm: Norm) -> nn.Sequential:
+    """A ResNet for CIFAR-10 that halves images at once: more accurate than `resnet` after the same time on a CPU."""
+    return nn.Sequential(
+        conv(3, 24, norm, ks=5, stride=2),
+        conv(24, 48, norm),
+        nn.MaxPool2d(2),
+        Residual(conv(48, 48, norm), conv(48, 48, norm)),
+        nn.MaxPool2d(2),
+        conv(48, 96, norm),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Kaiming normal weights and zero biases, a function of the seed; the last layer's weights are scaled by 0.3."""
     torch.manual_seed(seed)
