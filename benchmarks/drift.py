@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import io
+import os
 import signal
 import sys
 import textwrap
@@ -35,7 +36,6 @@ from torch import Tensor, nn
 from fastrbn import plots
 from fastrbn.compare import TASKS, ZOO, Cell, get_task, load_task, run_cell
 from fastrbn.compare import task_data as data
-from fastrbn.compare.grid import _jobs
 from fastrbn.norm import RunningBatchNorm, convert_batchnorm
 from fastrbn.plots import figure as drawing
 from fastrbn.util import write_whole
@@ -99,7 +99,6 @@ def stream(drift: Drift, x: Tensor, y: Tensor, order: str, seed: int) -> tuple[T
 # The ways to predict: each takes a trained net, which it may change, and returns a function of a batch.
 
 Predict = Callable[[Tensor], Tensor]
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def frozen(model: nn.Module) -> Predict:
@@ -131,7 +130,7 @@ def running(model: nn.Module, momentum: Callable[[int], float]) -> Predict:
 
     def predict(x: Tensor) -> Tensor:
         for module in model.modules():
-            if isinstance(module, BATCHNORMS):
+            if isinstance(module, nn.BatchNorm2d):
                 module.momentum = momentum(len(x))
         model.train()(x)
         return model.eval()(x)
@@ -150,18 +149,18 @@ def with_prior(model: nn.Module, prior: int = 16) -> Predict:
         norm.running_var.copy_(var.lerp(v, share))
 
     for norm in model.modules():
-        if isinstance(norm, BATCHNORMS):
+        if isinstance(norm, nn.BatchNorm2d):
             norm.register_forward_pre_hook(partial(mix, mean=norm.running_mean.clone(), var=norm.running_var.clone()))
     return model.eval()
 
 
 CONTENDERS: dict[tuple[str, str], tuple[str, Callable[[nn.Module], Predict]]] = {
     ("batchnorm", "frozen"): ("nn.BatchNorm, frozen", frozen),
-    ("batchnorm", "batch"): ("nn.BatchNorm, the batch's statistics", of_the_batch),
-    ("batchnorm", "prior"): ("nn.BatchNorm, the batch's and 16 samples' of training", with_prior),
+    ("batchnorm", "batch"): ("nn.BatchNorm, batch statistics", of_the_batch),
+    ("batchnorm", "prior"): ("nn.BatchNorm, batch and training statistics mixed", with_prior),
     ("batchnorm", "running"): ("nn.BatchNorm, running, momentum 0.1", partial(running, momentum=lambda n: 0.1)),
     ("batchnorm", "memory"): (
-        "nn.BatchNorm, running over 300 images",
+        "nn.BatchNorm, running, memory of 300 images",
         partial(running, momentum=lambda n: n / (n + 300)),
     ),
     ("batchnorm", "converted"): ("nn.BatchNorm converted to RunningBatchNorm, adapting", converted),
@@ -221,7 +220,7 @@ def run(
     done = {(r["task"], r["norm"], int(r["seed"])) for r in rows_of(path)}
     todo = [job for seed, task, norm in product(seeds, tasks, NORMS) if (job := (task, norm, seed)) not in done]
     print(f"{len(todo)} nets to train, {len(done)} finished", flush=True)
-    jobs = min(_jobs(device) if jobs is None else jobs, len(todo))
+    jobs = min((os.cpu_count() or 1 if device == "cpu" else 1) if jobs is None else jobs, len(todo))
     context = torch.multiprocessing.get_context("spawn")
     try:
         with context.Pool(jobs, _begin) if jobs else nullcontext() as pool:
