@@ -284,12 +284,13 @@ def figure(rows: list[dict]) -> Any:
     """Accuracy along the stream, a row of panels for each task and a panel for each stream."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     fig = plots.new_figure(3.1 * len(STREAMS) + 2.6, 2.7 * len(tasks))
+    grid = fig.add_gridspec(len(tasks), len(STREAMS))
     styles = {key: {**drawing.line_style(i), "lw": 1.2} for i, key in enumerate(DRAWN)}
     styles["default", "adapting"] = {"color": "black", "lw": 3}
     handles: dict[str, Any] = {}
     for i, (task, (bs, order)) in enumerate(product(tasks, STREAMS)):
         title = f"{_title(task)}: batch {bs}" + ("" if order == "shuffled" else f", {order}")
-        ax = drawing.axes(fig, (len(tasks), len(STREAMS), i + 1), title, "images seen, %")
+        ax = drawing.axes(fig, grid[divmod(i, len(STREAMS))], title, "images seen, %")
         if i % len(STREAMS) == 0:
             ax.set_ylabel("accuracy, %", fontsize=drawing.TEXT)
         for (left, right_), name in (((10, 50), "light"), ((60, 100), "blur and noise")):
