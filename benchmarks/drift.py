@@ -283,7 +283,7 @@ def _title(task: str) -> str:
 def figure(rows: list[dict]) -> Any:
     """Accuracy along the stream, a row of panels for each task and a panel for each stream."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    fig = plots.new_figure(3.1 * len(STREAMS) + 2.6, 2.7 * len(tasks))
+    fig = plots.new_figure(3.4 * len(STREAMS) + 2.6, 2.7 * len(tasks))
     grid = fig.add_gridspec(len(tasks), len(STREAMS))
     styles = {key: {**drawing.line_style(i), "lw": 1.2} for i, key in enumerate(DRAWN)}
     styles["default", "adapting"] = {"color": "black", "lw": 3}
