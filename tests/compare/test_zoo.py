@@ -117,7 +117,7 @@ def test_rate_and_number_of_steps_follow_the_tasks_rule():
     assert [TASKS["dense"].n_steps(bs) for bs in (1, 4, 8, 500)] == [1500, 1200, 500, 60]
 
 
-@pytest.mark.parametrize("kind", tasks.BATCHES)
+@pytest.mark.parametrize("kind", ["shuffled", "one class each", "runs of one class", "each sample twice"])
 def test_batches_are_composed_as_their_name_says(kind):
     y = torch.arange(200) % 10
     found = list(tasks.BATCHES[kind](y, 6, 40, torch.Generator().manual_seed(0)))
