@@ -15,6 +15,7 @@ from .report import markdown, standing_table, write_report
 from .results import standings
 from .studies import STUDIES, Best, Study, best_points, run_study
 from .table import read_rows
+from .study_report import study_figure, study_table, write_page
 from .tasks import STUDY_TASKS, TASKS, ZOO, get_task
 
 __all__ = [
@@ -45,5 +46,8 @@ __all__ = [
     "split_norms",
     "standing_table",
     "standings",
+    "study_figure",
+    "study_table",
+    "write_page",
     "write_report",
 ]
