@@ -14,8 +14,8 @@ from .norms import PEERS, describe, get_norm, prepare_model, split_norms
 from .report import markdown, standing_table, write_report
 from .results import standings
 from .studies import STUDIES, Best, Study, best_points, run_study
-from .table import read_rows
 from .study_report import study_figure, study_table, write_page
+from .table import read_rows
 from .tasks import STUDY_TASKS, TASKS, ZOO, get_task
 
 __all__ = [

@@ -59,7 +59,8 @@ def plot_study(
     deep = [_ROW * sum(map(_depth, table.values())) for table in tables]
     columns = min(len(given), 2) or 1
     heights = [h for i in range(0, len(given), columns) for h in (_HEIGHT, max(*deep[i : i + columns], 0.02))]
-    words = "\n".join(textwrap.wrap(question, 85))
+    rows = -(-len(question) // 85) or 1
+    words = "\n".join(textwrap.wrap(question, min(len(question) // rows + 8, 85)))
     fig = new_figure(_WIDTH, sum(heights) + 0.6 + 0.2 * words.count("\n"))
     fig.suptitle(words, x=0.01, ha="left", fontsize=11, fontweight="bold")
     grid = fig.add_gridspec(len(heights), columns, height_ratios=heights) if given else None

@@ -1,5 +1,8 @@
 """Tables, picture and page of a study, from made-up rows; docs/evidence.md says what the results do."""
 
+import re
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ from fastrbn.compare import STUDIES, ZOO, Study, read_rows, study_figure, study_
 from fastrbn.plots.figure import MAIN
 
 ROOT = Path(__file__).parents[2]
+EVIDENCE = ROOT / "docs" / "evidence.md"
+SCRIPT = ROOT / "benchmarks" / "evidence.py"
 STUDY = Study(
     "Which norm is best?",
     {"dense": "Shapes", "mlp-adam": "Digits"},
@@ -115,10 +120,38 @@ def test_a_page_without_the_place_of_a_table_is_refused_and_left_as_it_is(text, 
     assert page.read_text(encoding="utf-8") == text
 
 
+needs_page = pytest.mark.skipif(not EVIDENCE.is_file(), reason="the tests run outside the repository")
+
+
+@needs_page
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_page_has_the_tables_of_the_results(name):
     rows = read_rows(ROOT / "benchmarks" / "results" / "evidence" / f"{name}.csv")
     if not rows:
         pytest.skip("there are no results")
-    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert study_table(STUDIES[name], rows) in page, "python benchmarks/evidence.py --write"
+    page = EVIDENCE.read_text(encoding="utf-8")
+    assert study_table(STUDIES[name], rows) in page, "python benchmarks/evidence.py --write writes them"
+
+
+@needs_page
+def test_the_page_has_a_place_for_each_study(tmp_path):
+    copy = shutil.copy(EVIDENCE, tmp_path)
+    write_page(copy, dict.fromkeys([*STUDIES, "crossq", "drift"], "x"))
+
+
+@needs_page
+def test_the_script_writes_picture_and_table_into_the_page(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does for a script
+    page, rows = shutil.copy(EVIDENCE, tmp_path), seeds("default", 2, 50, 51, 52, net="norm-batch")
+    picture = runpy.run_path(str(SCRIPT))["write"]("norm-batch", rows, page)
+    assert picture == tmp_path / "evidence-norm-batch.png" and picture.read_bytes()[1:4] == b"PNG"
+    study = STUDIES["norm-batch"]
+    text = f"![{study.question}](evidence-norm-batch.png)\n\n{study_table(study, rows)}\n\n<!-- end -->"
+    assert text in page.read_text(encoding="utf-8") and "51.0 ± 1.0" in text
+
+
+@needs_page
+def test_every_test_that_the_page_names_exists():
+    text, tests = (p.read_text(encoding="utf-8") for p in (EVIDENCE, Path(__file__).with_name("test_peers.py")))
+    named = re.findall(r"`test_peers::(\w+)`", text)
+    assert len(named) > 3 and all(f"def {name}(" in tests for name in named)

@@ -289,6 +289,9 @@ def history_of_activations(steps, modules):
     return [torch.rand(steps, modules) for _ in range(3)]
 
 
+POINT = {"x": 8, "mean": 98.2, "std": None, "total": 1, "at chance": 0, "diverged": 0, "refused": 0}
+
+
 def comparison(columns, norms):
     def point(x, i):
         counts = {"at chance": i % 3 == 1, "diverged": 2 * (i % 4 == 1), "refused": 3 * (i == 6 and x < 4)}
@@ -400,6 +403,14 @@ PICTURES = {
     "two histograms": lambda: plots.plot_histograms(torch.rand(50, 2, 40), NAMES[:2], list(range(50)), (-5.0, 5.0)),
     "comparison": lambda: plots.plot_comparison(comparison(1, 10), dashed=["norm-1", "norm-5"]),
     "three comparisons": lambda: plots.plot_comparison(comparison(3, 4)),
+    "study": lambda: plots.plot_study(
+        "Which norm is the best of these nine, and does it matter which one I take, if batches are small? " * 2,
+        [(f"task {i}", "accuracy, %", lines) for i, (_, lines) in enumerate(comparison(3, 9))],
+        ours=["norm-2", "norm-3"],
+        level=["norm-4"],
+    ),
+    "study of one size": lambda: plots.plot_study("Why?", [("t", "a, %", {"a": [POINT], "b": [POINT]})], ours=["b"]),
+    "study of nothing": lambda: plots.plot_study("Which norm is the best?", [("task", "accuracy, %", {})]),
     "weights": lambda: plots.plot_weight_norms([(f"mnist, cnn, 50000 images, batch size {i}", CURVES) for i in (2, 8)]),
     "two classes": lambda: plots.plot_confusion([[9, 1], [0, 0]], ["a class with a long name", "dog"]),
     "21 classes": lambda: plots.plot_confusion(torch.randint(9, (21, 21)), [f"class {i}" for i in range(21)]),
@@ -433,7 +444,7 @@ def test_texts_are_large_enough_inside_the_picture_and_not_on_one_another_nor_on
     assert not any(ax.get_legend() for ax in fig.axes)
 
 
-@pytest.mark.parametrize("module", ["figure", "training", "diagnose", "compare", "graph", "predictions"])
+@pytest.mark.parametrize("module", ["figure", "training", "diagnose", "compare", "study", "graph", "predictions"])
 def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"torch": torch}
