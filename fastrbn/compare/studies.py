@@ -66,6 +66,32 @@ STUDIES = {
         once=("onlinenorm", "groupnorm", "groupnorm-ws"),
         axis="images that the norm sees at once",
     ),
+    "correlated": Study(
+        "Which norms can be trained on batches of correlated samples?",
+        {
+            "order-shuffled": "MNIST, course net: shuffled",
+            "order-video": "MNIST, course net: clips, frame by frame (8 frames of a digit)",
+            "order-one-class": "MNIST, course net: one class a batch, changing at random",
+            "order-runs": "MNIST, course net: runs of 16 samples of one class",
+            "order-one-class-mlp": "MNIST, MLP: one class a batch, changing at random",
+        },
+        {
+            "default": "RunningBatchNorm",
+            "batchnorm": "nn.BatchNorm",
+            "batchrenorm": "batch renorm",
+            "onlinenorm": "Online Normalization",
+            "groupnorm": "GroupNorm",
+        },
+        (2, 8, 32),
+    ),
+    "large-batch": Study(
+        "Does the swap of the norm cost accuracy at a large batch?",
+        {"large-batch": "CIFAR-10, ResNet, the recipe of nn.BatchNorm"},
+        {"default": "RunningBatchNorm", "batchnorm": "nn.BatchNorm", "groupnorm": "GroupNorm"},
+        (512, 1024),
+        factors=(1,),
+        seeds=(0, 1, 2, 3, 4),
+    ),
 }
 """Studies by name."""
 

@@ -115,6 +115,26 @@ def digits(root: Root = None, n: int = 12_000, n_valid: int = 4000, halved: bool
     return x, images.train.y[:n], valid_x, images.valid.y[:n_valid]
 
 
+FRAMES = 8
+"""Frames of a clip in `filmed`."""
+
+
+def filmed(root: Root = None, n: int = 2000, reach: int = 2, noise: float = 0.2) -> Tensors:
+    """`n` images of MNIST as clips of `FRAMES` noisy frames in which the digit wanders; validation on plain images.
+
+    Each frame moves the digit by up to a pixel along each axis, at most `reach` pixels from its place.
+    """
+    rand, randn, _ = _draw(5)
+    x, y, valid_x, valid_y = digits(root, n)
+    at, shifts = torch.zeros(2, len(x)), []
+    for _ in range(FRAMES):
+        at = (at + (3 * rand(2, len(x))).floor() - 1).clamp(-reach, reach)
+        shifts.append(at.long() + reach)
+    windows = F.pad(x[:, 0], [reach] * 4, value=x.min().item()).unfold(1, 28, 1).unfold(2, 28, 1)
+    frames = torch.stack([windows[torch.arange(len(x)), dy, dx] for dy, dx in shifts], 1).flatten(0, 1)
+    return (frames + noise * randn(*frames.shape)).unsqueeze(1), y.repeat_interleave(FRAMES), valid_x, valid_y
+
+
 def small_digits(root: Root = None, flat: bool = False) -> Tensors:
     """Halved MNIST as sequences of rows, (N, 14, 14), or (N, 196) if `flat`."""
     x, y, valid_x, valid_y = digits(root, halved=True)

@@ -165,6 +165,19 @@ def resnet(norm: Norm, width: int = 12) -> nn.Sequential:
     )
 
 
+def quick_resnet(norm: Norm) -> nn.Sequential:
+    """A ResNet for CIFAR-10 that halves images at once: twice as wide as `resnet` and faster on a CPU."""
+    return nn.Sequential(
+        conv(3, 16, norm, ks=5, stride=2),
+        conv(16, 32, norm),
+        conv(32, 64, norm, stride=2),
+        Residual(conv(64, 64, norm), conv(64, 64, norm)),
+        conv(64, 128, norm, stride=2),
+        Average(),
+        nn.Linear(128, 10),
+    )
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Kaiming normal weights and zero biases, a function of the seed; the last layer's weights are scaled by 0.3."""
     torch.manual_seed(seed)

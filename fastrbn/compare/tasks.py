@@ -19,6 +19,7 @@ from torch import Tensor, nn, optim
 
 from fastrbn.callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
 from fastrbn.data import RandomCrop, RandomFlip
+from fastrbn.models import resnet9
 from fastrbn.util import one_of
 
 from . import task_data as data
@@ -30,6 +31,7 @@ ZOO = "zoo"
 OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
     "SGD": optim.SGD,
     "SGD with momentum 0.9": partial(optim.SGD, momentum=0.9),
+    "SGD with Nesterov momentum 0.9": partial(optim.SGD, momentum=0.9, nesterov=True),
     "Adam": optim.Adam,
     "AdamW with decay 0.05": partial(optim.AdamW, weight_decay=0.05),
 }
@@ -106,6 +108,36 @@ def _runs(y: Tensor, bs: int, steps: int, g: torch.Generator, length: int = 1) -
         yield chosen[torch.randint(len(chosen), (bs,), generator=g)]
 
 
+def _cut(pieces: Iterator[Tensor], bs: int, steps: int) -> Iterator[Tensor]:
+    """Batches from an endless stream of samples that comes in pieces."""
+    left = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(left) < bs:
+            left = torch.cat([left, next(pieces)])
+        yield left[:bs]
+        left = left[bs:]
+
+
+def _short_runs(y: Tensor, bs: int, steps: int, g: torch.Generator, length: int = 16) -> Iterator[Tensor]:
+    """A stream of random samples that keeps a class for `length` samples, whatever the batch size."""
+
+    def pieces() -> Iterator[Tensor]:
+        while True:
+            yield from _runs(y, length, 1, g)
+
+    return _cut(pieces(), bs, steps)
+
+
+def _clips(y: Tensor, bs: int, steps: int, g: torch.Generator) -> Iterator[Tensor]:
+    """Clips in random order, each with its frames in their order; for the data of `task_data.filmed`."""
+
+    def pieces() -> Iterator[Tensor]:
+        while True:
+            yield from torch.arange(len(y)).view(-1, data.FRAMES)[torch.randperm(len(y) // data.FRAMES, generator=g)]
+
+    return _cut(pieces(), bs, steps)
+
+
 def _twice(y: Tensor, bs: int, steps: int, g: torch.Generator) -> Iterator[Tensor]:
     """Each sample twice in its batch (the last one once if the batch is odd)."""
     for half in _shuffled(y, (bs + 1) // 2, steps, g):
@@ -116,6 +148,8 @@ BATCHES: dict[str, Callable[..., Iterator[Tensor]]] = {
     "shuffled": _shuffled,
     "one class each": _runs,
     "runs of one class": partial(_runs, length=8),
+    "runs of 16 samples of one class": _short_runs,
+    "clips frame by frame": _clips,
     "each sample twice": _twice,
 }
 """How batches are made: f(y, batch size, steps, generator) yields the indices of each batch."""
@@ -252,6 +286,25 @@ _NORM_BATCH = replace(
     augment=True,
 )
 
+_ORDER = replace(_COURSE, steps={1: 1200, 8: 500, 32: 200})
+_ORDER_FULL = replace(
+    _COURSE, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 12_000, 8: 6000, 32: 3000}
+)
+_MLP_ORDER = replace(_MLP, batches="one class each")
+_ORDERS = {"shuffled": "shuffled", "one-class": "one class each", "runs": "runs of 16 samples of one class"}
+_FILMED = {"order-video": (_ORDER, 2000), "order-video-full": (_ORDER_FULL, 12_000)}
+
+_LARGE_BATCH = replace(
+    _RESNET,
+    data=partial(data.cifar, n=50_000, n_valid=10_000),
+    net=nets.quick_resnet,
+    steps={1: 110, 1024: 55},
+    rate=0.3,
+    cap=math.inf,
+    power=0,
+    optimiser="SGD with Nesterov momentum 0.9",
+)
+
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
     "norm-batch-full": replace(
@@ -259,6 +312,18 @@ STUDY_TASKS = {
         data=partial(data.cifar, n=50_000, n_valid=10_000),
         net=partial(nets.resnet, width=48),
         steps={1: 5860},
+    ),
+    **{f"order-{name}": replace(_ORDER, batches=batches) for name, batches in _ORDERS.items()},
+    **{f"order-{name}-full": replace(_ORDER_FULL, batches=batches) for name, batches in _ORDERS.items()},
+    **{
+        name: replace(task, data=partial(data.filmed, n=clips), batches="clips frame by frame")
+        for name, (task, clips) in _FILMED.items()
+    },
+    "order-one-class-mlp": replace(_MLP_ORDER, steps={1: 1000, 8: 500, 32: 250}),
+    "order-one-class-mlp-full": replace(_MLP_ORDER, steps={1: 12_000, 8: 8000, 32: 4000}),
+    "large-batch": _LARGE_BATCH,
+    "large-batch-full": replace(
+        _LARGE_BATCH, net=lambda norm: resnet9(norm=norm), steps={1: 2910, 1024: 1440}, augment=True
     ),
 }
 """Tasks of `STUDIES` by name. Those that end in -full are for a GPU."""
