@@ -54,8 +54,8 @@ def study_table(study: Study, rows: list[Row]) -> str:
         Mean ± standard deviation of the seeds that trained, at the norm's best rate. In parentheses the number of seeds
         that were lost (a loss of NaN, or at chance), or of those there are if some are missing. ↓ and ↑ mark the lowest
         and highest of the rates. Bold: all seeds trained, and the mean is at most two pooled standard deviations below
-        the best of these. † marks norms that were trained once for all batch sizes. Below each table is the task's rule,
-        at the end versions and dates.
+        the best of these. † marks norms that were trained once for all batch sizes. Under each table is the rule of its
+        task, at the end versions and dates.
 
     Examples
     --------

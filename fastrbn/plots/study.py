@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from .compare import _ROW, Lines, _depth, _draw_lines, _draw_table, _limits, _set_x, _table
+from .compare import _ROW, Lines, _depth, _draw_lines, _draw_table, _limits, _set_x, _table, _wrapped, _xs
 from .figure import COLORS, MAIN, MARKS, axes, label_ends, new_figure
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def plot_study(
     limits = [_limits([p for points in lines.values() for p in points]) for *_, lines in given]
     tables = [_table(lines, low) for (*_, lines), (low, _) in zip(given, limits)]
     deep = [_ROW * sum(map(_depth, table.values())) for table in tables]
-    columns = min(len(given), 2) or 1
+    columns = min(len(given), 2 if all(map(_fits_half, (lines for *_, lines in given), tables)) else 1) or 1
     heights = [h for i in range(0, len(given), columns) for h in (_HEIGHT, max(*deep[i : i + columns], 0.02))]
     rows = -(-len(question) // 85) or 1
     words = "\n".join(textwrap.wrap(question, min(len(question) // rows + 8, 85)))
@@ -66,7 +67,7 @@ def plot_study(
     grid = fig.add_gridspec(len(heights), columns, height_ratios=heights) if given else None
     for i, ((title, ylabel, lines), (low, high), table) in enumerate(zip(given, limits, tables)):
         row, column = divmod(i, columns)
-        ax = axes(fig, grid[2 * row, column], title, "" if table else xlabel, ylabel)
+        ax = axes(fig, grid[2 * row, column], _wrapped(title, _WIDTH / columns), "" if table else xlabel, ylabel)
         in_front = {label: lines[label] for label in sorted(lines, key=list(styles).index, reverse=True)}
         _draw_lines(ax, in_front, styles, (low, high))
         ends = []
@@ -88,6 +89,13 @@ def plot_study(
             _draw_table(lower, table, styles)
             _set_x(lower, lines)
     return fig
+
+
+def _fits_half(lines: Lines, table: Mapping) -> bool:
+    """Whether the cells of the table have room in half the picture, beside the names."""
+    xs = _xs(lines)
+    octaves = [math.log2(b / a) for a, b in zip(xs, xs[1:])]
+    return not table or 1.85 * min(octaves, default=9) / (sum(octaves) + 0.9) > 0.55
 
 
 def _styles(labels: Iterable[str], ours: Collection[str], colors: Mapping[str, str]) -> dict[str, dict]:

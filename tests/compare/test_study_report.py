@@ -142,7 +142,7 @@ def test_the_page_has_a_place_for_each_study(tmp_path):
 @needs_page
 def test_the_script_writes_picture_and_table_into_the_page(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does for a script
-    page, rows = shutil.copy(EVIDENCE, tmp_path), seeds("default", 2, 50, 51, 52, net="norm-batch")
+    page, rows = Path(shutil.copy(EVIDENCE, tmp_path)), seeds("default", 2, 50, 51, 52, net="norm-batch")
     picture = runpy.run_path(str(SCRIPT))["write"]("norm-batch", rows, page)
     assert picture == tmp_path / "evidence-norm-batch.png" and picture.read_bytes()[1:4] == b"PNG"
     study = STUDIES["norm-batch"]
