@@ -166,15 +166,17 @@ def resnet(norm: Norm, width: int = 12) -> nn.Sequential:
 
 
 def quick_resnet(norm: Norm) -> nn.Sequential:
-    """A ResNet for CIFAR-10 that halves images at once: twice as wide as `resnet` and faster on a CPU."""
+    """A ResNet for CIFAR-10 that halves images at once: more accurate than `resnet` after the same time on a CPU."""
     return nn.Sequential(
-        conv(3, 16, norm, ks=5, stride=2),
-        conv(16, 32, norm),
-        conv(32, 64, norm, stride=2),
-        Residual(conv(64, 64, norm), conv(64, 64, norm)),
-        conv(64, 128, norm, stride=2),
-        Average(),
-        nn.Linear(128, 10),
+        conv(3, 24, norm, ks=5, stride=2),
+        conv(24, 48, norm),
+        nn.MaxPool2d(2),
+        Residual(conv(48, 48, norm), conv(48, 48, norm)),
+        nn.MaxPool2d(2),
+        conv(48, 96, norm),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(96, 10),
     )
 
 

@@ -31,7 +31,6 @@ ZOO = "zoo"
 OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
     "SGD": optim.SGD,
     "SGD with momentum 0.9": partial(optim.SGD, momentum=0.9),
-    "SGD with Nesterov momentum 0.9": partial(optim.SGD, momentum=0.9, nesterov=True),
     "Adam": optim.Adam,
     "AdamW with decay 0.05": partial(optim.AdamW, weight_decay=0.05),
 }
@@ -278,12 +277,12 @@ TASKS = {
 _NORM_BATCH = replace(
     _RESNET,
     data=partial(data.cifar, n=20_000),
-    steps={1: 128},
-    rate=0.3,
+    net=nets.quick_resnet,
+    steps={1: 160},
+    rate=0.1,
     cap=math.inf,
     power=0,
     at_once=128,
-    augment=True,
 )
 
 _ORDER = replace(_COURSE, steps={1: 1200, 8: 500, 32: 200})
@@ -299,10 +298,10 @@ _LARGE_BATCH = replace(
     data=partial(data.cifar, n=50_000, n_valid=10_000),
     net=nets.quick_resnet,
     steps={1: 110, 1024: 55},
-    rate=0.3,
+    optimiser="AdamW with decay 0.05",
+    rate=0.02,
     cap=math.inf,
     power=0,
-    optimiser="SGD with Nesterov momentum 0.9",
 )
 
 STUDY_TASKS = {
@@ -312,6 +311,7 @@ STUDY_TASKS = {
         data=partial(data.cifar, n=50_000, n_valid=10_000),
         net=partial(nets.resnet, width=48),
         steps={1: 5860},
+        augment=True,
     ),
     **{f"order-{name}": replace(_ORDER, batches=batches) for name, batches in _ORDERS.items()},
     **{f"order-{name}-full": replace(_ORDER_FULL, batches=batches) for name, batches in _ORDERS.items()},
