@@ -64,7 +64,7 @@ def plot_study(
     words = "\n".join(textwrap.wrap(question, min(len(question) // rows + 8, 85)))
     fig = new_figure(_WIDTH, sum(heights) + 0.6 + 0.2 * words.count("\n"))
     fig.suptitle(words, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    grid = fig.add_gridspec(len(heights), columns, height_ratios=heights) if given else None
+    grid = fig.add_gridspec(len(heights) or 1, columns, height_ratios=heights or [1])
     for i, ((title, ylabel, lines), (low, high), table) in enumerate(zip(given, limits, tables)):
         row, column = divmod(i, columns)
         ax = axes(fig, grid[2 * row, column], _wrapped(title, _WIDTH / columns), "" if table else xlabel, ylabel)
@@ -79,10 +79,7 @@ def plot_study(
                     x = ax.get_xlim()[1]
                     ax.axhline(y, color=color, lw=styles[label]["lw"], ls=(0, (5, 3)), zorder=1.5)
                 ends.append((x, y, label, color))
-        label_ends(ax, ends)
-        for text in ax.texts:
-            text.set_fontweight("bold" if text.get_text() in ours else "normal")
-            text.arrow_patch.set_linestyle(":")  # a line of a norm that is lost at the last x would seem to go on
+        label_ends(ax, ends, ours, ":")  # a solid line would seem to go on where a norm is lost at the last x
         if table:
             ax.tick_params(labelbottom=False)
             lower = axes(fig, grid[2 * row + 1, column], "", xlabel, grid=False)
