@@ -28,7 +28,8 @@ from fastrbn.compare.tasks import task_of
 from fastrbn.data import DataError
 from fastrbn.util import write_whole
 
-LEFT_OUT = ("none", "frn", "layernorm")  # frn takes the place of ReLU too; layernorm is groupnorm of one group
+# frn takes the place of ReLU too; layernorm is groupnorm of one group; frozen and precise are ways to use batchnorm
+LEFT_OUT = ("none", "frn", "layernorm", "frozen", "precise")
 NORMS = ["default", *(name for name in PEERS if name not in LEFT_OUT)]
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"
 

@@ -307,7 +307,9 @@ def _add_compare(commands) -> None:
         "finished cell), table.md and accuracy.png. Interrupted, it goes on with the same command.",
         epilog="A norm is the name of a recipe (default, course, ...) or one of batchnorm, "
         "groupnorm, layernorm, instancenorm, batchrenorm, frn, onlinenorm, mabn, groupnorm-ws (with weight "
-        "standardisation), none, and may have settings: groupnorm:groups=4, default:mom=0.05,elements=none. "
+        "standardisation), frozen (nn.BatchNorm that trains with fixed statistics), precise (nn.BatchNorm with "
+        "statistics measured after training), none, and may have settings: groupnorm:groups=4, "
+        "default:mom=0.05,elements=none. "
         "Every norm has the same net, initial weights, order of batches and learning "
         "rate at the same seed: on the cnn 0.05·bs^0.9, at most 2, falling linearly to a tenth.",
         allow_abbrev=False,

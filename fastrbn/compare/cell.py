@@ -22,7 +22,7 @@ from fastrbn.data import BatchLoader, DataBunch, ImageData, RandomCrop, RandomFl
 from fastrbn.learn import Callback, CancelTrainException, Learner, Runner
 from fastrbn.models import conv_layer, get_cnn_model, init_cnn, resnet9
 
-from .norms import describe, get_norm, prepare_model
+from .norms import describe, get_norm, prepare_model, settle_statistics
 from .table import KEY
 from .task_nets import weights
 from .tasks import OPTIMISERS, SCHEDULES, ZOO, Batches, Task, TaskData, build, get_task, in_groups, score_of, task_of
@@ -43,6 +43,7 @@ nn.BatchNorm trained best in short runs at batch sizes 8 and 32."""
 
 _REFUSALS = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
 _VALID_BS = 1000
+_MEASURED = 1000  # training inputs that statistics are measured from, see `settle_statistics`
 # "at chance": accuracy below twice chance, and training loss above 0.9 times that of a blind guess
 _AT_CHANCE = (2, 0.9)
 
@@ -175,6 +176,7 @@ class _Job:
 
     data: DataBunch
     model: nn.Module
+    inputs: Callable[[], Tensor]  # some training inputs
     optimiser: Callable[..., optim.Optimizer]
     loss: Callable[..., Tensor]
     schedule: Callable[[float], float]
@@ -189,6 +191,7 @@ def _image_job(cell: Cell, images: ImageData, device: str) -> _Job:
     return _Job(
         data,
         model,
+        lambda: _inputs(cell, images, device),
         optim.SGD,
         F.cross_entropy,
         sched_lin(cell.lr, cell.lr / 10),
@@ -210,6 +213,7 @@ def _task_job(cell: Cell, data: TaskData, device: str) -> _Job:
     return _Job(
         DataBunch(batches, None, c=0, c_in=0),
         model,
+        lambda: batches.inputs(_MEASURED),
         OPTIMISERS[task.optimiser],
         task.goal.loss,
         SCHEDULES[task.schedule](cell.lr),
@@ -265,6 +269,7 @@ def run_cell(
     ('trained', 98.41)
     """
     job = _task_job(cell, images, device) if isinstance(images, TaskData) else _image_job(cell, images, device)
+    settle_statistics(cell.norm, job.model, "before", job.inputs)
     start = _total_norm(p for _, p in job.weights.values())
     recorder, stop, sizes = Recorder(), _StopAtNonFinite(), ParamMagnitudes(every=norms_every or 1, stats="rms")
     cbs = [recorder, ParamScheduler("lr", job.schedule), stop, *([sizes] if norms_every else [])]
@@ -284,6 +289,7 @@ def run_cell(
         raise KeyboardInterrupt
     row["steps"] = len(losses)
     if row["status"] != "refused":
+        settle_statistics(cell.norm, job.model, "after", job.inputs)
         _measure(row, job, losses, stop)
     end = _total_norm(p for _, p in job.weights.values())
     row |= {"weight_norm_start": f"{start:.4g}", "weight_norm_end": f"{end:.4g}"}
@@ -304,6 +310,12 @@ def _loaders(cell: Cell, images: ImageData, device: str) -> tuple[DataBunch, int
     x, y = images.train.x[:n], images.train.y[:n]
     train = BatchLoader(x, y, cell.bs, True, cell.seed, drop_last=True, device=device, normalize=stats, tfms=tfms)
     return DataBunch(train, None, c=images.c, c_in=images.c_in), len(train) * cell.epochs
+
+
+def _inputs(cell: Cell, images: ImageData, device: str) -> Tensor:
+    x, y = images.train.x[: cell.n_train], images.train.y[: cell.n_train]
+    loader = BatchLoader(x, y, _MEASURED, True, cell.seed, device=device, normalize=(images.mean, images.std))
+    return next(iter(loader))[0]
 
 
 def _model(cell: Cell, data: DataBunch, steps: int) -> nn.Module:

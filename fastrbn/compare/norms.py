@@ -6,15 +6,17 @@ import ast
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastrbn.models import make_norm
-from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm
+from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, recompute_statistics
 from fastrbn.norm import recipes as _recipes
-from fastrbn.util import one_of, suggestion
+from fastrbn.util import fix_statistics, one_of, suggestion
 
 from .peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
 
@@ -36,6 +38,10 @@ def _instance(nf: int, eps: float = 1e-5) -> nn.Module:
 def _batch(nf: int, momentum: float = 0.1, eps: float = 1e-5, *, dims: int = 2) -> nn.Module:
     kinds: list[type[nn.Module]] = [nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
     return kinds[dims](nf, eps=eps, momentum=momentum)
+
+
+def _measured(nf: int, eps: float = 1e-5, *, dims: int = 2) -> nn.Module:
+    return _batch(nf, eps=eps, dims=dims)
 
 
 def _renorm(
@@ -73,6 +79,8 @@ def _none(nf: int) -> None:
 
 PEERS: dict[str, Make] = {
     "batchnorm": _batch,
+    "frozen": _measured,
+    "precise": _measured,
     "groupnorm": _group,
     "layernorm": _layer,
     "instancenorm": _instance,
@@ -86,11 +94,33 @@ PEERS: dict[str, Make] = {
 }
 """Norms other than recipes by name, with the function that makes each.
 
-GroupNorm has 8 groups; LayerNorm is GroupNorm with one.
+GroupNorm has 8 groups; LayerNorm is GroupNorm with one. `frozen` and `precise` are nn.BatchNorm whose statistics are
+measured by `settle_statistics`.
 """
 
 PREPARE = {"mabn": centralize_weights, "groupnorm-ws": standardize_weights, "running-ws": standardize_weights}
 """How norms change the weights of their net; see `prepare_model`."""
+
+
+def _measure(model: nn.Module, inputs: Tensor) -> None:
+    # in one batch, so that a layer is measured with the final statistics of those before it
+    with suppress(ValueError):  # a diverged net, with activations that are not finite, keeps its statistics
+        recompute_statistics(model, [inputs])
+
+
+def _freeze(model: nn.Module, inputs: Tensor) -> None:
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if not all(layer.num_batches_tracked for layer in layers):
+        _measure(model, inputs)
+    for layer in layers:
+        fix_statistics(layer)
+
+
+SETTLE: dict[tuple[str, str], Callable[[nn.Module, Tensor], None]] = {
+    ("frozen", "before"): _freeze,
+    ("precise", "after"): _measure,
+}
+"""How norms measure their statistics before or after training; see `settle_statistics`."""
 
 _GIVEN = ("nf", "steps", "dims")  # arguments that are not settings
 
@@ -213,6 +243,34 @@ def prepare_model(text: str, model: nn.Module) -> nn.Module:
     """
     prepare = PREPARE.get(_parse(text)[0])
     return model if prepare is None else prepare(model)
+
+
+def settle_statistics(text: str, model: nn.Module, when: str, inputs: Callable[[], Tensor]) -> None:
+    """Measure and fix the statistics of a net as its norm requires before or after training; most require nothing.
+
+    Before training, `frozen` fixes the statistics of every nn.BatchNorm, which normalises with them in training too. A
+    net that starts from a trained one keeps its statistics; in any other they are measured over `inputs()` first. After
+    training, `precise` measures the statistics for the final weights. The inputs pass as one batch, so each layer is
+    measured with the final statistics of those before it.
+
+    Parameters
+    ----------
+    text : str
+        The norm, as for `get_norm`.
+    model : nn.Module
+        The net, changed in place.
+    when : {"before", "after"}
+    inputs : callable
+        Returns training inputs in one tensor; called only if they are needed.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), get_norm("precise")(8))
+    >>> settle_statistics("precise", net, "after", lambda: torch.randn(100, 3, 8, 8))
+    """
+    settle = SETTLE.get((_parse(text)[0], when))
+    if settle is not None:
+        settle(model, inputs())
 
 
 def describe(text: str) -> str:

@@ -66,6 +66,32 @@ STUDIES = {
         once=("onlinenorm", "groupnorm", "groupnorm-ws"),
         axis="images that the norm sees at once",
     ),
+    "dense": Study(
+        "Which norms train a net for dense prediction on batches of one or two images?",
+        {
+            "canvases": "labels of digits on cluttered canvases, U-Net, Adam",
+            "inpainting": "CIFAR-10 inpainted, U-Net, Adam",
+        },
+        {
+            "default": "RunningBatchNorm",
+            "batchnorm": "nn.BatchNorm",
+            "frozen": "nn.BatchNorm, frozen at the start",
+            "groupnorm": "GroupNorm",
+            "instancenorm": "InstanceNorm",
+        },
+        (1, 2, 8),
+    ),
+    "fine-tuning": Study(
+        "How should a net with nn.BatchNorm be fine-tuned in small batches?",
+        {"fine-tuning": "MNIST, to dark rotated digits", "fine-tuning-cifar": "CIFAR-10, animals to vehicles"},
+        {
+            "default": "converted to RunningBatchNorm",
+            "frozen": "nn.BatchNorm, frozen statistics",
+            "batchnorm": "nn.BatchNorm",
+            "precise": "nn.BatchNorm, statistics measured after training",
+        },
+        (1, 2, 4, 32),
+    ),
     "correlated": Study(
         "Which norms can be trained on batches of correlated samples?",
         {
@@ -79,7 +105,6 @@ STUDIES = {
             "default": "RunningBatchNorm",
             "batchnorm": "nn.BatchNorm",
             "batchrenorm": "batch renorm",
-            "onlinenorm": "Online Normalization",
             "groupnorm": "GroupNorm",
         },
         (2, 8, 32),

@@ -6,7 +6,7 @@ Each function takes the folder of the data sets and returns x, y, validation x, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -141,9 +141,9 @@ def small_digits(root: Root = None, flat: bool = False) -> Tensors:
     return (x.flatten(1), y, valid_x.flatten(1), valid_y) if flat else (x[:, 0], y, valid_x[:, 0], valid_y)
 
 
-def other_digits(root: Root = None) -> Tensors:
-    """2,000 images of MNIST that look different: rotated by a quarter turn, dark on light, with half the contrast."""
-    x, y, valid_x, valid_y = digits(root, 2000)
+def other_digits(root: Root = None, n: int = 2000, n_valid: int = 4000) -> Tensors:
+    """Images of MNIST that look different: rotated by a quarter turn, dark on light, with half the contrast."""
+    x, y, valid_x, valid_y = digits(root, n, n_valid)
     return 1 - 0.5 * x.rot90(1, (2, 3)), y, 1 - 0.5 * valid_x.rot90(1, (2, 3)), valid_y
 
 
@@ -162,13 +162,68 @@ def real_and_fake(root: Root = None) -> Tensors:
     return *pairs(x), *pairs(valid_x)
 
 
-def cifar(root: Root = None, n: int = 8000, n_valid: int = 2000) -> Tensors:
-    """A fixed random part of CIFAR-10, (N, 3, 32, 32)."""
-    images = _images("cifar10", root)
+ANIMALS, VEHICLES = (2, 3, 4, 5, 6, 7), (0, 1, 8, 9)  # classes of CIFAR-10
+
+
+def cifar(root: Root = None, n: int = 8000, n_valid: int = 2000, classes: Sequence[int] = range(10)) -> Tensors:
+    """A fixed random part of CIFAR-10, (N, 3, 32, 32), or of some of its classes, numbered from 0."""
+    images, wanted = _images("cifar10", root), torch.tensor(classes)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (images.mean, images.std))
 
     def part(data: Dataset, m: int) -> tuple[Tensor, Tensor]:
-        i = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:m]
-        return (data.x[i].float() / 255 - mean) / std, data.y[i]
+        members = torch.nonzero(torch.isin(data.y, wanted))[:, 0]
+        i = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(0))[:m]]
+        return (data.x[i].float() / 255 - mean) / std, torch.searchsorted(wanted, data.y[i])
 
     return *part(images.train, n), *part(images.valid, n_valid)
+
+
+def canvases(root: Root = None, n: int = 3000, n_valid: int = 300, cells: int = 2, cell: int = 14) -> Tensors:
+    """Digits of MNIST on clutter, (N, 1, cells·cell, cells·cell); y is each pixel's class.
+
+    Class 0 is background, c + 1 the digit c. Each of cells×cells places has a digit with probability 0.8. Digits differ
+    in size, brightness and offset from their place. Behind them are as many fragments of other digits; the whole has
+    slow illumination and noise.
+    """
+    images = _images("mnist", root)
+    x, y = _drawn_canvases(images.train, n, cells, cell, seed=5)
+    valid_x, valid_y = _drawn_canvases(images.valid, n_valid, cells, cell, seed=6)
+    mean, std = x.mean(), x.std()
+    return (x - mean) / std, y, (valid_x - mean) / std, valid_y
+
+
+def _drawn_canvases(part: Dataset, n: int, cells: int, cell: int, seed: int) -> tuple[Tensor, Tensor]:
+    rand, randn, pick = _draw(seed)
+    size = cells * cell
+    x, y = torch.zeros(n, 1, size, size), torch.zeros(n, size, size, dtype=torch.int64)
+
+    def placed(image: Tensor, place: Tensor) -> Tensor:
+        """Each image with a side of 0.9 to 1.3 cells and its centre at `place`, from -1 to 1."""
+        zoom = cells / (0.9 + 0.4 * rand(n, 1, 1))
+        theta = zoom * torch.cat([torch.eye(2).expand(n, 2, 2), -place.unsqueeze(2)], 2)
+        return F.grid_sample(image, F.affine_grid(theta, [n, 1, size, size], align_corners=False), align_corners=False)
+
+    rows, columns = torch.arange(28.0).view(28, 1), torch.arange(28.0)
+    for _ in range(cells**2):
+        top, left = 5 + 10 * rand(n, 1, 1, 1), 5 + 10 * rand(n, 1, 1, 1)
+        window = ((rows - top - 4).abs() < 4) & ((columns - left - 4).abs() < 4)
+        fragment = placed(part.x[pick(n, len(part))].float() / 255 * window, 2 * rand(n, 2) - 1)
+        x = torch.maximum(x, (0.4 + 0.6 * rand(n, 1, 1, 1)) * fragment)
+    for at in range(cells**2):
+        i, there = pick(n, len(part)), rand(n, 1, 1, 1) < 0.8
+        centre = torch.tensor([2 * (at % cells) + 1, 2 * (at // cells) + 1]) / cells - 1
+        ink = there * placed(part.x[i].float() / 255, centre + 0.6 / cells * (rand(n, 2) - 0.5))
+        x = x + ink * (0.4 + 0.6 * rand(n, 1, 1, 1) - x)
+        y = torch.where(ink[:, 0] > 0.5, part.y[i].view(n, 1, 1) + 1, y)
+    axis, slope = torch.linspace(-0.5, 0.5, size), 2 * rand(n, 2, 1, 1) - 1
+    light = axis.view(size, 1) * slope[:, :1] + axis * slope[:, 1:]
+    return x * (1 + light) + 0.5 * light + 0.1 * randn(*x.shape), y
+
+
+def inpainting(root: Root = None, n: int = 8000, n_valid: int = 1000) -> Tensors:
+    """Images of CIFAR-10 without their middle, (N, 3, 32, 32); y is that middle, (N, 3, 12, 12)."""
+    x, _, valid_x, _ = cifar(root, n, n_valid)
+    middle = (..., slice(10, 22), slice(10, 22))
+    y, valid_y = x[middle].clone(), valid_x[middle].clone()
+    x[middle] = valid_x[middle] = 0
+    return x, y, valid_x, valid_y

@@ -84,26 +84,51 @@ def table_net(norm: Norm, features: int = 16) -> nn.Sequential:
 
 
 class EncoderDecoder(nn.Module):
-    """(N, 1, H, W) to (N, H, W): two halvings, and back up with the finer features concatenated."""
+    """A U-Net: (N, ni, H, W) to (N, outputs, H, W), or (N, H, W) with one output.
 
-    def __init__(self, norm: Norm, width: int = 8) -> None:
+    Level i has (i + 1)·width channels at a 2^i-th of the size; on the way up finer features are concatenated.
+    """
+
+    def __init__(self, norm: Norm, width: int = 8, levels: int = 3, ni: int = 1, outputs: int = 1) -> None:
         super().__init__()
-        w = width
-        self.fine = nn.Sequential(conv(1, w, norm), conv(w, w, norm))
-        self.middle = nn.Sequential(conv(w, 2 * w, norm, stride=2), conv(2 * w, 2 * w, norm))
-        self.coarse = nn.Sequential(conv(2 * w, 3 * w, norm, stride=2), conv(3 * w, 3 * w, norm))
-        self.up_middle, self.up_fine = conv(5 * w, 2 * w, norm), conv(3 * w, w, norm)
-        self.head = nn.Conv2d(w, 1, 1)
+        widths = [width * (i + 1) for i in range(levels)]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, nf in enumerate(widths):
+            first = conv(widths[i - 1] if i else ni, nf, norm, stride=2 if i else 1)
+            self.down.append(nn.Sequential(first, conv(nf, nf, norm)))
+        for nf in reversed(widths[:-1]):
+            self.up.append(conv(2 * nf + width, nf, norm))
+        self.head = nn.Conv2d(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        fine = self.fine(x)
-        middle = self.middle(fine)
-        up = self.up_middle(torch.cat([_doubled(self.coarse(middle)), middle], 1))
-        return self.head(self.up_fine(torch.cat([_doubled(up), fine], 1)))[:, 0]
+        finer = []
+        for down in self.down:
+            x = down(x)
+            finer.append(x)
+        for up, fine in zip(self.up, finer[-2::-1]):
+            x = up(torch.cat([_doubled(x), fine], 1))
+        return self.head(x).squeeze(1)
 
 
 def _doubled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2)
+
+
+class Middle(nn.Module):
+    """(N, C, H, W) to the middle, (N, C, size, size)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, left = ((n - self.size) // 2 for n in x.shape[2:])
+        return x[..., top : top + self.size, left : left + self.size]
+
+
+def inpainter(norm: Norm, width: int = 16, levels: int = 3) -> nn.Sequential:
+    """A U-Net whose output is the middle 12×12 of an image in colour."""
+    return nn.Sequential(EncoderDecoder(norm, width, levels, ni=3, outputs=3), Middle(12))
 
 
 class Recurrent(nn.Module):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from fastrbn.callbacks import combine_scheds, cos_1cycle_anneal, sched_lin
+from fastrbn.callbacks import IoU, combine_scheds, cos_1cycle_anneal, sched_lin
 from fastrbn.data import RandomCrop, RandomFlip
 from fastrbn.models import resnet9
 from fastrbn.util import one_of
@@ -63,6 +63,21 @@ def _overlap(p: Tensor, y: Tensor) -> Tensor:
     return 100 * (found & there).sum() / (found | there).sum().clamp_min(1)
 
 
+_BACKGROUND = 0.2  # weight of class 0 in the loss, which most pixels have
+
+
+def _label_loss(p: Tensor, y: Tensor) -> Tensor:
+    weight = p.new_ones(p.shape[1])
+    weight[0] = _BACKGROUND
+    return F.cross_entropy(p, y, weight)
+
+
+def _mean_overlap(p: Tensor, y: Tensor) -> Tensor:
+    overlap = IoU()
+    overlap.update(p, y)
+    return 100 * overlap.compute()
+
+
 def _explained(p: Tensor, y: Tensor) -> Tensor:
     return (100 * (1 - F.mse_loss(p, y) / y.var(correction=0))).nan_to_num(-100).clamp_min(-100)
 
@@ -77,8 +92,16 @@ def _blind_mask(y: Tensor) -> tuple[float, float]:
     return 100 * share, -0.9 * (share * math.log(share) + (1 - share) * math.log(1 - share))
 
 
+def _blind_pixels(y: Tensor) -> tuple[float, float]:
+    count = y.flatten().bincount().float()
+    score = 200 * count[0].item() / y.numel() / len(count)
+    count[0] *= _BACKGROUND
+    return score, 0.9 * torch.special.entr(count / count.sum()).sum().item()
+
+
 CLASSIFY = Goal("accuracy", F.cross_entropy, _accuracy, _blind_class)
 SEGMENT = Goal("overlap (IoU)", F.binary_cross_entropy_with_logits, _overlap, _blind_mask)
+LABEL_PIXELS = Goal("overlap (mean IoU)", _label_loss, _mean_overlap, _blind_pixels)
 REGRESS = Goal("explained variance", F.mse_loss, _explained, lambda y: (10.0, 0.9 * y.var().item()))
 TELL_APART = Goal(
     "accuracy",
@@ -304,8 +327,70 @@ _LARGE_BATCH = replace(
     power=0,
 )
 
+_ANIMALS = replace(
+    _RESNET,
+    data=partial(data.cifar, n=12_000, classes=data.ANIMALS),
+    net=nets.quick_resnet,
+    steps={1: 750},
+    rate=0.0013,  # as in norm-batch, 0.1 at a batch size of 128
+)
+_VEHICLES = replace(
+    _ANIMALS,
+    data=partial(data.cifar, n=500, classes=data.VEHICLES),
+    steps={1: 800, 2: 600, 4: 400, 32: 80},
+    rate=0.003,
+    after="animals",
+)
+_WIDE = partial(nets.resnet, width=48)
+_LONG = {1: 10_000, 4: 5000, 32: 1500}
+_CANVASES = Task(
+    data.canvases,
+    partial(nets.EncoderDecoder, width=16, outputs=11),
+    {1: 1500, 2: 1100, 8: 350},
+    rate=1e-2,
+    cap=3e-2,
+    goal=LABEL_PIXELS,
+    power=0.5,
+    optimiser="Adam",
+    schedule=CYCLE,
+)
+_INPAINTING = replace(
+    _CANVASES,
+    data=data.inpainting,
+    net=nets.inpainter,
+    steps={1: 500, 2: 400, 8: 120},
+    rate=3e-3,
+    cap=1e-2,
+    goal=REGRESS,
+)
+
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
+    "animals": _ANIMALS,
+    "animals-full": replace(
+        _ANIMALS,
+        data=partial(data.cifar, n=30_000, n_valid=6000, classes=data.ANIMALS),
+        net=_WIDE,
+        steps={1: 20_000},
+        rate=_RESNET.rate,
+        augment=True,
+    ),
+    "fine-tuning-cifar": _VEHICLES,
+    "fine-tuning-cifar-full": replace(
+        _VEHICLES,
+        data=partial(data.cifar, n=5000, n_valid=4000, classes=data.VEHICLES),
+        net=_WIDE,
+        steps=_LONG,
+        rate=_RESNET.rate / 3,
+        after="animals-full",
+    ),
+    "digits-full": replace(_NORM_FIRST, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000}),
+    "fine-tuning-full": replace(
+        TASKS["fine-tuning"],
+        data=partial(data.other_digits, n=10_000, n_valid=10_000),
+        steps=_LONG,
+        after="digits-full",
+    ),
     "norm-batch-full": replace(
         _NORM_BATCH,
         data=partial(data.cifar, n=50_000, n_valid=10_000),
@@ -323,7 +408,26 @@ STUDY_TASKS = {
     "order-one-class-mlp-full": replace(_MLP_ORDER, steps={1: 12_000, 8: 8000, 32: 4000}),
     "large-batch": _LARGE_BATCH,
     "large-batch-full": replace(
-        _LARGE_BATCH, net=lambda norm: resnet9(norm=norm), steps={1: 2910, 1024: 1440}, augment=True
+        _LARGE_BATCH,
+        net=lambda norm: resnet9(norm=norm),
+        steps={1: 2910, 1024: 1440},
+        optimiser="SGD with momentum 0.9",
+        rate=0.3,
+        augment=True,
+    ),
+    "canvases": _CANVASES,
+    "canvases-full": replace(
+        _CANVASES,
+        data=partial(data.canvases, n=8000, n_valid=1000, cells=3, cell=24),
+        net=partial(nets.EncoderDecoder, width=32, levels=4, outputs=11),
+        steps={1: 20_000, 2: 20_000, 8: 10_000},
+    ),
+    "inpainting": _INPAINTING,
+    "inpainting-full": replace(
+        _INPAINTING,
+        data=partial(data.inpainting, n=50_000, n_valid=10_000),
+        net=partial(nets.inpainter, width=32, levels=4),
+        steps={1: 20_000, 2: 20_000, 8: 10_000},
     ),
 }
 """Tasks of `STUDIES` by name. Those that end in -full are for a GPU."""
@@ -380,6 +484,12 @@ class Batches:
         self.dataset = torch.utils.data.TensorDataset(data.x.to(device), data.y.to(device))
         self._tfms = (RandomCrop(4), RandomFlip()) if task.augment else ()
         self._indices = BATCHES[task.batches], data.y, task.at_once or bs, task.n_steps(bs), seed
+
+    def inputs(self, n: int) -> Tensor:
+        """At most `n` random training inputs."""
+        x, y = self.dataset.tensors
+        i = torch.randperm(len(y), generator=torch.Generator().manual_seed(self._indices[4]))[:n]
+        return x[i.to(x.device)]
 
     def __len__(self) -> int:
         return self._indices[3]

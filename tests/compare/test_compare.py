@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastrbn import compare, plots
@@ -23,10 +24,12 @@ from fastrbn.compare import (
     run_grid,
     split_norms,
     table,
+    tasks,
     workers,
 )
 from fastrbn.compare import cell as cell_module
 from fastrbn.compare import report as report_module
+from fastrbn.compare.norms import settle_statistics
 from fastrbn.compare.peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm
 from fastrbn.data import glyphs
 from fastrbn.norm import RECIPES, Memory, RunningBatchNorm
@@ -80,6 +83,8 @@ def test_an_empty_list_and_repeated_norms_are_refused(text):
         ("onlinenorm", OnlineNorm),
         ("mabn", MABN),
         ("groupnorm-ws", nn.GroupNorm),
+        ("frozen", nn.BatchNorm2d),
+        ("precise", nn.BatchNorm2d),
         ("none", type(None)),
         *((name, RunningBatchNorm) for name in RECIPES),
     ],
@@ -269,6 +274,82 @@ def test_norms_that_change_weights_start_from_the_same_parameters_and_record_the
 def test_the_rivals_learn_in_batches_of_four(norm):
     row, _ = run_cell(Cell(norm, 4, lr_factor=0.3, epochs=8), small())
     assert row["status"] == "trained" and row["accuracy"] > 30
+
+
+# norms whose statistics are measured
+
+
+def measured(norm):
+    """Two convolutions with `norm`, some inputs, and what each norm is fed when it evaluates them."""
+    torch.manual_seed(0)
+    make, x, fed = tasks.in_groups(get_norm(norm), 2), torch.randn(20, 3, 6, 6) * 3 + 1, []
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), make(4), nn.ReLU(), nn.Conv2d(4, 4, 3), make(4))
+    hooks = [net[i].register_forward_pre_hook(lambda _, args: fed.append(args[0].detach())) for i in (1, 4)]
+
+    def evaluated():
+        fed.clear()
+        with torch.no_grad():
+            net.eval()(x)
+        net.train()
+        return list(fed)
+
+    return net, x, evaluated, hooks
+
+
+@pytest.mark.parametrize("norm, when", [("frozen", "before"), ("precise", "after")])
+def test_measured_statistics_are_the_pooled_ones_that_each_layer_sees_in_evaluation(norm, when):
+    net, x, evaluated, _ = measured(norm)
+    other = {"before": "after", "after": "before"}[when]
+    settle_statistics(norm, net, other, lambda: pytest.fail("this norm needs no inputs then"))
+    settle_statistics(norm, net, when, lambda: x)
+    for layer, seen in zip((net[1].norm, net[4].norm), evaluated(), strict=True):
+        # evaluation divides by the unbiased variance
+        torch.testing.assert_close(layer.running_mean, seen.mean((0, 2, 3)), rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(layer.running_var, seen.var((0, 2, 3)), rtol=0.01, atol=0)
+
+
+def test_frozen_statistics_never_move_and_the_layer_is_a_fixed_affine_map():
+    net, x, _, hooks = measured("frozen")
+    settle_statistics("frozen", net, "before", lambda: x)
+    for hook in hooks:
+        hook.remove()
+    norm, fixed = net[1].norm.double(), {n: b.clone() for n, b in net.named_buffers()}
+    z, dy = (torch.randn(1, 4, 2, 2, dtype=torch.float64) for _ in range(2))
+    z, column = z.requires_grad_(), lambda v: v[:, None, None]
+    want = column(norm.weight) * (z - column(norm.running_mean)) / column(norm.running_var + norm.eps).sqrt()
+    want = want + column(norm.bias)
+    assert norm.training
+    inputs = [z, norm.weight, norm.bias]
+    got = norm(z)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, inputs, dy))
+    assert all(torch.equal(b, fixed[n]) for n, b in net.named_buffers())
+
+
+def test_a_diverged_net_keeps_its_statistics():
+    net, x, *_ = measured("precise")
+    net[0].weight.data.fill_(math.nan)
+    settle_statistics("precise", net, "after", lambda: x)
+    assert net[1].norm.running_var.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("norm", ["frozen", "precise"])
+def test_a_cell_measures_statistics_over_its_training_images(norm, monkeypatch):
+    models, settle, found = watch(monkeypatch, "_model"), cell_module.settle_statistics, {}
+
+    def watched(text, model, when, inputs):
+        settle(text, model, when, inputs)
+        found[when] = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+
+    monkeypatch.setattr(cell_module, "settle_statistics", watched)
+    row, _ = run_cell(Cell(norm, 4, lr_factor=0.1, n_train=48), small())
+    before, after = found["before"], found["after"]
+    assert row["status"] != "diverged" and len(after) == 10
+    assert all(torch.equal(before[n], after[n]) for n in before) == (norm == "frozen")
+    if norm == "precise":
+        first, images = models[0][0], (small().train.x[:48].float() / 255 - small().mean[0]) / small().std[0]
+        seen = F.relu(F.conv2d(images, first[0].weight, None, 2, 2))
+        torch.testing.assert_close(next(iter(after.values())), seen.mean((0, 2, 3)).detach())
 
 
 def test_recording_norms_changes_no_result():

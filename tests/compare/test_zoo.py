@@ -35,7 +35,7 @@ from fastrbn.compare.results import groups_of
 from fastrbn.data import DataError, glyphs
 from fastrbn.data.image_data import ImageData
 from fastrbn.data.sets import Dataset
-from fastrbn.norm import RunningBatchNorm
+from fastrbn.norm import RunningBatchNorm, convert_batchnorm
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "zoo.py"
 DRAWN = (task_data.shapes, task_data.signals, task_data.volumes, task_data.table)
@@ -56,6 +56,8 @@ def tiny(monkeypatch):
     """Every task with little data and two steps."""
     monkeypatch.setattr(task_data, "_images", images)
     monkeypatch.setattr(workers, "_IMAGES", {})
+    for name, task in tasks.STUDY_TASKS.items():
+        monkeypatch.setitem(tasks.STUDY_TASKS, name, dataclasses.replace(task, steps={1: 2}))
     for name, task in TASKS.items():
         drawn = getattr(task.data, "func", task.data) in DRAWN
         data = partial(task.data, n=64, n_valid=20) if drawn else task.data
@@ -117,7 +119,7 @@ def test_rate_and_number_of_steps_follow_the_tasks_rule():
     assert [TASKS["dense"].n_steps(bs) for bs in (1, 4, 8, 500)] == [1500, 1200, 500, 60]
 
 
-@pytest.mark.parametrize("kind", tasks.BATCHES)
+@pytest.mark.parametrize("kind", ["shuffled", "one class each", "runs of one class", "each sample twice"])
 def test_batches_are_composed_as_their_name_says(kind):
     y = torch.arange(200) % 10
     found = list(tasks.BATCHES[kind](y, 6, 40, torch.Generator().manual_seed(0)))
@@ -148,6 +150,36 @@ def test_fine_tuning_starts_from_the_state_trained_with_batch_norm_and_a_new_hea
     if norm == "batchrenorm":
         assert torch.allclose(state["0.1.running_std"] ** 2, data.state["0.1.running_var"] + 1e-5)
     assert not torch.equal(state["6.weight"], data.state["6.weight"])
+
+
+def test_fine_tuning_equals_that_of_a_user_who_converts_the_trained_net(tiny):
+    task, data = TASKS["fine-tuning"], load_task("fine-tuning")
+    ours = tasks.build(task, data, get_norm("default"), 0)
+    users = convert_batchnorm(tasks.build(task, data, get_norm("batchnorm"), 0))
+    states = ours.state_dict(), users.state_dict()
+    assert states[0].keys() == states[1].keys() and states[0]["0.1.running_count"] == -1
+    for model in (ours, users):
+        for x, y in tasks.Batches(task, data, 2, seed=0):
+            task.goal.loss(model(x), y).backward()
+    for a, b in zip((*ours.parameters(), *ours.buffers()), (*users.parameters(), *users.buffers()), strict=True):
+        assert torch.equal(a, b) and (a.grad is None or torch.equal(a.grad, b.grad))
+
+
+@pytest.mark.parametrize("norm, moves", [("frozen", False), ("precise", True)])
+def test_frozen_keeps_the_statistics_of_the_trained_net(norm, moves, tiny):
+    data, models = load_task("fine-tuning-cifar"), []
+    row, _ = run_cell(Cell(norm, 2, data=ZOO, net="fine-tuning-cifar"), data, look=models.append)
+    assert row["status"] in ("trained", "chance") and row["steps"] == 2
+    kept = [torch.equal(b, data.state[n]) for n, b in models[0].named_buffers() if "running" in n]
+    assert len(kept) == 10 and all(kept) != moves
+
+
+def test_a_part_of_cifar_has_the_classes_it_names_numbered_from_0(tiny):
+    x, y, _, valid_y = task_data.cifar(n=30, n_valid=10, classes=task_data.VEHICLES)
+    assert x.shape == (30, 3, 32, 32) and y.unique().tolist() == valid_y.unique().tolist() == [0, 1, 2, 3]
+    trucks = images("cifar10").train.x[9::10].float() / 255
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (images("cifar10").mean, images("cifar10").std))
+    assert any(torch.allclose(x[y == 3][0], (truck - mean) / std) for truck in trucks)
 
 
 def test_real_and_fake_pass_separately_and_a_recurrent_net_uses_one_norm_at_each_step(tiny):
