@@ -14,6 +14,7 @@ from .norms import PEERS, describe, get_norm, prepare_model, split_norms
 from .report import markdown, standing_table, write_report
 from .results import standings
 from .studies import STUDIES, Best, Study, best_points, run_study
+from .study_report import study_figure, study_table, write_page
 from .table import read_rows
 from .tasks import STUDY_TASKS, TASKS, ZOO, get_task
 
@@ -45,5 +46,8 @@ __all__ = [
     "split_norms",
     "standing_table",
     "standings",
+    "study_figure",
+    "study_table",
+    "write_page",
     "write_report",
 ]

@@ -51,8 +51,6 @@ def _section(group: Group) -> str:
     else:
         rate, cap = LR_RULES[group.rows[0]["net"]]
         rule = f"Learning rate {rate:g}·bs^0.9, at most {cap:g}, times the factor, falling on a line to a tenth; SGD."
-    versions = {f"fastrbn {r['version']}, torch {r['torch']}, Python {r['python']}, {r['machine']}" for r in group.rows}
-    dates = sorted({r["date"] for r in group.rows})
     measure = f"V{group.measure[1:]} in percent"
     about = f"{measure}. {rule}" if group.task else f"{measure}: {LEGEND} {rule}"
     parts = [f"### {group.title}", "", about, ""]
@@ -65,9 +63,16 @@ def _section(group: Group) -> str:
             lr = group.task.lr(bs) if group.task else min(rate * bs**0.9, cap)
             columns = [(f"{f:g} ({f * lr:.3g})", (bs, f)) for f in group.factors]
             parts += [f"Batch size {bs}; columns: learning-rate factor (rate)", "", *_table(group, columns, "norm"), ""]
-    parts += ["", f"{'; '.join(sorted(versions))}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."]
+    parts += ["", origin(group.rows)]
     notes = [f"- `{label}`: {settings}" for (norm, settings), label in group.labels.items() if norm != settings]
     return "\n".join([*parts, "", *notes]).rstrip().replace("\n\n\n", "\n\n")
+
+
+def origin(rows: list[Row]) -> str:
+    """Versions, machines and dates of rows, in a sentence."""
+    versions = {f"fastrbn {r['version']}, torch {r['torch']}, Python {r['python']}, {r['machine']}" for r in rows}
+    dates = sorted({r["date"] for r in rows})
+    return f"{'; '.join(sorted(versions))}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
 
 
 def _table(group: Group, columns: list[tuple[str, Where]], corner: str) -> list[str]:
@@ -165,13 +170,13 @@ def _series(group: Group, wheres: list[tuple[float, Where]]) -> dict[str, list[d
     series: dict[str, list[dict[str, Any]]] = {}
     for norm in group.norms:
         found = [(x, group.points.get((norm, *where))) for x, where in wheres]
-        points = [_plain(x, p) for x, p in found if p is not None]
+        points = [plain_point(x, p) for x, p in found if p is not None]
         if points:
             series[norm] = points
     return series
 
 
-def _plain(x: float, p: Point) -> dict[str, Any]:
+def plain_point(x: float, p: Point) -> dict[str, Any]:
     counts = {"at chance": p.chance, "diverged": p.diverged, "refused": p.refused}
     return {"x": x, "mean": p.mean, "std": p.std, "total": p.total, **counts}
 

@@ -54,6 +54,11 @@ class Point:
         lost = self.diverged + self.chance
         return ((self.mean or 0) * (self.total - lost) + (self.lost or 0) * lost) / self.total
 
+    def within(self, best: Point) -> bool:
+        """Whether its score is at most two pooled standard deviations below that of `best`."""
+        pooled = math.sqrt(((self.std or 0) ** 2 + (best.std or 0) ** 2) / 2)
+        return _score(self) >= _score(best) - 2 * pooled and _score(self) > -math.inf
+
 
 def point_of(rows: list[Row]) -> Point:
     """The `Point` of rows that differ in the seed only."""
@@ -221,9 +226,7 @@ def _score(point: Point) -> float:
 
 
 def _is_within(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> bool:
-    best = max((cell[n] for n in _rivals(norm, cell, peers)), key=_score)
-    pooled = math.sqrt(((cell[norm].std or 0) ** 2 + (best.std or 0) ** 2) / 2)
-    return _score(cell[norm]) >= _score(best) - 2 * pooled and _score(cell[norm]) > -math.inf
+    return cell[norm].within(max((cell[n] for n in _rivals(norm, cell, peers)), key=_score))
 
 
 def _rank(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> float:

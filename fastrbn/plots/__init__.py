@@ -9,6 +9,7 @@ from .diagnose import plot_activations, plot_histograms, plot_magnitude_lines, p
 from .figure import in_notebook, new_figure, png
 from .graph import box_size, plot_graph
 from .predictions import plot_confusion, plot_images, plot_worst
+from .study import plot_study
 from .training import plot_history, plot_loss, plot_lr, plot_lr_find, plot_run
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "plot_magnitude_lines",
     "plot_magnitudes",
     "plot_run",
+    "plot_study",
     "plot_weight_norms",
     "plot_worst",
     "png",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,10 +132,12 @@ def outside_legend(fig: Figure, handles: Sequence, labels: Sequence[str], title:
     fig.legend(handles, labels, loc="outside right upper", title=title, alignment="left", frameon=False, **sizes)
 
 
-def label_ends(ax: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
+def label_ends(
+    ax: Axes, ends: Iterable[tuple[float, float, str, str]], bold: Collection[str] = (), ls: str = "-"
+) -> None:
     """Write names at the right of the axes: of (x, y, text, colour), each level with its point where there is room.
 
-    Call it last: the limits of the axes must be final.
+    Call it last: the limits of the axes must be final. `ls` is the style of the thin lines from names to points.
     """
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     to_axes = ax.transData + ax.transAxes.inverted()
@@ -145,8 +147,9 @@ def label_ends(ax: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
     gap = lines * 1.35 * SMALL * ax.figure.dpi / 72 / height
     for at, (_, x, y, text, color) in zip(spread([p[0] for p in placed], gap), placed):
         point = min(max(x, left), right), min(max(y, low), high)
-        line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        line = {"arrowstyle": "-", "color": color, "lw": 0.6, "ls": ls, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
         style: dict[str, Any] = {"fontsize": SMALL, "color": dark(color), "va": "center", "arrowprops": line}
+        style["fontweight"] = "bold" if text in bold else "normal"
         ax.annotate(text, point, (1.03, at), "data", "axes fraction", annotation_clip=False, **style)
 
 

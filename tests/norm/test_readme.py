@@ -5,11 +5,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "fastrbn" / "norm" / "README.md"
-EVIDENCE = HERE.parents[1] / "docs" / "layer-evidence.md"
+DETAILS = HERE.parents[1] / "docs" / "layer-details.md"
 
 
 def test_every_test_that_the_documents_name_exists():
-    text = README.read_text(encoding="utf-8") + EVIDENCE.read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8") + DETAILS.read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)::(\w+)`", text))
     assert len(named) > 30
     for file, test in named:
@@ -17,7 +17,7 @@ def test_every_test_that_the_documents_name_exists():
 
 
 def test_every_situation_has_a_test_of_ours():
-    table = EVIDENCE.read_text(encoding="utf-8").split("## Situations")[1].split("\n\n")[2]
+    table = DETAILS.read_text(encoding="utf-8").split("## Situations")[1].split("\n\n")[2]
     rows = [line.split("|") for line in table.splitlines()[2:]]
     assert len(rows) > 25
     for row in rows:

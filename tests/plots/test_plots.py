@@ -289,6 +289,9 @@ def history_of_activations(steps, modules):
     return [torch.rand(steps, modules) for _ in range(3)]
 
 
+POINT = {"x": 8, "mean": 98.2, "std": None, "total": 1, "at chance": 0, "diverged": 0, "refused": 0}
+
+
 def comparison(columns, norms):
     def point(x, i):
         counts = {"at chance": i % 3 == 1, "diverged": 2 * (i % 4 == 1), "refused": 3 * (i == 6 and x < 4)}
@@ -297,6 +300,10 @@ def comparison(columns, norms):
 
     lines = {f"norm-{i}": [point(x, i) for x in (1, 2, 4, 8, 32, 512)] for i in range(norms)}
     return [(f"mnist, cnn, 50000 images, 3 to 6 seeds, batch size {i}, lr×0.333", lines) for i in range(columns)]
+
+
+def up_to_32(lines):
+    return {label: [p for p in points if p["x"] <= 32] for label, points in lines.items()}
 
 
 def test_a_confusion_matrix_has_the_shares_of_each_row_and_counts_in_the_cells():
@@ -400,6 +407,14 @@ PICTURES = {
     "two histograms": lambda: plots.plot_histograms(torch.rand(50, 2, 40), NAMES[:2], list(range(50)), (-5.0, 5.0)),
     "comparison": lambda: plots.plot_comparison(comparison(1, 10), dashed=["norm-1", "norm-5"]),
     "three comparisons": lambda: plots.plot_comparison(comparison(3, 4)),
+    "study": lambda: plots.plot_study(
+        "Which norm is the best of these seven, and does it matter which one I take, if batches are small? " * 2,
+        [(f"task {i}", "accuracy, %", up_to_32(lines)) for i, (_, lines) in enumerate(comparison(2, 7))],
+        ours=["norm-2", "norm-3"],
+        level=["norm-4"],
+    ),
+    "study of one size": lambda: plots.plot_study("Why?", [("t", "a, %", {"a": [POINT], "b": [POINT]})], ours=["b"]),
+    "study of nothing": lambda: plots.plot_study("Which norm is the best?", [("task", "accuracy, %", {})]),
     "weights": lambda: plots.plot_weight_norms([(f"mnist, cnn, 50000 images, batch size {i}", CURVES) for i in (2, 8)]),
     "two classes": lambda: plots.plot_confusion([[9, 1], [0, 0]], ["a class with a long name", "dog"]),
     "21 classes": lambda: plots.plot_confusion(torch.randint(9, (21, 21)), [f"class {i}" for i in range(21)]),
@@ -433,7 +448,7 @@ def test_texts_are_large_enough_inside_the_picture_and_not_on_one_another_nor_on
     assert not any(ax.get_legend() for ax in fig.axes)
 
 
-@pytest.mark.parametrize("module", ["figure", "training", "diagnose", "compare", "graph", "predictions"])
+@pytest.mark.parametrize("module", ["figure", "training", "diagnose", "compare", "study", "graph", "predictions"])
 def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"torch": torch}
