@@ -75,7 +75,7 @@ STUDIES = {
         {
             "default": "RunningBatchNorm",
             "batchnorm": "nn.BatchNorm",
-            "frozen": "nn.BatchNorm, frozen at the start",
+            "frozen": "frozen nn.BatchNorm",
             "groupnorm": "GroupNorm",
             "instancenorm": "InstanceNorm",
         },
@@ -85,10 +85,10 @@ STUDIES = {
         "How should a net with nn.BatchNorm be fine-tuned in small batches?",
         {"fine-tuning": "MNIST, to dark rotated digits", "fine-tuning-cifar": "CIFAR-10, animals to vehicles"},
         {
-            "default": "converted to RunningBatchNorm",
-            "frozen": "nn.BatchNorm, frozen statistics",
+            "default": "RunningBatchNorm, converted",
+            "frozen": "frozen nn.BatchNorm",
             "batchnorm": "nn.BatchNorm",
-            "precise": "nn.BatchNorm, statistics measured after training",
+            "precise": "PreciseBN",
         },
         (1, 2, 4, 32),
     ),
