@@ -83,7 +83,7 @@ STUDIES = {
     ),
     "fine-tuning": Study(
         "How should a net with nn.BatchNorm be fine-tuned in small batches?",
-        {"fine-tuning": "MNIST, to dark rotated digits", "fine-tuning-cifar": "CIFAR-10, animals to vehicles"},
+        {"fine-tuning-digits": "MNIST, to dark rotated digits", "fine-tuning-cifar": "CIFAR-10, animals to vehicles"},
         {
             "default": "RunningBatchNorm, converted",
             "frozen": "frozen nn.BatchNorm",

@@ -385,7 +385,8 @@ STUDY_TASKS = {
         after="animals-full",
     ),
     "digits-full": replace(_NORM_FIRST, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000}),
-    "fine-tuning-full": replace(
+    "fine-tuning-digits": replace(TASKS["fine-tuning"], rate=0.03),
+    "fine-tuning-digits-full": replace(
         TASKS["fine-tuning"],
         data=partial(data.other_digits, n=10_000, n_valid=10_000),
         steps=_LONG,
