@@ -2,11 +2,14 @@
 
 import csv
 import datetime
+import io
 import os
 import platform
 from pathlib import Path
 
 import torch
+
+from fastrbn.util import write_whole
 
 
 def machine(device=torch.device("cpu")):
@@ -40,6 +43,16 @@ def rows_of(path):
         return []
     with open(path, newline="") as f:
         return list(csv.DictReader(f))
+
+
+def rewrite(path, rows):
+    """All rows, with the columns of the first; the file is written whole or not at all. Makes the folder."""
+    text = io.StringIO(newline="")
+    out = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
+    out.writeheader()
+    out.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.getvalue())
 
 
 def append(path, rows, about):

@@ -2,7 +2,7 @@
 
     python benchmarks/crossq.py                            # the grid, about ten minutes on two cores
     python benchmarks/crossq.py --tasks pendulum --norms default,batchrenorm --rates 1e-3 --seeds 0
-    python benchmarks/crossq.py --full                     # a task more, five times as long, wider nets, ten seeds
+    python benchmarks/crossq.py --full                     # five times as long, wider nets, ten seeds
 
 CrossQ (Bhatt et al., "CrossQ: Batch Normalization in Deep Reinforcement Learning for Greater Sample Efficiency and
 Simplicity", ICLR 2024) is soft actor-critic (SAC) without target networks. Its critics have batch renormalisation, and
@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import functools
-import io
 import itertools
 import math
 import multiprocessing
@@ -31,11 +28,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from about import rewrite, rows_of
 from small_batch import numbers
 from torch import Tensor, nn
 
@@ -46,6 +45,7 @@ from fastrbn.plots.figure import COLORS, GREY, axes, label_ends, new_figure
 from fastrbn.util import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "evidence" / "crossq.csv"
+QUESTION = "Which norm carries CrossQ, where the paper uses batch renorm?"
 COLUMNS = ("task", "norm", "lr", "seed", "step", "return", "seconds", "machine", "torch", "date")
 NORMS = {
     "default": "RunningBatchNorm",
@@ -86,46 +86,12 @@ class Pendulum:
         return torch.stack([angle + 0.05 * speed, speed], 1), reward
 
 
-class CartPole:
-    """Swing a pole up and hold it by pushing the cart it hangs from, on a track with walls.
-
-    A state is (x, ẋ, θ, θ̇), θ = 0 upright; an action is the force as a share of the largest, 10.
-    """
-
-    observations = 5
-    random, solved, shown = 15.0, 100.0, (0.0, 200.0)
-
-    @staticmethod
-    def start(n: int) -> Tensor:
-        return 0.05 * torch.randn(n, 4) + torch.tensor([0.0, 0.0, math.pi, 0.0])
-
-    @staticmethod
-    def observe(state: Tensor) -> Tensor:
-        x, v, angle, speed = state.unbind(1)
-        return torch.stack([x, v, angle.cos(), angle.sin(), speed], 1)
-
-    @staticmethod
-    def step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The states 0.04 s later, and the rewards: up to 1 for a pole upright in the middle."""
-        x, v, angle, speed = state.unbind(1)
-        cos, sin = angle.cos(), angle.sin()
-        reward = (1 + cos) / 2 * (1 - (x / 2.4).square() / 2)
-        # cart of 1 kg, pole of 0.1 kg and half-length 0.5 m
-        push = (10 * action[:, 0] + 0.05 * speed.square() * sin) / 1.1
-        turn = (9.8 * sin - cos * push) / (0.5 * (4 / 3 - 0.1 * cos.square() / 1.1))
-        v = v + 0.04 * (push - 0.05 * turn * cos / 1.1)
-        speed = speed + 0.04 * turn
-        at = x + 0.04 * v
-        v = torch.where(at.abs() > 2.4, 0.0, v)  # a wall stops the cart
-        return torch.stack([at.clamp(-2.4, 2.4), v, angle + 0.04 * speed, speed], 1), reward
-
-
 @dataclass(frozen=True)
 class Task:
     """An environment, and how long to train on which batches; an episode has 200 steps."""
 
     title: str
-    world: type[Pendulum] | type[CartPole]
+    world: type[Pendulum]
     steps: int
     bs: int = 256
     episode: int = 200
@@ -137,9 +103,7 @@ class Task:
 TASKS = {
     "pendulum": Task("pendulum, batches of 256", Pendulum, 2500),
     "pendulum-8": Task("pendulum, batches of 8", Pendulum, 2500, bs=8),
-    "cartpole": Task("cart-pole swing-up, batches of 256", CartPole, 4000),
 }
-QUICK = ("pendulum", "pendulum-8")
 
 
 @dataclass(frozen=True)
@@ -284,31 +248,14 @@ def train(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of the CSV; none where there is no file yet."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write the CSV: all of it or nothing, so that each of its runs is complete."""
-    text = io.StringIO(newline="")
-    out = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    out.writeheader()
-    out.writerows(rows)
-    write_whole(path, text.getvalue())
-
-
 def train_all(runs: list[Run], path: Path, jobs: int, log: Callable[[str], object] = print) -> None:
     """Train the runs that the CSV at `path` does not have, and add the rows of each as soon as it ends."""
-    rows = read_rows(path)
+    rows = rows_of(path)
     done = {tuple(row[c] for c in COLUMNS[:4]) for row in rows}
     todo = [run for run in runs if run.key not in done]
     for i, new in enumerate(_results(todo, jobs), 1):
         rows += new
-        write_rows(path, rows)
+        rewrite(path, rows)
         words = " ".join(new[0][c] for c in COLUMNS[:4])
         log(f"[{i}/{len(todo)}] {words}: return {new[-1]['return']}, {new[-1]['seconds']} s")
 
@@ -326,7 +273,7 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def grid(
+def run(
     path: Path,
     tasks: Sequence[str] | None = None,
     norms: Sequence[str] = tuple(NORMS),
@@ -334,15 +281,18 @@ def grid(
     seeds: Sequence[int] | None = None,
     jobs: int | None = None,
     full: bool = False,
-    log: Callable[[str], object] = print,
+    device: str = "cpu",
+    log: Callable[[str], object] = partial(print, flush=True),
 ) -> bool:
     """Train every norm at every rate with the first seed, then at its best rate with the others. False on Ctrl-C."""
-    pairs = list(itertools.product(tasks or (TASKS if full else QUICK), norms))
+    if device != "cpu":
+        raise ValueError(f"CrossQ's nets are so small that they train on the CPU only; got device {device}")
+    pairs = list(itertools.product(tasks or TASKS, norms))
     seeds = seeds or range(10 if full else 3)
     jobs = jobs or os.cpu_count() or 1
     try:
         train_all([Run(*pair, lr, seeds[0], full) for pair in pairs for lr in rates], path, jobs, log)
-        best = {pair: curve.lr for pair, curve in curves(read_rows(path)).items()}
+        best = {pair: curve.lr for pair, curve in curves(rows_of(path)).items()}
         train_all([Run(*pair, best[pair], seed, full) for seed in seeds[1:] for pair in pairs], path, jobs, log)
     except KeyboardInterrupt:
         return False
@@ -443,10 +393,8 @@ def _ordered(norms: Iterable[str]) -> list[str]:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = functools.partial(str.split, sep=",")
-    parser.add_argument(
-        "--tasks", type=names, help=f"of {', '.join(TASKS)}; default: {','.join(QUICK)}; with --full all"
-    )
+    names = partial(str.split, sep=",")
+    parser.add_argument("--tasks", type=names, help=f"default: {','.join(TASKS)}")
     parser.add_argument("--norms", type=split_norms, default=list(NORMS), help=f"default: {','.join(NORMS)}")
     parser.add_argument("--rates", type=numbers(float), default=RATES, help="default: 3e-4,1e-3,3e-3")
     parser.add_argument("--seeds", type=numbers(int), help="default: 0,1,2; with --full 0 to 9")
@@ -458,9 +406,8 @@ def main() -> int:
         parser.error(f"tasks must be of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
     path = args.csv or RESULTS.with_stem("crossq-full" if args.full else "crossq")
     torch.set_num_threads(1)
-    say = functools.partial(print, flush=True)
-    whole = grid(path, args.tasks, args.norms, args.rates, args.seeds, args.jobs, args.full, say)
-    if rows := read_rows(path):
+    whole = run(path, args.tasks, args.norms, args.rates, args.seeds, args.jobs, args.full)
+    if rows := rows_of(path):
         print(f"\n{table(rows)}\n\n{write_whole(path.with_suffix('.png'), plots.png(figure(rows)))}")
     if not whole:
         print("interrupted: the same command goes on", file=sys.stderr)

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import io
 import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -30,26 +28,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from about import machine, rows_of
+from about import machine, rewrite, rows_of
 from torch import Tensor, nn
 
 from fastrbn import plots
-from fastrbn.compare import TASKS, ZOO, Cell, get_task, load_task, run_cell
-from fastrbn.compare import task_data as data
+from fastrbn.compare import ZOO, Cell, load_task, run_cell
 from fastrbn.norm import RunningBatchNorm, convert_batchnorm
 from fastrbn.plots import figure as drawing
 from fastrbn.util import write_whole
 
+QUESTION = "Should the statistics of a trained net follow inputs that drift?"
 RESULTS = Path(__file__).parent / "results" / "evidence" / "drift.csv"
-COLUMNS = "task norm mode bs order seed segment accuracy machine torch date".split()
 
-_DIGITS, _OBJECTS = get_task("course-norm-first"), replace(get_task("vgg"), data=partial(data.cifar, n_valid=4000))
-TASKS |= {  # by name, for `run_cell`
-    "drift-digits": _DIGITS,
-    "drift-objects": replace(_OBJECTS, steps={1: 500}),
-    "drift-digits-full": replace(_DIGITS, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000}),
-    "drift-objects-full": replace(_OBJECTS, data=partial(data.cifar, n=50_000, n_valid=10_000), steps={1: 20_000}),
-}
 TRAIN_BS = 32
 
 
@@ -210,14 +200,16 @@ _load = cache(load_task)
 
 
 def run(
-    path: Path = RESULTS,
+    path: Path,
     tasks: Iterable[str] = tuple(DRIFTS),
     seeds: Iterable[int] = (0, 1, 2),
     jobs: int | None = None,
     device: str = "cpu",
+    full: bool = False,
 ) -> bool:
     """Measure what the CSV does not have yet; False if Ctrl-C ended it. The rows of a net are written together."""
     done = {(r["task"], r["norm"], int(r["seed"])) for r in rows_of(path)}
+    tasks = [task + "-full" * full for task in tasks]
     todo = [job for seed, task, norm in product(seeds, tasks, NORMS) if (job := (task, norm, seed)) not in done]
     print(f"{len(todo)} nets to train, {len(done)} finished", flush=True)
     jobs = min((os.cpu_count() or 1 if device == "cpu" else 1) if jobs is None else jobs, len(todo))
@@ -226,7 +218,7 @@ def run(
         with context.Pool(jobs, _begin) if jobs else nullcontext() as pool:
             work = partial(measure, device=device)
             for rows in pool.imap_unordered(work, todo) if pool else map(work, todo):
-                _append(path, rows)
+                rewrite(path, [*rows_of(path), *rows])
                 print(f"{rows[0]['task']} {rows[0]['norm']} seed {rows[0]['seed']}: done", flush=True)
     except KeyboardInterrupt:
         return False
@@ -236,14 +228,6 @@ def run(
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def _append(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO(newline="")
-    out = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    out.writeheader()
-    out.writerows([*rows_of(path), *rows])
-    write_whole(path, text.getvalue())
 
 
 def curves(rows: list[dict], task: str, bs: int, order: str) -> dict[tuple[str, str], list[list[float]]]:
@@ -311,11 +295,11 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="longer trainings and streams, for a GPU")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each; on CUDA 1)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="default: results/evidence/drift.csv")
+    parser.add_argument("--csv", type=Path, help="default: results/evidence/drift.csv, with --full drift-full.csv")
     args = parser.parse_args()
-    tasks = [task + "-full" * args.full for task in DRIFTS]
-    whole = run(args.csv, tasks, jobs=args.jobs, device=args.device)
-    if rows := [row for row in rows_of(args.csv) if row["task"] in tasks]:
+    args.csv = args.csv or RESULTS.with_stem("drift-full" if args.full else "drift")
+    whole = run(args.csv, jobs=args.jobs, device=args.device, full=args.full)
+    if rows := rows_of(args.csv):
         print(table(rows))
         print(write_whole(args.csv.with_suffix(".png"), plots.png(figure(rows))))
     if not whole:

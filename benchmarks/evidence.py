@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
+import crossq
+import drift
+from about import rows_of
 from small_batch import end
 
 from fastrbn import plots
@@ -25,17 +29,40 @@ RESULTS = Path(__file__).parent / "results" / "evidence"
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 
 
-def write(name, rows, page=PAGE):
-    """Write a study's table into the page, and its picture beside it."""
-    study, picture = STUDIES[name], page.with_name(f"{page.stem}-{name}.png")
-    write_whole(picture, plots.png(study_figure(study, rows)))
-    write_page(page, {name: f"![{study.question}]({picture.name})\n\n{study_table(study, rows)}"})
+OTHERS = {"crossq": crossq, "drift": drift}  # questions with a script of their own
+QUESTIONS = {name: study.question for name, study in STUDIES.items()} | {n: o.QUESTION for n, o in OTHERS.items()}
+
+
+def showing(name):
+    """Functions of a question: the rows at a path, their table as Markdown, and their picture."""
+    if name in OTHERS:
+        return rows_of, OTHERS[name].table, OTHERS[name].figure
+    return read_rows, partial(study_table, STUDIES[name]), partial(study_figure, STUDIES[name])
+
+
+def write(name, path, page=PAGE):
+    """Write the results of a question into the page, and the picture beside it; the picture's path."""
+    read, table, figure = showing(name)
+    rows = read(path)
+    if not rows:
+        return f"{path}: there are no results yet"
+    picture = write_whole(page.with_name(f"{page.stem}-{name}.png"), plots.png(figure(rows)))
+    write_page(page, {name: f"![{QUESTIONS[name]}]({picture.name})\n\n{table(rows)}"})
     return picture
+
+
+def train(name, path, args):
+    """Train what is missing; the exit status."""
+    if name in OTHERS:
+        return 0 if OTHERS[name].run(path, full=args.full, jobs=args.jobs, device=args.device) else 130
+    log = partial(print, flush=True)
+    result = run_study(name, path, args.jobs, args.device, full=args.full, log=log)
+    return end(result, result.rows, lambda: path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"default: {' '.join(STUDIES)}")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"default: {' '.join(QUESTIONS)}")
     parser.add_argument("--full", action="store_true", help="full length, for a GPU")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each; on CUDA 1)")
     parser.add_argument("--device", default="cpu")
@@ -44,23 +71,21 @@ def main():
     parser.add_argument("--list", action="store_true", help="name the questions and end")
     args = parser.parse_args()
     if args.list:
-        for name, study in STUDIES.items():
-            print(f"{name}: {study.question}")
+        print("\n".join(f"{name}: {question}" for name, question in QUESTIONS.items()))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     status = 0
-    for name in args.questions or STUDIES:
+    for name in args.questions or QUESTIONS:
         path = args.out / f"{name}{'-full' * args.full}.csv"
         try:
+            one_of("a question", name, QUESTIONS)
             if args.write:
-                rows = read_rows(path)
-                print(write(one_of("a study", name, STUDIES), rows) if rows else f"{path}: there are no results yet")
+                print(write(name, path))
                 continue
-            result = run_study(name, path, args.jobs, args.device, full=args.full, log=lambda s: print(s, flush=True))
+            status = max(status, train(name, path, args))
         except ValueError as e:
             parser.error(str(e))
-        status = max(status, end(result, result.rows, lambda: path))
-        if result.interrupted:
+        if status == 130:
             break
     return status
 

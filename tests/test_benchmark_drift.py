@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from fastrbn import plots
-from fastrbn.compare import get_norm, task_nets
+from fastrbn.compare import STUDY_TASKS, get_norm, task_nets
 from fastrbn.compare.tasks import TaskData
 from fastrbn.norm import RunningBatchNorm
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TASK = "drift-digits"
+COLUMNS = "task norm mode bs order seed segment accuracy machine torch date".split()
 
 
 @pytest.fixture
@@ -31,10 +32,8 @@ def drift(monkeypatch):
     data = TaskData(*(t for n in (64, 40) for t in (torch.randn(n, 1, 12, 12, generator=g), torch.arange(n) % 10)))
     monkeypatch.setattr(module, "_load", lambda task: data)
     monkeypatch.setattr(module, "STREAMS", ((4, "shuffled"), (32, "shuffled"), (32, "runs of one class")))
-    monkeypatch.setitem(module.TASKS, TASK, replace(module.TASKS[TASK], steps={1: 2}))
-    yield module
-    for name in module.DRIFTS:
-        module.TASKS.pop(name), module.TASKS.pop(f"{name}-full")
+    monkeypatch.setitem(STUDY_TASKS, TASK, replace(STUDY_TASKS[TASK], steps={1: 2}))
+    return module
 
 
 @pytest.fixture
@@ -145,7 +144,7 @@ def test_a_run_goes_on_with_what_is_missing_and_ctrl_c_keeps_what_is_finished(dr
     settings = {"tasks": [TASK], "seeds": [0], "jobs": 0}
     assert drift.run(path, **settings) is False
     rows = drift.rows_of(path)
-    assert list(rows[0]) == drift.COLUMNS and {row["norm"] for row in rows} == {"batchnorm"}
+    assert list(rows[0]) == COLUMNS and {row["norm"] for row in rows} == {"batchnorm"}
     # 20 segments of each stream for five that adapt, and of each order for the frozen one
     assert len(rows) == 20 * (5 * 3 + 2)
     monkeypatch.setattr(drift, "measure", lambda job, device: trained.append(job) or work(job, device))
@@ -162,7 +161,7 @@ def rows(drift):
     for (norm, mode), (bs, order), seed, segment in product(drift.CONTENDERS, drift.STREAMS, (0, 1), range(20)):
         accuracy = "" if mode == "batch" and bs == 4 else 80 + 2 * seed if mode == "adapting" else 70
         values = (TASK, norm, mode, bs, order, seed, segment, accuracy, "", "", "")
-        made.append({name: str(value) for name, value in zip(drift.COLUMNS, values, strict=True)})
+        made.append({name: str(value) for name, value in zip(COLUMNS, values, strict=True)})
     return made
 
 

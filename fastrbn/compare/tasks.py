@@ -364,6 +364,9 @@ _INPAINTING = replace(
     goal=REGRESS,
 )
 
+_DIGITS_FULL = replace(_NORM_FIRST, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000})
+_DRIFTING = replace(TASKS["vgg"], data=partial(data.cifar, n_valid=4000), steps={1: 500})
+
 STUDY_TASKS = {
     "norm-batch": _NORM_BATCH,
     "animals": _ANIMALS,
@@ -384,7 +387,7 @@ STUDY_TASKS = {
         rate=_RESNET.rate / 3,
         after="animals-full",
     ),
-    "digits-full": replace(_NORM_FIRST, data=partial(data.digits, n=50_000, n_valid=10_000), steps={1: 5000}),
+    "digits-full": _DIGITS_FULL,
     "fine-tuning-digits": replace(TASKS["fine-tuning"], rate=0.03),
     "fine-tuning-digits-full": replace(
         TASKS["fine-tuning"],
@@ -430,8 +433,12 @@ STUDY_TASKS = {
         net=partial(nets.inpainter, width=32, levels=4),
         steps={1: 20_000, 2: 20_000, 8: 10_000},
     ),
+    "drift-digits": _NORM_FIRST,
+    "drift-digits-full": _DIGITS_FULL,
+    "drift-objects": _DRIFTING,
+    "drift-objects-full": replace(_DRIFTING, data=partial(data.cifar, n=50_000, n_valid=10_000), steps={1: 20_000}),
 }
-"""Tasks of `STUDIES` by name. Those that end in -full are for a GPU."""
+"""Tasks of `STUDIES` and of `benchmarks/drift.py` by name. Those that end in -full are for a GPU."""
 
 
 def task_of(data: str, net: str) -> Task | None:
