@@ -250,12 +250,10 @@ def train(run: Run) -> list[dict[str, Any]]:
 
 def train_all(runs: list[Run], path: Path, jobs: int, log: Callable[[str], object] = print) -> None:
     """Train the runs that the CSV at `path` does not have, and add the rows of each as soon as it ends."""
-    rows = rows_of(path)
-    done = {tuple(row[c] for c in COLUMNS[:4]) for row in rows}
+    done = {tuple(row[c] for c in COLUMNS[:4]) for row in rows_of(path)}
     todo = [run for run in runs if run.key not in done]
     for i, new in enumerate(_results(todo, jobs), 1):
-        rows += new
-        rewrite(path, rows)
+        rewrite(path, [*rows_of(path), *new])  # another process may have added rows
         words = " ".join(new[0][c] for c in COLUMNS[:4])
         log(f"[{i}/{len(todo)}] {words}: return {new[-1]['return']}, {new[-1]['seconds']} s")
 
