@@ -60,7 +60,7 @@ def train(name, path, args):
         return 0 if OTHERS[name].run(path, full=args.full, jobs=args.jobs, **device) else 130
     log = partial(print, flush=True)
     result = run_study(name, path, args.jobs, args.device, full=args.full, log=log)
-    return end(result, result.rows, lambda: path)
+    return end(result, range(len(result.rows) + result.todo), lambda: path)
 
 
 def main():
