@@ -50,7 +50,8 @@ COLUMNS = ("task", "norm", "lr", "seed", "step", "return", "seconds", "machine",
 NORMS = {
     "default": "RunningBatchNorm",
     "batchrenorm": "batch renorm",
-    "batchnorm:momentum=0.01": "nn.BatchNorm",  # the momentum of CrossQ, for both
+    "batchnorm": "nn.BatchNorm",
+    "batchnorm:momentum=0.01": "nn.BatchNorm, momentum 0.01",  # that of CrossQ, in longer runs
     "layernorm": "LayerNorm",
     "none": "no norm",
     "sac": "SAC, target networks",
