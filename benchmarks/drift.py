@@ -16,7 +16,6 @@ import copy
 import os
 import signal
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from torch import Tensor, nn
 from fastrbn import plots
 from fastrbn.compare import ZOO, Cell, load_task, run_cell
 from fastrbn.norm import RunningBatchNorm, convert_batchnorm
-from fastrbn.plots import figure as drawing
 from fastrbn.util import write_whole
 
 QUESTION = "Should the statistics of a trained net follow inputs that drift?"
@@ -147,13 +145,13 @@ def with_prior(model: nn.Module, prior: int = 16) -> Predict:
 CONTENDERS: dict[tuple[str, str], tuple[str, Callable[[nn.Module], Predict]]] = {
     ("batchnorm", "frozen"): ("nn.BatchNorm, frozen", frozen),
     ("batchnorm", "batch"): ("nn.BatchNorm, batch statistics", of_the_batch),
-    ("batchnorm", "prior"): ("nn.BatchNorm, batch and training statistics mixed", with_prior),
-    ("batchnorm", "running"): ("nn.BatchNorm, running, momentum 0.1", partial(running, momentum=lambda n: 0.1)),
+    ("batchnorm", "prior"): ("nn.BatchNorm, mixed", with_prior),
+    ("batchnorm", "running"): ("nn.BatchNorm, running", partial(running, momentum=lambda n: 0.1)),
     ("batchnorm", "memory"): (
-        "nn.BatchNorm, running, memory of 300 images",
+        "nn.BatchNorm, running, 300 images",
         partial(running, momentum=lambda n: n / (n + 300)),
     ),
-    ("batchnorm", "converted"): ("nn.BatchNorm converted to RunningBatchNorm, adapting", converted),
+    ("batchnorm", "converted"): ("nn.BatchNorm converted, adapting", converted),
     ("groupnorm", "frozen"): ("GroupNorm", frozen),
     ("default", "frozen"): ("RunningBatchNorm, frozen", frozen),
     ("default", "adapting"): ("RunningBatchNorm, adapting", adapting),
@@ -265,29 +263,25 @@ def _title(task: str) -> str:
 
 
 def figure(rows: list[dict]) -> Any:
-    """Accuracy along the stream, a row of panels for each task and a panel for each stream."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    fig = plots.new_figure(3.4 * len(STREAMS) + 2.6, 2.7 * len(tasks))
-    grid = fig.add_gridspec(len(tasks), len(STREAMS))
-    styles = {key: {**drawing.line_style(i), "lw": 1.2} for i, key in enumerate(DRAWN)}
-    styles["default", "adapting"] = {"color": "black", "lw": 3}
-    handles: dict[str, Any] = {}
-    for i, (task, (bs, order)) in enumerate(product(tasks, STREAMS)):
-        title = f"{_title(task)}: batch {bs}" + ("" if order == "shuffled" else f", {order}")
-        ax = drawing.axes(fig, grid[divmod(i, len(STREAMS))], title, "images seen, %")
-        if i % len(STREAMS) == 0:
-            ax.set_ylabel("accuracy, %", fontsize=drawing.TEXT)
-        for (left, right_), name in (((10, 50), "light"), ((60, 100), "blur and noise")):
-            ax.axvspan(left, right_, color=drawing.BLANK, zorder=0)
-            ax.text((left + right_) / 2, 1, name, transform=ax.get_xaxis_transform(), fontsize=7, ha="center", va="top")
-        for key, seeds in curves(rows, task, bs, order).items():
-            if key in styles and seeds:
-                means = [fmean(values) for values in zip(*seeds)]
-                x = [100 * (segment + 0.5) / SEGMENTS for segment in range(len(means))]
-                (handles[CONTENDERS[key][0]],) = ax.plot(x, means, **styles[key])
-        ax.set_ylim(0, 100)
-    drawing.outside_legend(fig, list(handles.values()), ["\n".join(textwrap.wrap(label, 28)) for label in handles], "")
-    return fig
+    """Accuracy over whole shuffled streams against the size of their batches, a panel for each task."""
+    panels = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines: dict[str, list[dict]] = {}
+        for bs in (bs for bs, order in STREAMS if order == "shuffled"):
+            for key, seeds in curves(rows, task, bs, "shuffled").items():
+                if key in DRAWN:
+                    lines.setdefault(CONTENDERS[key][0], []).append(_point(bs, [fmean(seed) for seed in seeds]))
+        panels.append((_title(task), "accuracy, %", lines))
+    ours = [CONTENDERS[key][0] for key in (("default", "adapting"), ("batchnorm", "converted"))]
+    level = [label for (_, mode), (label, _) in CONTENDERS.items() if mode == "frozen"]
+    return plots.plot_study(QUESTION, panels, "images that arrive at once", ours, level)
+
+
+def _point(x: int, means: list[float]) -> dict[str, Any]:
+    refused = not means
+    mean, std = (None, None) if refused else (fmean(means), stdev(means) if len(means) > 1 else None)
+    counts = {"at chance": 0, "diverged": 0, "refused": int(refused)}
+    return {"x": x, "mean": mean, "std": std, "total": len(means) + refused, **counts}
 
 
 def main() -> int:

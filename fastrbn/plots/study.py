@@ -89,7 +89,9 @@ def plot_study(
 
 
 def _fits_half(lines: Lines, table: Mapping) -> bool:
-    """Whether the cells of the table have room in half the picture, beside the names."""
+    """Whether lines and the cells of the table have room in half the picture, beside the names."""
+    if max(map(len, lines), default=0) > 20:
+        return False
     xs = _xs(lines)
     octaves = [math.log2(b / a) for a, b in zip(xs, xs[1:])]
     return not table or 1.85 * min(octaves, default=9) / (sum(octaves) + 0.9) > 0.55
