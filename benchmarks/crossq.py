@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from fastrbn import plots
 from fastrbn.compare import get_norm, split_norms
 from fastrbn.compare.grid import machine
+from fastrbn.compare.study_report import COLORS as PEER_COLORS
 from fastrbn.plots.figure import COLORS, GREY, axes, label_ends, new_figure
 from fastrbn.util import write_whole
 
@@ -50,7 +51,8 @@ COLUMNS = ("task", "norm", "lr", "seed", "step", "return", "seconds", "machine",
 NORMS = {
     "default": "RunningBatchNorm",
     "batchrenorm": "batch renorm",
-    "batchnorm:momentum=0.01": "nn.BatchNorm",  # the momentum of CrossQ, for both
+    "batchnorm": "nn.BatchNorm",
+    "batchnorm:momentum=0.01": "nn.BatchNorm, momentum 0.01",  # that of CrossQ, in longer runs
     "layernorm": "LayerNorm",
     "none": "no norm",
     "sac": "SAC, target networks",
@@ -102,7 +104,6 @@ class Task:
 
 TASKS = {
     "pendulum": Task("pendulum, batches of 256", Pendulum, 2500),
-    "pendulum-8": Task("pendulum, batches of 8", Pendulum, 2500, bs=8),
 }
 
 
@@ -250,12 +251,10 @@ def train(run: Run) -> list[dict[str, Any]]:
 
 def train_all(runs: list[Run], path: Path, jobs: int, log: Callable[[str], object] = print) -> None:
     """Train the runs that the CSV at `path` does not have, and add the rows of each as soon as it ends."""
-    rows = rows_of(path)
-    done = {tuple(row[c] for c in COLUMNS[:4]) for row in rows}
+    done = {tuple(row[c] for c in COLUMNS[:4]) for row in rows_of(path)}
     todo = [run for run in runs if run.key not in done]
     for i, new in enumerate(_results(todo, jobs), 1):
-        rows += new
-        rewrite(path, rows)
+        rewrite(path, [*rows_of(path), *new])  # another process may have added rows
         words = " ".join(new[0][c] for c in COLUMNS[:4])
         log(f"[{i}/{len(todo)}] {words}: return {new[-1]['return']}, {new[-1]['seconds']} s")
 
@@ -362,9 +361,11 @@ def figure(rows: Iterable[dict[str, str]]) -> Any:
     """Learning curves, a panel for each task: the mean over the seeds, and a band of a standard deviation each way."""
     found = curves(rows)
     tasks = [name for name in TASKS if any(t == name for t, _ in found)]
-    fig = new_figure(4.6 * max(len(tasks), 1), 3.6)
+    fig = new_figure(8.0, 3.6)
+    fig.suptitle(QUESTION, x=0.01, ha="left", fontsize=11, fontweight="bold")
     panels = fig.add_gridspec(1, max(len(tasks), 1))
-    colors = dict(zip(_ordered(n for _, n in found), itertools.cycle(COLORS)))
+    others = {"batchnorm:momentum=0.01": "#E69F00", "sac": "#44AA99"}
+    colors = {norm: (PEER_COLORS | others).get(norm, COLORS[0]) for _, norm in found}
     for i, name in enumerate(tasks):
         world = TASKS[name].world
         label = "mean return of 20 episodes" if i == 0 else ""
@@ -381,7 +382,7 @@ def figure(rows: Iterable[dict[str, str]]) -> Any:
                 ax.fill_between(curve.steps, low, high, color=color, alpha=0.2 if ours else 0.08, lw=0)
             ends.append((curve.steps[-1], mean[-1], NORMS.get(norm, norm), color))
         ax.set_ylim(*world.shown)
-        label_ends(ax, ends)
+        label_ends(ax, ends, [NORMS["default"]])
     return fig
 
 

@@ -23,6 +23,7 @@ from small_batch import end
 
 from fastrbn import plots
 from fastrbn.compare import STUDIES, read_rows, run_study, study_figure, study_table, write_page
+from fastrbn.data import DataError
 from fastrbn.util import one_of, write_whole
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
@@ -33,16 +34,17 @@ OTHERS = {"crossq": crossq, "drift": drift}  # questions with a script of their 
 QUESTIONS = {name: study.question for name, study in STUDIES.items()} | {n: o.QUESTION for n, o in OTHERS.items()}
 
 
-def showing(name):
+def showing(name, full=False):
     """Functions of a question: the rows at a path, their table as Markdown, and their picture."""
     if name in OTHERS:
         return rows_of, OTHERS[name].table, OTHERS[name].figure
-    return read_rows, partial(study_table, STUDIES[name]), partial(study_figure, STUDIES[name])
+    study = STUDIES[name].full() if full else STUDIES[name]
+    return read_rows, partial(study_table, study), partial(study_figure, study)
 
 
-def write(name, path, page=PAGE):
+def write(name, path, page=PAGE, full=False):
     """Write the results of a question into the page, and the picture beside it; the picture's path."""
-    read, table, figure = showing(name)
+    read, table, figure = showing(name, full)
     rows = read(path)
     if not rows:
         return f"{path}: there are no results yet"
@@ -54,10 +56,11 @@ def write(name, path, page=PAGE):
 def train(name, path, args):
     """Train what is missing; the exit status."""
     if name in OTHERS:
-        return 0 if OTHERS[name].run(path, full=args.full, jobs=args.jobs, device=args.device) else 130
+        device = {} if name == "crossq" else {"device": args.device}  # its nets are so small that a CPU is faster
+        return 0 if OTHERS[name].run(path, full=args.full, jobs=args.jobs, **device) else 130
     log = partial(print, flush=True)
     result = run_study(name, path, args.jobs, args.device, full=args.full, log=log)
-    return end(result, result.rows, lambda: path)
+    return end(result, range(len(result.rows) + result.todo), lambda: path)
 
 
 def main():
@@ -73,20 +76,20 @@ def main():
     if args.list:
         print("\n".join(f"{name}: {question}" for name, question in QUESTIONS.items()))
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     status = 0
-    for name in args.questions or QUESTIONS:
-        path = args.out / f"{name}{'-full' * args.full}.csv"
-        try:
-            one_of("a question", name, QUESTIONS)
+    try:
+        names = [one_of("a question", name, QUESTIONS) for name in args.questions or QUESTIONS]
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            path = args.out / f"{name}{'-full' * args.full}.csv"
             if args.write:
-                print(write(name, path))
+                print(write(name, path, full=args.full))
                 continue
             status = max(status, train(name, path, args))
-        except ValueError as e:
-            parser.error(str(e))
-        if status == 130:
-            break
+            if status == 130:
+                break
+    except (ValueError, DataError) as e:
+        parser.error(str(e))
     return status
 
 

@@ -342,7 +342,7 @@ def _measure(row: dict[str, Any], job: _Job, losses: list[float], stop: _StopAtN
         row.update(status="chance", note="at chance, training loss as of a blind guess")
 
 
-def load_task(name: str, root: str | Path | None = None) -> TaskData:
+def load_task(name: str, root: str | Path | None = None, device: str = "cpu") -> TaskData:
     """Load the data of a task, drawn or read from files.
 
     For a task that starts from a trained net, that net is trained here, with nn.BatchNorm, batch size 32 and seed 0.
@@ -353,6 +353,8 @@ def load_task(name: str, root: str | Path | None = None) -> TaskData:
         One of `TASKS`.
     root : str or Path, optional
         Folder of the data sets; by default $FASTRBN_DATA or a cache.
+    device : str, default "cpu"
+        Where that net is trained.
 
     Returns
     -------
@@ -374,7 +376,8 @@ def load_task(name: str, root: str | Path | None = None) -> TaskData:
     state = None
     if task.after:
         models: list[nn.Module] = []
-        run_cell(Cell("batchnorm", 32, data=ZOO, net=task.after), load_task(task.after, root), look=models.append)
+        start = Cell("batchnorm", 32, data=ZOO, net=task.after)
+        run_cell(start, load_task(task.after, root), device, look=models.append)
         state = models[0].state_dict()
     return TaskData(*task.data(root), state)
 

@@ -125,7 +125,7 @@ def _answer(cell: Cell, device: str, root: str | Path | None, norms_every: int |
         key = cell.data, cell.net if cell.task else "", root
         if key not in _IMAGES:
             _IMAGES.clear()
-            _IMAGES[key] = load_task(cell.net, root) if cell.task else load_images(cell.data, root)
+            _IMAGES[key] = load_task(cell.net, root, device) if cell.task else load_images(cell.data, root)
         return *run_cell(cell, _IMAGES[key], device, norms_every), None
     except Exception:  # noqa: BLE001 - any error costs this cell only, and is reported
         return None, None, traceback.format_exc()

@@ -297,7 +297,7 @@ _COURSE_CLAMP = Clamp()
 RECIPES = {
     r.name: r
     for r in (
-        Recipe("default", backward="averaged", elements=4096, clamp=_COURSE_CLAMP),
+        Recipe("default", backward="averaged", clamp=_COURSE_CLAMP),
         Recipe("course", rate_course, clamp=_COURSE_CLAMP),
         Recipe(
             "skip-alternate",

@@ -16,6 +16,7 @@ from fastrbn.compare import (
     TASKS,
     ZOO,
     Cell,
+    cell,
     cells_of,
     get_norm,
     load_task,
@@ -163,6 +164,20 @@ def test_fine_tuning_equals_that_of_a_user_who_converts_the_trained_net(tiny):
             task.goal.loss(model(x), y).backward()
     for a, b in zip((*ours.parameters(), *ours.buffers()), (*users.parameters(), *users.buffers()), strict=True):
         assert torch.equal(a, b) and (a.grad is None or torch.equal(a.grad, b.grad))
+
+
+def test_the_net_that_a_task_starts_from_is_trained_on_the_same_device(monkeypatch):
+    given = []
+
+    def run_cell(start, data, device="cpu", look=None):
+        given.append((start.net, device))
+        look(nn.Linear(1, 1))
+
+    monkeypatch.setattr(cell, "run_cell", run_cell)
+    monkeypatch.setattr(task_data, "_images", images)
+    monkeypatch.setattr(workers, "_IMAGES", {})
+    workers._answer(Cell("default", 8, data=ZOO, net="fine-tuning"), "meta", None, None)
+    assert given == [("course-norm-first", "meta")]
 
 
 @pytest.mark.parametrize("norm, moves", [("frozen", False), ("precise", True)])

@@ -44,7 +44,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 1e-3, 
 DEFAULT = RECIPES["default"]
 RULES = {
     "default": DEFAULT,
-    "all": DEFAULT.but(elements=None),
+    "few": DEFAULT.but(elements=4096),
     "course's rate": DEFAULT.but(rate=rate_course),
     "strided": DEFAULT.but(elements=30, order="strided"),
     "unclamped": DEFAULT.but(clamp=None),
