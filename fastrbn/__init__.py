@@ -33,6 +33,7 @@ __all__ = [  # noqa: RUF022 - grouped by subject
     "fuse_conv_rbn",
     "recompute_statistics",
     "running_batch_norm",
+    "standardize_weights",
     "to_batchnorm",
     # models
     "GeneralRelu",
@@ -304,6 +305,7 @@ if TYPE_CHECKING:
         fuse_conv_rbn,
         recompute_statistics,
         running_batch_norm,
+        standardize_weights,
         to_batchnorm,
     )
     from .saved_run import Evaluation, ImagePrediction, RunError, SavedRun, load_run

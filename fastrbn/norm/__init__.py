@@ -6,6 +6,7 @@ from .layers import RunningBatchNorm, RunningBatchNorm1d, RunningBatchNorm2d, Ru
 from .recipes import RECIPES, Clamp, Memory, Recipe, Skip, get_recipe
 from .recompute import recompute_statistics
 from .reference import NormState
+from .weights import standardize_weights
 
 __all__ = [
     "RECIPES",
@@ -23,5 +24,6 @@ __all__ = [
     "get_recipe",
     "recompute_statistics",
     "running_batch_norm",
+    "standardize_weights",
     "to_batchnorm",
 ]

@@ -3,11 +3,12 @@
 They are for `fastrbn compare`, in plain PyTorch without custom kernels, so their speed says nothing about the methods.
 """
 
+from fastrbn.norm.weights import centralize_weights, standardize_weights
+
 from .batch_renorm import BatchRenorm, BatchRenorm2d
 from .filter_response import FilterResponseNorm2d
 from .mabn import MABN
 from .online import OnlineNorm
-from .weights import centralize_weights, standardize_weights
 
 __all__ = [
     "MABN",

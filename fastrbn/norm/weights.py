@@ -1,4 +1,4 @@
-"""Weights computed from parameters before each use: weight standardisation and centralisation, for norms in `peers`."""
+"""Weights computed from parameters before each use: weight standardisation, and centralisation for a peer, MABN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def standardize_weights(model: nn.Module, eps: float = 1e-5) -> nn.Module:
     """Standardise the weights of layers before norms, in place: each output's weights get mean 0 and variance 1.
 
     The weight W is computed from the parameter V at each use: W = (V − mean V)/√(var V + eps), over all inputs and
-    positions of an output. The gradient goes through both. It was made for GroupNorm.
+    positions of an output. The gradient goes through both. It was made for GroupNorm, and helps running batch norm in
+    small batches (docs/evidence.md). Use it before training: it changes the outputs of a trained model.
 
     Convolutions (also transposed) and Linear layers are changed if a norm follows them in the order of
     `model.modules()`. A norm is any other module whose own parameters are vectors. Layers after the last norm, such as
