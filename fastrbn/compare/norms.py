@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastrbn.models import make_norm
 from fastrbn.norm import RECIPES, Memory, Recipe, RunningBatchNorm, recompute_statistics
 from fastrbn.norm import recipes as _recipes
+from fastrbn.norm.weights import centralize_weights, standardize_weights
 from fastrbn.util import fix_statistics, one_of, suggestion
 
-from .peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm, centralize_weights, standardize_weights
+from .peers import MABN, BatchRenorm, FilterResponseNorm2d, OnlineNorm
 
 Make = Callable[..., nn.Module | None]  # takes the number of channels, and `dims` (2) axes after them
 

@@ -12,10 +12,9 @@ from fastrbn.compare.peers import (
     BatchRenorm2d,
     FilterResponseNorm2d,
     OnlineNorm,
-    centralize_weights,
-    standardize_weights,
 )
 from fastrbn.models import conv_layer, resnet9
+from fastrbn.norm.weights import centralize_weights, standardize_weights
 
 
 def shaken(layer):

@@ -3,8 +3,6 @@
 They are for `fastrbn compare`, in plain PyTorch without custom kernels, so their speed says nothing about the methods.
 """
 
-from fastrbn.norm.weights import centralize_weights, standardize_weights
-
 from .batch_renorm import BatchRenorm, BatchRenorm2d
 from .filter_response import FilterResponseNorm2d
 from .mabn import MABN
@@ -16,6 +14,4 @@ __all__ = [
     "BatchRenorm2d",
     "FilterResponseNorm2d",
     "OnlineNorm",
-    "centralize_weights",
-    "standardize_weights",
 ]
