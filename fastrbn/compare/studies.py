@@ -95,11 +95,11 @@ STUDIES = {
     "correlated": Study(
         "Which norms can be trained on batches of correlated samples?",
         {
-            "order-shuffled": "MNIST, course net: shuffled",
-            "order-video": "MNIST, course net: clips, frame by frame (8 frames of a digit)",
-            "order-one-class": "MNIST, course net: one class a batch, changing at random",
-            "order-runs": "MNIST, course net: runs of 16 samples of one class",
-            "order-one-class-mlp": "MNIST, MLP: one class a batch, changing at random",
+            "order-shuffled": "MNIST, conv net: shuffled",
+            "order-video": "MNIST, conv net: clips of 8 frames",
+            "order-one-class": "MNIST, conv net: one class a batch",
+            "order-runs": "MNIST, conv net: runs of 16 of a class",
+            "order-one-class-mlp": "MNIST, MLP: one class a batch",
         },
         {
             "default": "RunningBatchNorm",
