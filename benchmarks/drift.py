@@ -6,7 +6,7 @@
 Nets with nn.BatchNorm, GroupNorm and RunningBatchNorm are trained alike, with the same initial weights and batches.
 Then each sees a stream of validation images: the light changes slowly and comes back at once; then the images become
 blurred and noisy. No label is used and no weight changes; only statistics follow, for the contenders that adapt. The
-strength of the drift was set with frozen nn.BatchNorm and GroupNorm, which lose a third to a half of their accuracy.
+strength of the drift was set with GroupNorm and frozen nn.BatchNorm, which loses a third to a half of its accuracy.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from fastrbn import plots
 from fastrbn.compare import ZOO, Cell, load_task, run_cell
+from fastrbn.compare.report import plain_point
+from fastrbn.compare.results import Point
 from fastrbn.norm import RunningBatchNorm, convert_batchnorm
 from fastrbn.util import write_whole
 
@@ -278,10 +280,9 @@ def figure(rows: list[dict]) -> Any:
 
 
 def _point(x: int, means: list[float]) -> dict[str, Any]:
-    refused = not means
-    mean, std = (None, None) if refused else (fmean(means), stdev(means) if len(means) > 1 else None)
-    counts = {"at chance": 0, "diverged": 0, "refused": int(refused)}
-    return {"x": x, "mean": mean, "std": std, "total": len(means) + refused, **counts}
+    refused = int(not means)
+    mean, std = fmean(means) if means else None, stdev(means) if len(means) > 1 else None
+    return plain_point(x, Point(len(means) + refused, 0, 0, refused, mean, std, None))
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 """What every test shares: one thread, a known random state, no window system, and where real data may lie."""
 
+import importlib.util
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny: more threads cost more than they bring
 os.environ["MPLBACKEND"] = "Agg"
@@ -39,6 +41,22 @@ def pytest_collection_modifyitems(items):
 def _known_random_state():
     """No test depends on which ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch):
+    """Import a script of benchmarks/ by name, as Python finds it and its neighbours when it is run."""
+
+    def load(name):
+        folder = Path(__file__).parent.parent / "benchmarks"
+        monkeypatch.syspath_prepend(folder)
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,15 @@
 """`benchmarks/crossq.py`: the equations of its environments, an update, what is trained again, table and picture."""
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
 
 @pytest.fixture
-def crossq(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("benchmark_crossq", BENCHMARKS / "crossq.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+def crossq(benchmark_script):
+    return benchmark_script("crossq")
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """`benchmarks/drift.py`: the stream, what each way to predict changes of a net, resuming, table and figure."""
 
 import copy
-import importlib.util
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +12,13 @@ from fastrbn.compare import STUDY_TASKS, get_norm, task_nets
 from fastrbn.compare.tasks import TaskData
 from fastrbn.norm import RunningBatchNorm
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TASK = "drift-digits"
 COLUMNS = "task norm mode bs order seed segment accuracy machine torch date".split()
 
 
 @pytest.fixture
-def drift(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("benchmark_drift", BENCHMARKS / "drift.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def drift(benchmark_script, monkeypatch):
+    module = benchmark_script("drift")
     g = torch.Generator().manual_seed(0)
     data = TaskData(*(t for n in (64, 40) for t in (torch.randn(n, 1, 12, 12, generator=g), torch.arange(n) % 10)))
     monkeypatch.setattr(module, "_load", lambda task: data)

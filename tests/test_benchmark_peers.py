@@ -1,21 +1,13 @@
 """`benchmarks/peers.py`: the workers it talks to, what it says of a peer that is not there, how it counts."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
 
 @pytest.fixture
-def peers(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("benchmark_peers", BENCHMARKS / "peers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def peers(benchmark_script):
+    return benchmark_script("peers")
 
 
 def test_fastrbn_and_a_plain_loop_are_checked_and_timed_and_a_peer_that_is_not_there_is_named(

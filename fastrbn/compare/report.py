@@ -177,6 +177,7 @@ def _series(group: Group, wheres: list[tuple[float, Where]]) -> dict[str, list[d
 
 
 def plain_point(x: float, p: Point) -> dict[str, Any]:
+    """A point of a line as `plots` takes it."""
     counts = {"at chance": p.chance, "diverged": p.diverged, "refused": p.refused}
     return {"x": x, "mean": p.mean, "std": p.std, "total": p.total, **counts}
 

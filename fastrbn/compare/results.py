@@ -57,7 +57,7 @@ class Point:
     def within(self, best: Point) -> bool:
         """Whether its score is at most two pooled standard deviations below that of `best`."""
         pooled = math.sqrt(((self.std or 0) ** 2 + (best.std or 0) ** 2) / 2)
-        return _score(self) >= _score(best) - 2 * pooled and _score(self) > -math.inf
+        return rank_score(self) >= rank_score(best) - 2 * pooled and rank_score(self) > -math.inf
 
 
 def point_of(rows: list[Row]) -> Point:
@@ -221,19 +221,20 @@ def _rivals(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> 
     return [n for n in cell if n != norm and (n.split(":")[0] in PEERS if peers is None else n in peers)]
 
 
-def _score(point: Point) -> float:
+def rank_score(point: Point) -> float:
+    """The score, by which points are ranked; minus infinity if there is none."""
     return -math.inf if point.score is None or math.isnan(point.score) else point.score
 
 
 def _is_within(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> bool:
-    return cell[norm].within(max((cell[n] for n in _rivals(norm, cell, peers)), key=_score))
+    return cell[norm].within(max((cell[n] for n in _rivals(norm, cell, peers)), key=rank_score))
 
 
 def _rank(norm: str, cell: dict[str, Point], peers: Container[str] | None) -> float:
     rivals = set(_rivals(norm, cell, peers))
     if norm.split(":")[0] in PEERS and "default" in cell:
         rivals.add("default")
-    mine, others = _score(cell[norm]), [_score(cell[n]) for n in rivals]
+    mine, others = rank_score(cell[norm]), [rank_score(cell[n]) for n in rivals]
     return 1 + sum(o > mine for o in others) + sum(o == mine for o in others) / 2
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastrbn.util import one_of
 
 from .cell import Cell
 from .grid import GridResult, cells_of, run_grid
-from .results import Point, Row, point_of
+from .results import Point, Row, point_of, rank_score
 from .tasks import ZOO
 
 
@@ -231,13 +230,8 @@ def best_points(study: Study, rows: Iterable[Row]) -> dict[tuple[str, str, int],
                 at = {f: latest.get((task, norm, bs, f, study.seeds[0])) for f in study.factors}
                 tried = {f: row for f, row in at.items() if row is not None}
                 if tried:
-                    factor = max(tried, key=lambda f: _score(tried[f]))
+                    factor = max(tried, key=lambda f: rank_score(point_of([tried[f]])))
                     points = [latest.get((task, norm, bs, factor, seed)) for seed in study.seeds]
                     edge = len(study.factors) > 1 and factor in (min(study.factors), max(study.factors))
                     found[task, norm, bs] = Best(factor, edge, point_of([p for p in points if p is not None]))
     return found
-
-
-def _score(row: Row) -> float:
-    score = point_of([row]).score
-    return -math.inf if score is None or math.isnan(score) else score
