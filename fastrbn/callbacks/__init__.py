@@ -16,6 +16,7 @@ from .diagnose.profiling import Profiler
 from .distributed.callback import Distributed
 from .step.closure import Closure
 from .step.compiling import CompileCallback
+from .step.cuda_graph import CUDAGraph
 from .step.device import BatchTransformXCallback, CudaCallback
 from .step.ema import EMA
 from .step.freezing import Freeze, freeze, unfreeze
@@ -76,6 +77,7 @@ ORDER: tuple[tuple[type[Callback], int, str], ...] = (
     (HaltOnNaN, 90, "checks loss and gradients once everyone has changed them"),
     (GraphMonitor, 95, "sees the loss that is differentiated, and what other callbacks store"),
     (Closure, 96, "evaluates the batch again as others have left it, and learns who else has a part in the step"),
+    (CUDAGraph, 97, "records the step once all others have claimed their parts of it"),
     (CompileCallback, 100, "compiles the model once others have wrapped it or hooked into it"),
     (Checkpoint, 1000, "saves when everyone is done with the step"),
     (EarlyStopping, 2000, "stops once everyone, Checkpoint included, has had the epoch"),
@@ -110,6 +112,7 @@ __all__ = [
     "AvgStatsCallback",
     "BatchTransformXCallback",
     "CSVLogger",
+    "CUDAGraph",
     "Checkpoint",
     "CheckpointError",
     "Closure",

@@ -98,6 +98,7 @@ class Callback:
     _last: frozenset[str] = frozenset()
     _outside_fit: frozenset[str] = frozenset({"begin_batch", "after_pred"})
     _needs_opt: tuple[str, ...] = ()  # what the optimiser must have for this callback, by names of `optimiser.NEEDS`
+    _eager: str | None = None  # why steps cannot be replayed as CUDA graphs with this callback, in words
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -67,6 +67,13 @@ class Parts:
             setattr(self, name, function if taken is None else _both(getattr(self, name), function))
             self.claims[name] = owner if taken is None else f"{taken}, {owner}"
 
+    def wrap(self, functions: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+        """Put `functions` in the place of parts, claimed or not, and return the functions that were there."""
+        inner = {name: getattr(self, name) for name in functions}
+        for name, function in functions.items():
+            setattr(self, name, function)
+        return inner
+
 
 def _both(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
     return lambda loss: second(first(loss))

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tape import Tape
 from torch import nn
 
+from fastrbn.callbacks.step import cuda_graph
 from fastrbn.learn import Learner
 
 
@@ -29,3 +31,10 @@ def make(n_train=4, n_valid=2, bs=6, model=None, opt=None, loss_func=F.cross_ent
 @pytest.fixture
 def make_learn():
     return make
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    """Lets CUDAGraph work on the CPU, with `Tape` for CUDA's graphs."""
+    monkeypatch.setattr(cuda_graph, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda_graph, "Recorder", Tape)

@@ -27,6 +27,7 @@ from fastrbn.callbacks import (
     CompileCallback,
     CSVLogger,
     CudaCallback,
+    CUDAGraph,
     CutMix,
     Distributed,
     EarlyStopping,
@@ -72,6 +73,7 @@ MAKERS = {
     CSVLogger: lambda: CSVLogger("history.csv"),
     Closure: Closure,
     CompileCallback: lambda: CompileCallback(disable=True),  # the compiler itself has its own tests
+    CUDAGraph: CUDAGraph,
     CudaCallback: lambda: CudaCallback("cpu"),
     CutMix: CutMix,
     Distributed: Distributed,
@@ -101,12 +103,13 @@ NEED_AVERAGES = {CSVLogger, EarlyStopping, SaveBest}
 CHANGE_TRAINING = {BatchTransformXCallback, LR_Find, ParamScheduler}
 CHANGE_TRAINING |= {Closure, CutMix, Freeze, GradientAccumulation, GradientClip, MixUp, MixedPrecision}
 CHANGE_TRAINING |= {TorchScheduler, Warmup}
+CHANGE_TRAINING |= {CUDAGraph}  # within rounding
 
 every_callback = pytest.mark.parametrize("cls", MAKERS, ids=lambda c: c.__name__)
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_a_folder_of_its_own(tmp_path, monkeypatch, graphs_on_cpu):
     monkeypatch.chdir(tmp_path)
     writer = type(
         "SummaryWriter", (), dict.fromkeys(("__init__", "add_scalar", "flush", "close"), lambda *a, **k: None)
@@ -301,7 +304,7 @@ def test_it_works_without_validation_without_length_and_without_batches(cls, mak
 
 def test_training_with_all_of_them_draws_nothing(make_learn):
     before = "matplotlib" in sys.modules
-    alone = {Closure, LR_Find, TorchScheduler}  # refuse to share the step or the rate
+    alone = {Closure, CUDAGraph, LR_Find, TorchScheduler}  # refuse to share the step or the rate
     run = Runner([make() for cls, make in MAKERS.items() if cls not in alone])
     fit(run, 2, make_learn())
     assert run.stop_reason is None

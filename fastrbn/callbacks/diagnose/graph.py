@@ -148,6 +148,8 @@ class GraphMonitor(Callback):
     (True, 1)
     """
 
+    _eager = "reads the autograd graph of each loss"
+
     def __init__(self, max_growth: int = 0, every: int = 50):
         self.max_growth, self.every = whole("max_growth", max_growth, 0), whole("every", every)
         self._clear()

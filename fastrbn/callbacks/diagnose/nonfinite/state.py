@@ -358,6 +358,8 @@ class KeptState:
 class ModelHook:
     """A hook on a module of the model. A copy of the model takes a copy of it that does nothing."""
 
+    optional = True  # a CUDA graph may leave it out
+
     def __init__(self, function=None):
         self.function = function
 

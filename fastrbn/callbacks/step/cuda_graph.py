@@ -1,0 +1,235 @@
+"""Training steps replayed as CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrbn.learn.callback import Callback
+from fastrbn.util import apply_to, items_of
+
+from .recording import RecordedStep, Recorder, Stale, Watched, in_words, kind
+
+_KINDS = 8  # of batches; each recording takes memory for a whole step
+_DEVICE = "cuda"
+
+
+class CUDAGraph(Callback):
+    """Record training steps as CUDA graphs and replay them, for small batches, whose steps wait for Python.
+
+    With a small batch the device idles while Python launches one small kernel after another; a CUDA graph launches all
+    of them at once. Forward pass, loss and backward pass are one graph, the optimiser's step is another. Events fire as
+    usual, and the numbers are those of the plain step.
+
+    The first batch of each shape and dtype runs as usual, the second is recorded, later ones are replayed. At most 8
+    kinds of batches are recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
+    goes on without graphs: a warning says why, and so does `.why_not`, which is None otherwise. `.graphs` is the number
+    of recordings, `.replays` that of replayed steps.
+
+    The step of SGD is recorded, in its fused form, and that of other optimisers if they were made with `fused=True`
+    (Adam, AdamW) or `capturable=True`; learning rates may change. It runs as usual while other settings differ from the
+    recorded ones, as a scheduled momentum does.
+
+    Notes
+    -----
+    The fit goes on without graphs
+
+    - if model or batches are not on CUDA;
+    - with callbacks that weigh the loss, scale it or evaluate it again (`GradientAccumulation`, `Distributed` in
+      several processes, `MixedPrecision("fp16")`, `Closure`), that replace model, loss function, prediction or loss
+      (`MixUp`, `CutMix`), that hook into modules or read the autograd graph (`ActivationStats`, `GraphMonitor`);
+    - with models whose forward pass waits for the device, draws random numbers on the host, counts in an attribute, or
+      replaces a buffer instead of changing it in place.
+
+    Schedules, `GradientClip`, `EMA`, `MixedPrecision("bf16")`, `ParamMagnitudes`, `Checkpoint`, the loggers, and
+    `CompileCallback` without a `mode` that makes CUDA graphs work as usual. `HaltOnNaN` sees loss, gradients,
+    parameters and buffers, but not what modules return; it locates a fault as usual.
+
+    Python code of model and loss function runs only when a step is recorded: numbers that it computes outside tensors
+    stay as they were. Steps are recorded anew after a change of a mode (`train()`, `eval()`), of `requires_grad`, of a
+    parameter's or buffer's memory, or, between epochs, of a number among a module's attributes. `run.pred` and
+    `run.loss` are copies without an autograd graph. Gradients are overwritten by the next step.
+
+    Examples
+    --------
+    >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[CUDAGraph])
+    >>> import warnings
+    >>> with warnings.catch_warnings(action="ignore"):   # there is no CUDA here
+    ...     run.fit(1, learn)
+    >>> run.cuda_graph.why_not
+    'model and batches must be on one CUDA device; they are on cpu'
+
+    References
+    ----------
+    PyTorch's notes "CUDA semantics", section "CUDA Graphs".
+    """
+
+    def __init__(self) -> None:
+        self.why_not: str | None = None
+        self.graphs = self.replays = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._inner: dict[str, Callable[..., Any]] = {}  # the parts of the step as they are without graphs
+        self._recorder: Recorder | None = None
+        self._watched: Watched | None = None
+        self._seen: set[Any] = set()  # kinds of batches
+        self._steps: dict[Any, RecordedStep] = {}
+        self._outside = False  # whether the optimiser's step cannot be recorded
+        self._end_batch()
+
+    def _end_batch(self) -> None:
+        self._now: RecordedStep | None = None  # the one that computes the current batch
+        self._next: str | None = None  # the loop's next call in it: "model" or "loss"
+        self._given: list[Tensor] = []  # what the loop got from these calls
+
+    def begin_fit(self) -> None:
+        self._clear()
+        self.why_not, self.graphs, self.replays = None, 0, 0
+        if why := self._refusal():
+            self._give_up(why)
+            return
+        self._inner = self.run._parts.wrap({"forward": self._forward, "backward": self._backward, "step": self._step})
+
+    def _refusal(self) -> str | None:
+        """The reason why another callback rules out graphs for the whole fit."""
+        if sum(isinstance(cb, CUDAGraph) for cb in self.run.cbs) > 1:
+            raise RuntimeError("one CUDAGraph records the steps of a run; got more: remove the others")
+        for part, owner in self.run._parts.claims.items():
+            if part != "forward":
+                return f"{owner} takes part in the step (it claims '{part}')"
+        for cb in self.run.cbs:
+            if cb._eager:
+                return f"{type(cb).__name__} {cb._eager}"
+            if getattr(cb, "compile_args", {}).get("mode") in ("reduce-overhead", "max-autotune"):
+                return f"{cb!r} makes CUDA graphs itself"
+        return None
+
+    def begin_epoch(self) -> None:
+        if self._watched is not None and self._watched.stale_modules():
+            self._forget()
+
+    def begin_batch(self) -> None:
+        self._end_batch()
+        if self.run.in_train and self.why_not is None:
+            self._next = "model"
+
+    def _forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        run, forward = self.run, self._inner["forward"]
+        if self._next == "model":
+            self._next, self._now = "loss", self._recorded()
+            if self._now is None:
+                pred = forward(function, *args)
+            else:
+                pred, self._loss = self._now.replay((run.xb, run.yb))
+                self.replays += 1
+            self._given = [*items_of(pred, Tensor)]
+            return pred
+        if self._next != "loss" or function is not run.loss_func:  # a callback's own use
+            return forward(function, *args)
+        self._next = None
+        for t in items_of(args[0], Tensor):
+            self._check(t, "prediction")
+        loss = forward(function, *args) if self._now is None else self._loss
+        self._given.append(loss)
+        return loss
+
+    def _backward(self, loss: Tensor) -> None:
+        self._check(loss, "loss")
+        if self._now is None:
+            self._inner["backward"](loss)
+        else:
+            self._now.put_grads()
+
+    def _step(self, opt: Any) -> None:
+        try:
+            if self._now is not None and not self._outside and self._now.update(opt):
+                return
+        except Stale as e:
+            self._outside = True
+            warnings.warn(f"CUDAGraph: the optimiser's step stays outside the graphs: {e}", stacklevel=2)
+        self._inner["step"](opt)
+
+    def _check(self, t: Any, what: str) -> None:
+        """Check that the loop goes on with the `what` that it got here."""
+        if self.why_not is not None or any(t is given for given in self._given):
+            return
+        if self._now is None:
+            self._give_up(f"a callback replaces the {what}")
+            return
+        raise RuntimeError(
+            f"CUDAGraph computes a step's gradients before callbacks see its prediction and loss; in step "
+            f"{self.run.n_iter} a callback replaced the {what}, though not in earlier steps: remove one of the two"
+        )
+
+    def _recorded(self) -> RecordedStep | None:
+        """The recorded step for the current batch, or None if it runs as usual."""
+        run = self.run
+        if self._watched is not None and self._watched.stale():
+            self._forget()
+        key = kind((run._unpack.form, run.xb, run.yb))
+        if key not in self._steps and key in self._seen and len(self._steps) < _KINDS:
+            try:
+                self._steps[key] = self._record()
+                self.graphs += 1
+            except Stale as e:
+                self._give_up(str(e))
+            except Exception as e:  # noqa: BLE001 - the plain step, which comes next, need not fail
+                self._give_up(f"the step cannot be recorded: {in_words(e)}")
+        self._seen.add(key)
+        return self._steps.get(key)
+
+    def _record(self) -> RecordedStep:
+        run, unpack, forward = self.run, self.run._unpack, self._inner["forward"]
+        for name in ("model", "loss_func"):
+            if getattr(run, name) is not getattr(run.learn, name):
+                raise Stale(f"a callback has replaced run.{name}")
+        watched = Watched([m for m in (run.model, run.loss_func) if isinstance(m, nn.Module)])
+        inputs = [*items_of((run.xb, run.yb), Tensor)]
+        devices = sorted({str(t.device) for t in (*watched.tensors, *inputs)})
+        if len(devices) != 1 or not devices[0].startswith(_DEVICE):
+            raise Stale(f"model and batches must be on one CUDA device; they are on {', '.join(devices)}")
+        if any(t.requires_grad for t in inputs):
+            raise Stale("inputs need gradients")
+        if hook := watched.hook():
+            raise Stale(f"it would leave out {hook}")
+        self._recorder = self._recorder or Recorder(torch.device(devices[0]))
+        # the graph of the step before would tie this one's gradients to its own stream
+        run.pred, run.loss = (apply_to(value, Tensor, Tensor.detach) for value in (run.pred, run.loss))
+
+        def evaluate(xb: Any, yb: Any) -> tuple[Any, Tensor]:
+            pred = unpack.call_model(run.model, xb, forward)
+            return pred, unpack.call_loss(run.loss_func, pred, yb, forward)
+
+        try:
+            step = RecordedStep(evaluate, (run.xb, run.yb), watched, self._recorder)
+        finally:
+            watched.clear_grads()
+        self._watched = watched
+        return step
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        self._seen.clear()
+        self._watched = None
+
+    def _give_up(self, why: str) -> None:
+        self._forget()
+        self.why_not = why
+        warnings.warn(f"CUDAGraph: this fit goes on without CUDA graphs: {why}", stacklevel=2)
+
+    def after_batch(self) -> None:
+        self._end_batch()
+
+    def after_fit(self) -> None:
+        self._clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{k: v for k, v in vars(CUDAGraph()).items() if k.startswith("_")}}
+
+    def __repr__(self) -> str:
+        return "CUDAGraph()"

@@ -1,0 +1,301 @@
+"""A training step recorded as CUDA graphs: forward and backward pass in one, the optimiser's step in another.
+
+A graph repeats launches with the addresses and the numbers that it was recorded with. So batches are copied into
+tensors of its own, learning rates are read from tensors, and `Watched` tells when a recording has become stale.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrbn.learn.snapshot import Snapshot
+from fastrbn.util import apply_to, items_of
+
+_WARM_UPS = 3  # passes before a recording, as in PyTorch's guide to CUDA graphs
+_PLAIN = (bool, int, float, str, type(None))
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Stale(Exception):
+    """The step would not do the same as a graph; the message says why."""
+
+
+class Recorder:
+    """Records functions on a device as CUDA graphs that share their memory."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        """Run the function on the stream of the recording. RuntimeError if it still waits for the device in the end."""
+        outer, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(outer)
+        try:
+            with torch.cuda.stream(self.stream):
+                for i in range(_WARM_UPS):
+                    if i == _WARM_UPS - 1:  # the first passes choose algorithms and compile kernels
+                        torch.cuda.set_sync_debug_mode("error")
+                    function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            outer.wait_stream(self.stream)
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What the function returns, which gets its values from a replay, and the function that replays."""
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": other threads, such as those that load data, may go on
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            out = function()
+        return out, graph.replay
+
+
+class RecordedStep:
+    """A training step for batches of one kind. `replay` gives prediction and loss; gradients come with `grads`.
+
+    Parameters
+    ----------
+    evaluate : callable
+        `evaluate(xb, yb)` returns prediction and loss.
+    batch : (xb, yb)
+        The first batch.
+    watched : Watched
+        The modules that `evaluate` calls.
+    recorder : Recorder
+
+    Raises
+    ------
+    Stale
+        If a replay would not do the same as `evaluate`.
+    """
+
+    def __init__(self, evaluate: Callable[[Any, Any], tuple[Any, Tensor]], batch: Any, watched: Watched, recorder: Any):
+        xb, yb = own = apply_to(batch, Tensor, lambda t: t.detach().clone())
+
+        @torch.enable_grad()
+        def backward() -> tuple[Any, Tensor]:
+            watched.clear_grads()  # so that the pass makes new ones
+            pred, loss = evaluate(xb, yb)
+            loss.backward()
+            return apply_to(pred, Tensor, Tensor.detach), loss.detach()
+
+        with Snapshot(watched.roots, parameters=False):  # the passes here are none of the training's
+            before = _host_random()
+            recorder.warm_up(backward)
+            if before != _host_random():
+                raise Stale("the model draws random numbers on the host")
+            if changed := watched.changed_by_forward():
+                raise Stale(f"the forward pass {changed}")
+            if any(p.grad is not None and p.grad.is_sparse for p in watched.params):
+                raise Stale("gradients are sparse")
+            self._outputs, self._replay = recorder.record(backward)
+        self._inputs, self._recorder = [*items_of(own, Tensor)], recorder
+        self.grads = [(p, p.grad) for p in watched.params if p.grad is not None]
+        self._update: RecordedUpdate | None = None
+        self._ready = False  # for the recording of the optimiser's step
+
+    def replay(self, batch: Any) -> tuple[Any, Tensor]:
+        """Prediction and loss for a batch, as copies that can be kept."""
+        for own, given in zip(self._inputs, items_of(batch, Tensor), strict=True):
+            own.copy_(given)
+        self._replay()
+        return apply_to(self._outputs, Tensor, Tensor.clone)
+
+    def put_grads(self) -> None:
+        """Give the parameters the gradients of the last replay."""
+        for p, grad in self.grads:
+            p.grad = grad
+
+    @torch.no_grad()
+    def update(self, opt: torch.optim.Optimizer) -> bool:
+        """Take the optimiser's step with the gradients that the parameters have. False: it has to be called as usual.
+
+        Raises
+        ------
+        Stale
+            If the step cannot be recorded.
+        """
+        for p, grad in self.grads:
+            if p.grad is None:
+                return False
+            if p.grad is not grad:  # a callback has replaced it
+                grad.copy_(p.grad)
+        if self._update is None and self._ready:
+            self._update = RecordedUpdate(opt, self._recorder)
+        self._ready = True  # the first step is an ordinary one: it may create the optimiser's state
+        return self._update is not None and self._update.replay(opt)
+
+
+class RecordedUpdate:
+    """An optimiser's step, which reads the learning rates from tensors; param groups keep their numbers.
+
+    Raises
+    ------
+    Stale
+        If the step cannot be recorded.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, recorder: Any):
+        sgd = type(opt) is torch.optim.SGD
+        if not (sgd or all(group.get("fused") or group.get("capturable") for group in opt.param_groups)):
+            raise Stale(f"make {type(opt).__name__} with fused=True (Adam, AdamW) or capturable=True (others)")
+        self._settings, self._state = _settings(opt), _state(opt)
+        self._rates = [torch.zeros((), device=recorder.device) for _ in opt.param_groups]
+        self._values: list[Any] = [None] * len(self._rates)
+        before = [dict(group) for group in opt.param_groups]
+        hooks: list[Any] = [opt._optimizer_step_pre_hooks, opt._optimizer_step_post_hooks]
+        kept = [table.copy() for table in hooks]
+        try:
+            for table in hooks:
+                table.clear()  # a replay calls them
+            for group, rate in zip(opt.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+                if sgd:  # only its fused form reads the rate from a tensor
+                    group.update(fused=True, foreach=False)
+                if "capturable" in group:
+                    group["capturable"] = True  # as each fused step is
+            _, self._replay = recorder.record(opt.step)
+        except Exception as e:
+            raise Stale(in_words(e)) from e
+        finally:
+            for now, then in zip([*hooks, *opt.param_groups], [*kept, *before], strict=True):
+                now.update(then)
+
+    def replay(self, opt: torch.optim.Optimizer) -> bool:
+        """Take the step. False if the optimiser has other settings or another state than in the recording."""
+        if _settings(opt) != self._settings or not _same(_state(opt), self._state):
+            return False
+        for i, (group, rate) in enumerate(zip(opt.param_groups, self._rates, strict=True)):
+            value = group["lr"]
+            if isinstance(value, Tensor):
+                rate.copy_(value)
+            elif value != self._values[i]:
+                rate.fill_(value)
+                self._values[i] = value
+        for hook in opt._optimizer_step_pre_hooks.values():
+            hook(opt, (), {})
+        self._replay()
+        for hook in opt._optimizer_step_post_hooks.values():
+            hook(opt, (), {})
+        return True
+
+
+class Watched:
+    """What recordings depend on in some modules: addresses, modes, attributes that are numbers or strings."""
+
+    def __init__(self, roots: list[nn.Module]):
+        self.roots = roots
+        self._modules = [*_named_modules(roots)]
+        self._tensors = [
+            (table, name, t, t.data_ptr())
+            for _, m in self._modules
+            for table in (m._parameters, m._buffers)
+            for name, t in table.items()
+            if t is not None
+        ]
+        self.params = [p for p in dict.fromkeys(t for _, _, t, _ in self._tensors) if isinstance(p, nn.Parameter)]
+        self._modes = self._read_modes()
+        self._plain = [_plain(m) for _, m in self._modules]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All parameters and buffers."""
+        return [t for _, _, t, _ in self._tensors]
+
+    def clear_grads(self) -> None:
+        """Leave the parameters without gradients."""
+        for p in self.params:
+            p.grad = None
+
+    def hook(self) -> str | None:
+        """The first hook whose function a replay would leave out, in words."""
+        for name, m in self._modules:
+            for kind in _HOOKS:
+                if any(_counts(hook) for hook in getattr(m, kind).values()):
+                    return f"a hook on {name}"
+        for p in self.params:
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                return "a hook on a parameter"
+        return None
+
+    def changed_by_forward(self) -> str | None:
+        """The change that a pass has made and a replay would not make, in words."""
+        for table, name, t, at in self._tensors:
+            if table.get(name) is not t or t.data_ptr() != at:
+                return f"replaces the tensor '{name}' instead of changing it in place"
+        for (name, m), before in zip(self._modules, self._plain, strict=True):
+            now = _plain(m)
+            for key in now.keys() | before.keys():
+                if now.get(key, self) != before.get(key, self):
+                    return f"changes '{key}', an attribute of {name}"
+        return None
+
+    def stale(self) -> bool:
+        """True if a tensor has been replaced, or a mode or `requires_grad` changed. Quick, for each step."""
+        return (
+            any(table.get(name) is not t or t.data_ptr() != at for table, name, t, at in self._tensors)
+            or self._read_modes() != self._modes
+        )
+
+    def stale_modules(self) -> bool:
+        """True if modules, hooks or attributes have changed."""
+        now = [*_named_modules(self.roots)]
+        return now != self._modules or [_plain(m) for _, m in now] != self._plain or self.hook() is not None
+
+    def _read_modes(self) -> list[bool]:
+        return [m.training for _, m in self._modules] + [p.requires_grad for p in self.params]
+
+
+def in_words(e: Exception) -> str:
+    """An error in one line."""
+    return f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
+
+
+def kind(value: Any) -> Any:
+    """A key that is equal for batches which one recording serves."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, dict):
+        return tuple((k, kind(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(kind, value))
+    return value if isinstance(value, _PLAIN) else id(value)
+
+
+def _named_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for root in roots:
+        for name, m in root.named_modules():
+            yield (f"module '{name}'" if name else type(root).__name__), m
+
+
+def _plain(m: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(m).items() if isinstance(v, _PLAIN) and k != "training"}
+
+
+def _counts(hook: Any) -> bool:
+    """True unless a replay may leave the hook out: those of torch.nn.utils compute weights, which is recorded."""
+    return not getattr(hook, "optional", False) and not type(hook).__module__.startswith("torch.")
+
+
+def _host_random() -> tuple[Any, ...]:
+    numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else ()
+    return random.getstate(), torch.get_rng_state().tolist(), [v.tolist() if hasattr(v, "tolist") else v for v in numpy]
+
+
+def _settings(opt: torch.optim.Optimizer) -> list[Any]:
+    apart = ("params", "lr", "capturable")
+    settings = [{k: id(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in opt.param_groups]
+    return [{k: v for k, v in s.items() if k not in apart} for s in settings]
+
+
+def _state(opt: torch.optim.Optimizer) -> list[Any]:
+    return [v for state in opt.state.values() for v in state.values() if isinstance(v, Tensor)]
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others))

@@ -1,0 +1,535 @@
+"""CUDAGraph: replayed steps equal the plain ones, and what a replay would leave out is refused with its reason.
+
+On the CPU, `Tape` stands for CUDA's graphs: it repeats operators with the tensors and numbers that it has seen, without
+Python. What only a device shows is tested there.
+"""
+
+import copy
+import math
+import random
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from fastrbn.build import fit_one_cycle
+from fastrbn.callbacks import (
+    EMA,
+    ActivationStats,
+    AvgStatsCallback,
+    Checkpoint,
+    Closure,
+    CompileCallback,
+    CudaCallback,
+    CUDAGraph,
+    Freeze,
+    GradientAccumulation,
+    GradientClip,
+    GraphMonitor,
+    HaltOnNaN,
+    MixedPrecision,
+    MixUp,
+    ParamMagnitudes,
+    ParamScheduler,
+    Recorder,
+    accuracy,
+    sched_cos,
+)
+from fastrbn.learn import Callback, CancelBatchException, Learner, Runner
+from fastrbn.norm import RunningBatchNorm
+
+pytestmark = pytest.mark.usefixtures("graphs_on_cpu")
+
+SGD = partial(optim.SGD, lr=0.1, momentum=0.9)
+FUSED = partial(SGD, fused=True)
+ADAM = partial(optim.AdamW, lr=0.01, fused=True)
+
+
+def small_net(norm=nn.BatchNorm1d):
+    torch.manual_seed(0)
+    # without a bias before the norm, whose gradient is rounding alone
+    return nn.Sequential(nn.Linear(4, 8, bias=False), norm(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def make_learn(model=None, opt=FUSED, loss_func=F.cross_entropy, device="cpu", sizes=(6, 6, 6, 4)):
+    model = (small_net() if model is None else model).to(device)
+    torch.manual_seed(1)
+    batches = [(torch.randn(n, 4).to(device), torch.randint(0, 3, (n,)).to(device)) for n in sizes]
+    return Learner(model, opt(model.parameters()), loss_func, SimpleNamespace(train_dl=batches, valid_dl=batches[:1]))
+
+
+def fit(learn, *cbs, epochs=3, why=None, match=None):
+    run = Runner([CUDAGraph(), *cbs])
+    run.logger = lambda line: None
+    if why is None and match is None:
+        run.fit(epochs, learn)
+    else:
+        with pytest.warns(UserWarning, match=match or f"^CUDAGraph: this fit goes on without CUDA graphs: .*{why}"):
+            run.fit(epochs, learn)
+    if why is not None:
+        assert run.cuda_graph.why_not is not None
+    return run
+
+
+def state_of(learn):
+    opt = {(i, k): v for i, s in enumerate(learn.opt.state.values()) for k, v in s.items()}
+    return {**learn.model.state_dict(), **opt}
+
+
+def check_equal(a, b, **tolerance):
+    one, other = state_of(a), state_of(b)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def check_as_plain(make, *cbs, graphs=2, replays=9, epochs=3, **tolerance):
+    """A fit of `make()` with the callbacks that `cbs` make ends as the one without graphs; returns the run."""
+    learn, plain = make(), make()
+    run, other = fit(learn, *(cb() for cb in cbs), epochs=epochs), Runner([cb() for cb in cbs])
+    other.logger = lambda line: None
+    other.fit(epochs, plain)
+    assert (run.cuda_graph.why_not, run.cuda_graph.graphs, run.cuda_graph.replays) == (None, graphs, replays)
+    check_equal(learn, plain, **tolerance)
+    return run, other
+
+
+# three epochs of batches of 6, 6, 6 and 4 samples: one of each kind runs as usual in the first epoch
+
+
+@pytest.mark.parametrize("opt", [SGD, FUSED, ADAM], ids=["SGD", "fused SGD", "AdamW"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, partial(RunningBatchNorm, backend="fused"), nn.LayerNorm])
+def test_replayed_steps_equal_the_plain_ones(norm, opt):
+    # a recorded SGD takes its fused form, and rates are float32
+    exact = {"rtol": 0, "atol": 0} if opt is FUSED else {"rtol": 1e-5, "atol": 1e-6}
+    run, other = check_as_plain(lambda: make_learn(small_net(norm), opt), Recorder, replays=10, **exact)
+    torch.testing.assert_close(run.recorder.losses, other.recorder.losses, **exact)
+    assert len(set(run.recorder.losses)) == 12
+
+
+CALLBACKS = {
+    "a schedule": [partial(ParamScheduler, "lr", sched_cos(0.2, 0.01))],
+    "clipping": [partial(GradientClip, 0.1)],
+    "averages": [partial(EMA, 0.9)],
+    "diagnosis": [HaltOnNaN, partial(ParamMagnitudes, grads=True)],
+    "bfloat16": [MixedPrecision],
+    "metrics": [partial(AvgStatsCallback, accuracy)],
+    "a compiler": [partial(CompileCallback, backend="eager")],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be:DeprecationWarning")
+@pytest.mark.parametrize("cbs", CALLBACKS.values(), ids=CALLBACKS)
+def test_callbacks_work_as_in_plain_steps(cbs):
+    check_as_plain(make_learn, *cbs, replays=10, rtol=0, atol=0)
+
+
+def test_the_optimisers_hooks_are_called_once_a_step():
+    learn, calls = make_learn(), []
+    learn.opt.register_step_pre_hook(lambda *args: calls.append("before"))
+    learn.opt.register_step_post_hook(lambda *args: calls.append("after"))
+    fit(learn)
+    assert calls == ["before", "after"] * 12
+
+
+def test_groups_have_rates_of_their_own_and_keep_their_numbers():
+    class Rates(Callback):
+        def after_batch(self):
+            for group in self.run.opt.param_groups:
+                assert isinstance(group["lr"], float) and not group.get("capturable")
+                group["lr"] *= 0.9
+
+    def opt(params):
+        params = list(params)
+        return optim.SGD([{"params": params[:2], "lr": 0.2}, {"params": params[2:]}], lr=0.1, momentum=0.9, fused=True)
+
+    check_as_plain(lambda: make_learn(opt=opt), Rates, replays=10, rtol=0, atol=0)
+
+
+def test_a_rate_in_a_tensor_is_followed():
+    class Halves(Callback):
+        def after_batch(self):
+            self.run.opt.param_groups[0]["lr"].mul_(0.5)
+
+    opt = lambda params: optim.SGD(params, lr=torch.tensor(0.1), fused=True)
+    check_as_plain(lambda: make_learn(opt=opt), Halves, replays=10, rtol=0, atol=0)
+
+
+def test_a_momentum_that_is_scheduled_is_taken_outside():
+    learn, plain = make_learn(), make_learn()
+    run, other = Runner([CUDAGraph()]), Runner()
+    fit_one_cycle(run, learn, 3)
+    fit_one_cycle(other, plain, 3)
+    assert run.cuda_graph.replays == 10
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_an_optimiser_that_cannot_be_recorded_steps_outside():
+    make = lambda: make_learn(opt=partial(optim.Adam, lr=0.1))
+    learn, plain = make(), make()
+    run = fit(learn, match="the optimiser's step stays outside the graphs: make Adam with fused=True")
+    assert run.cuda_graph.why_not is None and run.cuda_graph.replays == 10
+    Runner().fit(3, plain)
+    check_equal(learn, plain)
+
+
+def test_state_that_is_replaced_is_not_missed():
+    class Replaces(Callback):
+        def begin_epoch(self):
+            for state in self.run.opt.state.values():
+                state["momentum_buffer"] = state["momentum_buffer"].clone()
+
+    check_as_plain(make_learn, Replaces, replays=10, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("what", ["parameter", "buffer", "memory", "module", "mode", "attribute", "freezing"])
+def test_a_change_of_the_model_is_recorded_anew(what):
+    class Changes(Callback):
+        def begin_batch(self):
+            net, run = self.run.learn.model, self.run
+            if not (run.in_train and run.epoch == 1 and run.iter == (0 if what in ("module", "attribute") else 2)):
+                return
+            if what == "buffer":
+                net[1].running_mean = net[1].running_mean + 1
+            elif what == "memory":
+                net[0].weight.data = net[0].weight.data * 2
+            elif what == "parameter":
+                net[3].bias.data = net[3].bias.data.clone() + 1
+            elif what == "mode":
+                net[1].eval()
+            elif what == "freezing":
+                net[0].weight.requires_grad_(False)
+
+        def begin_epoch(self):
+            net = self.run.learn.model
+            if self.run.epoch == 1 and what == "module":
+                net[2] = nn.Tanh()
+            if self.run.epoch == 1 and what == "attribute":
+                net[1].momentum = 0.9
+
+    make = lambda: make_learn(sizes=(6, 6, 6, 6))
+    learn, plain = make(), make()
+    run = fit(learn, Changes())
+    Runner([Changes()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+    # train() at the next epoch is one more change of the mode
+    assert run.cuda_graph.graphs == (3 if what == "mode" else 2)
+
+
+def test_freeze_and_resume_work(tmp_path):
+    whole, cut, rest, plain = (make_learn(opt=SGD) for _ in range(4))
+    fit(whole, Freeze("0", until=1))
+    Runner([Freeze("0", until=1)]).fit(3, plain)
+    check_equal(whole, plain)
+    fit(cut, Freeze("0", until=1), Checkpoint(tmp_path / "cut"), epochs=2)
+    run = Runner([CUDAGraph(), Freeze("0", until=1), Checkpoint(tmp_path / "cut")])
+    run.fit(3, rest, resume=tmp_path / "cut")
+    assert run.cuda_graph.replays > 0
+    check_equal(whole, rest)
+
+
+def test_a_callback_may_replace_gradients_or_end_the_batch():
+    class Acts(Callback):
+        def after_loss(self):
+            if self.run.in_train and self.run.n_iter == 4:
+                raise CancelBatchException
+
+        def after_backward(self):
+            weight = self.run.learn.model[0].weight
+            if self.run.n_iter == 5:
+                weight.grad = weight.grad * 2
+            if self.run.n_iter == 6:
+                weight.grad = None
+
+    check_as_plain(make_learn, Acts, replays=10, rtol=0, atol=0)
+
+
+def test_what_callbacks_keep_stays_as_it_was():
+    class Keeps(Callback):
+        def __init__(self):
+            self.kept = []
+
+        def after_loss(self):
+            if self.run.in_train:
+                self.kept.append((self.run.pred, self.run.loss))
+
+    run, other = check_as_plain(make_learn, Keeps, replays=10, rtol=0, atol=0)
+    for a, b in zip(run.keeps.kept, other.keeps.kept, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not any(t.requires_grad for t in run.keeps.kept[-1])
+
+
+class Named(nn.Module):
+    """A dictionary comes in, and a dictionary with a loss goes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, a, b, target=None):
+        pred = self.net(a + b)
+        return {"logits": pred, "loss": F.cross_entropy(pred, target)}
+
+
+def test_dictionaries_and_losses_of_the_models_own_are_recorded():
+    def make():
+        learn = make_learn(Named(), loss_func=None)
+        loader = [{"a": x, "b": x, "target": y} for x, y in learn.data.train_dl]
+        learn.data.train_dl, learn.data.valid_dl = loader, loader[:1]
+        return learn
+
+    check_as_plain(make, Recorder, replays=10, rtol=0, atol=0)
+
+
+def test_a_loss_with_parameters_and_a_target_that_is_none_are_recorded():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, pred, target):
+            self.seen += 1
+            return (pred - self.seen).square().mean()
+
+    def make():
+        learn = make_learn(loss_func=Loss())
+        learn.data.train_dl = [(x, None) for x, _ in learn.data.train_dl]
+        learn.data.valid_dl = None
+        return learn
+
+    run, other = check_as_plain(make, replays=10, rtol=0, atol=0)
+    assert int(run.learn.loss_func.seen) == 12
+
+
+def test_many_shapes_are_not_all_recorded():
+    learn, plain = make_learn(sizes=range(2, 14)), make_learn(sizes=range(2, 14))
+    run = fit(learn)
+    Runner().fit(3, plain)
+    assert run.cuda_graph.graphs == 8 and run.cuda_graph.replays == 16
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+# faults
+
+
+def test_a_fault_is_located_in_a_replayed_step():
+    learn = make_learn()
+    xb, yb = learn.data.train_dl[2]
+    learn.data.train_dl[2] = (xb * 1e38 * 1e38, yb)
+    run = fit(learn, HaltOnNaN(), epochs=1)
+    assert (run.halt_on_nan.report.where, run.halt_on_nan.report.step) == ("input", 2)
+
+    class Spoils(Callback):
+        def begin_batch(self):
+            if self.run.in_train and self.run.n_iter == 6:
+                self.run.learn.model[3].weight.data[0] = math.inf
+
+    run = fit(make_learn(), HaltOnNaN(), Spoils())
+    assert (run.halt_on_nan.report.where, run.halt_on_nan.report.step) == ("3", 6)
+    assert run.cuda_graph.replays > 0
+    assert all(p.isfinite().all() for p in run.learn.model.parameters())
+
+
+# what a replay would leave out
+
+
+class Odd(nn.Module):
+    """A net that does one thing which a replay would leave out."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.net, self.count = what, small_net(), 0
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        if self.what == "waits":
+            x = x / x.abs().max().item()
+        elif self.what == "counts":
+            self.count += 1
+        elif self.what == "replaces":
+            self.mean = self.mean.lerp(x.mean(0).detach(), 0.1)
+        elif self.what == "python":
+            x = x * random.random()
+        elif self.what == "torch":
+            x = x * float(torch.rand(()))
+        return self.net(x - self.mean)
+
+
+@pytest.mark.parametrize(
+    "what, why",
+    [
+        ("waits", "cannot be recorded: RuntimeError: operation not permitted"),
+        ("counts", "the forward pass changes 'count', an attribute of Odd"),
+        ("replaces", "the forward pass replaces the tensor 'mean' instead of changing it in place"),
+        ("python", "the model draws random numbers on the host"),
+    ],
+)
+def test_models_that_a_replay_would_not_repeat_train_without_graphs(what, why):
+    def make():
+        random.seed(0)
+        return make_learn(Odd(what))
+
+    learn = make()
+    run = fit(learn, why=why)
+    plain = make()
+    Runner().fit(3, plain)
+    assert run.cuda_graph.graphs == 0
+    check_equal(learn, plain, rtol=0, atol=0)
+    assert learn.model.count == plain.model.count
+
+
+class Penalty(Callback):
+    first = 0
+
+    def after_loss(self):
+        if self.run.in_train and self.run.n_iter >= self.first:
+            self.run.loss = self.run.loss + 0.1 * self.run.learn.model[0].weight.square().sum()
+
+
+class Doubled(Callback):
+    def after_pred(self):
+        self.run.pred = 2 * self.run.pred
+
+
+class Hooked(Callback):
+    def begin_fit(self):
+        self._handle = self.run.model[0].register_forward_hook(lambda *args: None)
+
+    def after_fit(self):
+        self._handle.remove()
+
+
+class Swapped(Callback):
+    def begin_fit(self):
+        self.run.model = copy.deepcopy(self.run.model)
+
+
+@pytest.mark.parametrize(
+    "cb, why",
+    [
+        (Penalty, "a callback replaces the loss"),
+        (Doubled, "a callback replaces the prediction"),
+        (Hooked, "it would leave out a hook on module '0'"),
+        (Swapped, "a callback has replaced run.model"),
+        (MixUp, "a callback has replaced run.loss_func"),
+        (ActivationStats, "it would leave out a hook on module '0'"),
+        (GraphMonitor, "GraphMonitor reads the autograd graph of each loss"),
+        (Closure, r"Closure takes part in the step \(it claims 'step'\)"),
+        (partial(GradientAccumulation, 2), r"GradientAccumulation takes part in the step \(it claims 'weigh'\)"),
+        (partial(MixedPrecision, "fp16"), r"MixedPrecision takes part in the step \(it claims 'backward'\)"),
+        (partial(CompileCallback, mode="reduce-overhead", disable=True), "makes CUDA graphs itself"),
+    ],
+)
+def test_callbacks_that_a_replay_would_leave_out_work_without_graphs(cb, why):
+    learn, plain = make_learn(opt=SGD), make_learn(opt=SGD)
+    torch.manual_seed(3)
+    run = fit(learn, cb(), why=why)
+    torch.manual_seed(3)
+    other = Runner([cb()])
+    other.logger = lambda line: None
+    other.fit(3, plain)
+    assert run.cuda_graph.graphs == 0
+    check_equal(learn, plain, rtol=0, atol=0)
+    for name in ("activation_stats", "graph_monitor"):
+        if hasattr(run, name):
+            assert len(getattr(run, name).steps) == len(getattr(other, name).steps) > 0
+
+
+def test_a_loss_that_is_replaced_later_is_an_error():
+    class Late(Penalty):
+        first = 6
+
+    with pytest.raises(RuntimeError, match="in step 6 a callback replaced the loss.*remove one of the two"):
+        fit(make_learn(), Late())
+
+
+def test_two_of_them_are_an_error():
+    with pytest.raises(RuntimeError, match="one CUDAGraph records the steps of a run; got more"):
+        fit(make_learn(), CUDAGraph())
+
+
+def test_sparse_gradients_are_not_recorded():
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+        learn = make_learn(model, partial(optim.SGD, lr=0.1))
+        loader = [(torch.randint(0, 9, (6, 2)), y) for _, y in learn.data.train_dl[:3]]
+        learn.data.train_dl, learn.data.valid_dl = loader, None
+        return learn
+
+    learn, plain = make(), make()
+    assert "sparse" in fit(learn, why="").cuda_graph.why_not
+    Runner().fit(3, plain)
+    check_equal(learn, plain)
+
+
+def test_a_machine_without_cuda_trains_without_graphs(monkeypatch):
+    monkeypatch.undo()
+    learn, plain = make_learn(), make_learn()
+    run = fit(learn, why="model and batches must be on one CUDA device; they are on cpu")
+    Runner().fit(3, plain)
+    assert (run.cuda_graph.graphs, run.cuda_graph.replays) == (0, 0)
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+# on a device
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    monkeypatch.undo()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("opt", [SGD, ADAM], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize("cbs", [[], *CALLBACKS.values()], ids=["nothing", *CALLBACKS])
+def test_replayed_steps_equal_the_plain_ones_on_cuda(on_cuda, cbs, opt):
+    make = lambda: make_learn(small_net(RunningBatchNorm), opt, device="cuda")
+    check_as_plain(make, CudaCallback, *cbs, replays=10, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_dropout_draws_new_numbers_in_each_replay(on_cuda):
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+    learn = make_learn(model, partial(optim.SGD, lr=0.0, fused=True), device="cuda", sizes=(6,))
+    run = fit(learn, CudaCallback(), Recorder(), epochs=8)
+    assert run.cuda_graph.replays == 7 and len(set(run.recorder.losses)) == 8
+
+
+@pytest.mark.cuda
+def test_a_model_that_waits_trains_without_graphs_on_cuda(on_cuda):
+    learn = make_learn(Odd("waits"), device="cuda")
+    fit(learn, CudaCallback(), why="cannot be recorded: RuntimeError")
+    Runner([CudaCallback()]).fit(1, learn)  # the device is in order
+
+
+@pytest.mark.cuda
+def test_a_replayed_step_does_not_wait_for_the_device(on_cuda):
+    class Strict(Callback):
+        _order = 98
+
+        def begin_batch(self):
+            strict = self.run.in_train and self.run.epoch == 2
+            torch.cuda.set_sync_debug_mode("error" if strict else "default")
+
+        def after_batch(self):
+            torch.cuda.set_sync_debug_mode("default")
+
+    run = fit(
+        make_learn(device="cuda"), CudaCallback(), Recorder(), Strict(), ParamScheduler("lr", sched_cos(0.2, 0.01))
+    )
+    assert run.cuda_graph.replays == 10
+
+
+@pytest.mark.cuda
+def test_a_fault_is_located_on_cuda(on_cuda):
+    class Spoils(Callback):
+        def begin_batch(self):
+            if self.run.in_train and self.run.n_iter == 6:
+                self.run.learn.model[3].weight.data[0] = math.inf
+
+    run = fit(make_learn(device="cuda"), CudaCallback(), HaltOnNaN(), Spoils())
+    assert (run.halt_on_nan.report.where, run.halt_on_nan.report.step) == ("3", 6)
