@@ -4,8 +4,9 @@
     python benchmarks/cifar.py --minutes 9       # as much as goes; the same command goes on with what is left
     python benchmarks/cifar.py --out runs --device cpu --limit 256 --width 8 --epochs 1 --bs 64   # tries the script out
 
-Steps: forward, backward and SGD under bfloat16, plain, compiled, compiled with "reduce-overhead", and as one captured
-CUDA graph, in turns. Each way must reach the losses of the plain one on the same batch, or is not timed.
+Steps: forward, backward and SGD under bfloat16, plain, compiled, compiled with "reduce-overhead", and recorded as CUDA
+graphs (as the callback CUDAGraph does), in turns. Each way must reach the losses of the plain one on the same batch, or
+is not timed.
 Trainings: `fastrbn train cifar10 --model resnet9` with the same recipe for every norm, at several lengths, each a whole
 one cycle. The length where the curve flattens is the shortest whose accuracy is within half a point of the longest's.
 A row of either goes to OUT/cifar_steps.csv or OUT/cifar.csv as soon as it is measured.
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from about import append, in_words, machine, rows_of
 
 from fastrbn import image_databunch, load_dataset, plots, resnet9
+from fastrbn.callbacks.step.recording import RecordedStep, Recorder, Watched
 from fastrbn.cli import main as fastrbn
 from fastrbn.plots import figure
 
@@ -37,7 +39,7 @@ WAYS = ("plain", "compiled", "reduce-overhead", "graph")
 LENGTHS = {512: [6, 12, 24], 32: [6, 12], 8: [4]}  # epochs: the smaller the batch, the longer each
 RECIPE = "--sched 1cycle --momentum 0.9 --weight-decay 5e-4 --label-smoothing 0.1 --cutout 8 --amp bf16 --channels-last"
 FLAT = 0.5  # points of accuracy
-CHECKED, WARM, LR = 8, 4, 0.001  # steps that must agree, of which so many are before a capture; small, so that they do
+CHECKED, LR = 8, 0.001  # steps that must agree; small, so that they do
 RESULTS = Path(__file__).parent / "results"
 STEPS, TRAININGS = "cifar_steps.csv", "cifar.csv"
 SKIP = {"steps": STEPS, "trainings": TRAININGS}
@@ -50,48 +52,39 @@ class Step:
     """A training step on one batch, in one way; calling it gives the loss, on the device."""
 
     def __init__(self, way, model, xb, yb):
-        self.model, self.xb, self.yb = model, xb, yb
+        self.batch, self.model = (xb, yb), model
         self.opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, nesterov=True)
         self.call = (
             model if way in ("plain", "graph") else torch.compile(model, mode=None if way == "compiled" else way)
         )
-        self.marks = way == "reduce-overhead"
+        self.marks, self.recorded = way == "reduce-overhead", None
+        if way == "graph":
+            self.recorded = RecordedStep(self.evaluate, self.batch, Watched([model]), Recorder(xb.device))
+
+    def evaluate(self, xb, yb):
+        with torch.autocast(xb.device.type, dtype=torch.bfloat16):
+            pred = self.call(xb).float()
+            return pred, F.cross_entropy(pred, yb)
 
     def __call__(self):
         if self.marks:
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(self.xb.device.type, dtype=torch.bfloat16):
-            loss = F.cross_entropy(self.call(self.xb).float(), self.yb)
-        loss.backward()
-        self.opt.step()
+        if self.recorded is None:
+            _, loss = self.evaluate(*self.batch)
+            loss.backward()
+        else:
+            _, loss = self.recorded.replay(self.batch)
+            self.recorded.put_grads()
+        if self.recorded is None or not self.recorded.update(self.opt):
+            self.opt.step()
         self.opt.zero_grad()
         return loss.detach()
-
-    def captured(self):
-        """This step as a graph: a function that replays it. Steps are taken before, on a stream of their own."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            losses = [self().clone() for _ in range(WARM)]
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self()
-
-        def replay():
-            graph.replay()
-            return loss
-
-        return losses, replay
 
 
 def make_step(way, model, xb, yb):
     """`(losses of CHECKED steps, function of one more)`."""
     step = Step(way, copy.deepcopy(model), xb, yb)
-    losses, run = step.captured() if way == "graph" else ([], step)
-    while len(losses) < CHECKED:
-        losses.append(run().clone())
-    return torch.stack(losses).float().cpu(), run
+    return torch.stack([step().clone() for _ in range(CHECKED)]).float().cpu(), step
 
 
 def clock(run, steps, cuda):
@@ -154,7 +147,8 @@ def train(norm, bs, epochs, seed, args):
             f"train cifar10 --model resnet9 --norm {norm} --bs {bs} --epochs {epochs} --seed {seed} {RECIPE}".split()
         )
         command += ["--width", str(args.width), "--device", args.device, "--out", f"{folder}/run"]
-        command += ["--compile", args.compile] if args.compile else []
+        how = ["--cb", "CUDAGraph"] if args.compile == "graph" else ["--compile", args.compile]
+        command += how if args.compile else []
         command += ["--limit", str(args.limit)] if args.limit else []
         command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
         torch.compiler.reset()
@@ -251,7 +245,9 @@ def arguments():
     parser.add_argument("--epochs", type=numbers, help="instead of a batch size's own lengths")
     parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--ways", type=lambda text: text.split(","), default=WAYS)
-    parser.add_argument("--compile", default="reduce-overhead", help="of the trainings; '' for none")
+    parser.add_argument(
+        "--compile", default="reduce-overhead", help="of the trainings; graph: CUDAGraph instead; '' for none"
+    )
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--limit", type=int, help="train on so many images")
     parser.add_argument("--rounds", type=int, default=7)

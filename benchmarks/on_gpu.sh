@@ -7,10 +7,10 @@
 #
 #   A = tests mnist nan       the tests marked `cuda`; MNIST at batch 8 by the command line; a NaN, halted
 #   B = norm norm-compiled    the layer beside nn.BatchNorm and a copy
-#   C = steps cifar steps-compiled    resnet9 on CIFAR-10: steps a second at 2, 8, 32, plain and as one CUDA graph; time
-#                             to accuracy at 512; compiled steps
+#   C = steps cifar steps-compiled    resnet9 on CIFAR-10: steps a second at 2, 8, 32, plain and as CUDA graphs; time to
+#                             accuracy at 512; compiled steps
 #   D = callbacks             what callbacks cost
-#   E = small                 whole trainings at batch 8 and 2, compiled with CUDA graphs
+#   E = small                 whole trainings at batch 8 and 2, their steps as CUDA graphs
 #
 # DIR: logs, tables, pictures (default: benchmarks/results/cuda). FASTRBN_DATA: MNIST and CIFAR-10 (default: .data; what
 # .data/packed has is unpacked there first). PYTHON: the interpreter (default: python3). LIMITS="tests=60 cifar=300":
@@ -87,7 +87,7 @@ else
     shapes=(--shapes 32x64x14x14 64x64x32x32 512x64x32x32 128x256x14x14 2x8x14x14)
     norm=("${shapes[@]}" --rounds 7 --block 0.02) compiled=("${shapes[@]}" --rounds 7 --block 0.02 --dtype float32 bfloat16)
     tiny=() cifar=(--bs 512 --epochs 12,24) steps_bs=2,8,32
-    small=(--bs 8,2 --epochs 4) callbacks=(--rounds 7 --steps 100)
+    small=(--bs 8,2 --epochs 4 --compile graph) callbacks=(--rounds 7 --steps 100)
 fi
 fastrbn=("$python" -m fastrbn train) layer=(--layer conv_rbn --bs 8 --device "$device" --force)
 

@@ -2,7 +2,7 @@
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
 
 
 class Tape:
@@ -15,50 +15,55 @@ class Tape:
         with _Operators():
             function()
 
+    @torch.no_grad()
     def record(self, function):
         with _Operators() as seen:
             out = function()
         for t, value in seen.before.values():
             t.copy_(value)
-        for new in seen.made:
-            if new.is_floating_point():
-                new.fill_(torch.nan)  # as good as what CUDA has there before a replay
+        for t in (t for call in seen.calls for t in call[-1] if t.is_floating_point()):
+            t.fill_(torch.nan)  # as good as what CUDA has there before a replay
         return out, seen.replay
 
 
 class _Operators(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls, self.before, self.made = [], {}, []
+        self.calls, self.before = [], {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:  # .item() and the like
             raise RuntimeError("operation not permitted when stream is capturing")
-        schema = func._schema
-        given = dict(zip((a.name for a in schema.arguments), args)) | kwargs
-        written = [given[a.name] for a in schema.arguments if a.is_write and given.get(a.name) is not None]
-        for t in _tensors(written):
-            self.before.setdefault(id(t), (t, t.clone()))
+        args, kwargs = _plain((args, kwargs or {}))
+        given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+        written = [*_tensors([given[a.name] for a in func._schema.arguments if a.is_write and a.name in given])]
+        for t in written:
+            self.before.setdefault((t.data_ptr(), t.shape), (t, t.clone()))
         out = func(*args, **kwargs)
-        made = [t for t in _tensors(out) if not any(_same_memory(t, other) for other in _tensors((args, kwargs)))]
+        known = {_memory(t) for t in _tensors((args, kwargs))}
+        made = {
+            i: t for i, t in enumerate(_tensors(_plain(out))) if _memory(t) not in known
+        }
         if made or written:
-            self.calls.append((func, args, kwargs, made, [*_tensors(out)]))
-            self.made += made
+            self.calls.append((func, args, kwargs, list(made), list(made.values())))
         return out
 
     @torch.no_grad()
     def replay(self):
-        for func, args, kwargs, made, outs in self.calls:
+        for func, args, kwargs, places, made in self.calls:
             new = [*_tensors(func(*args, **kwargs))]
-            for old, value in zip(outs, new, strict=True):
-                if any(old is t for t in made):
-                    old.copy_(value)
+            for place, old in zip(places, made, strict=True):
+                old.copy_(new[place])
+
+
+def _plain(value):
+    """The same tensors without their autograd graphs, which a recording must not keep."""
+    return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, value)
 
 
 def _tensors(value):
     return (t for t in tree_iter(value) if isinstance(t, torch.Tensor) and t.layout is torch.strided)
 
 
-def _same_memory(a, b):
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+def _memory(t):
+    return t.untyped_storage().data_ptr()

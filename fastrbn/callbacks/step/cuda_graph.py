@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +26,8 @@ class CUDAGraph(Callback):
 
     The first batch of each shape and dtype runs as usual, the second is recorded, later ones are replayed. At most 8
     kinds of batches are recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
-    goes on without graphs: a warning says why, and so does `.why_not`, which is None otherwise. `.graphs` is the number
-    of recordings, `.replays` that of replayed steps.
+    goes on without graphs: a printed line says why, and so does `.why_not`, which is None otherwise. `.graphs` is the
+    number of recordings, `.replays` that of replayed steps.
 
     The step of SGD is recorded, in its fused form, and that of other optimisers if they were made with `fused=True`
     (Adam, AdamW) or `capturable=True`; learning rates may change. It runs as usual while other settings differ from the
@@ -57,11 +56,10 @@ class CUDAGraph(Callback):
     Examples
     --------
     >>> learn, run = get_learn_run([8, 16], data, 0.1, conv_rbn, cbs=[CUDAGraph])
-    >>> import warnings
-    >>> with warnings.catch_warnings(action="ignore"):   # there is no CUDA here
-    ...     run.fit(1, learn)
-    >>> run.cuda_graph.why_not
-    'model and batches must be on one CUDA device; they are on cpu'
+    >>> run.fit(1, learn)
+    CUDAGraph: this fit goes on without CUDA graphs: model and batches must be on one CUDA device; they are on cpu
+    >>> run.cuda_graph.graphs, run.cuda_graph.replays
+    (0, 0)
 
     References
     ----------
@@ -151,7 +149,7 @@ class CUDAGraph(Callback):
                 return
         except Stale as e:
             self._outside = True
-            warnings.warn(f"CUDAGraph: the optimiser's step stays outside the graphs: {e}", stacklevel=2)
+            self.run.logger(f"CUDAGraph: the optimiser's step stays outside the graphs: {e}")
         self._inner["step"](opt)
 
     def _check(self, t: Any, what: str) -> None:
@@ -220,7 +218,7 @@ class CUDAGraph(Callback):
     def _give_up(self, why: str) -> None:
         self._forget()
         self.why_not = why
-        warnings.warn(f"CUDAGraph: this fit goes on without CUDA graphs: {why}", stacklevel=2)
+        self.run.logger(f"CUDAGraph: this fit goes on without CUDA graphs: {why}")
 
     def after_batch(self) -> None:
         self._end_batch()

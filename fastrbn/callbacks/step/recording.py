@@ -6,6 +6,7 @@ tensors of its own, learning rates are read from tensors, and `Watched` tells wh
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -168,7 +169,7 @@ class RecordedUpdate:
 
     def replay(self, opt: torch.optim.Optimizer) -> bool:
         """Take the step. False if the optimiser has other settings or another state than in the recording."""
-        if _settings(opt) != self._settings or not _same(_state(opt), self._state):
+        if not _same(_settings(opt), self._settings, equal=True) or not _same(_state(opt), self._state):
             return False
         for i, (group, rate) in enumerate(zip(opt.param_groups, self._rates, strict=True)):
             value = group["lr"]
@@ -191,21 +192,12 @@ class Watched:
     def __init__(self, roots: list[nn.Module]):
         self.roots = roots
         self._modules = [*_named_modules(roots)]
-        self._tensors = [
-            (table, name, t, t.data_ptr())
-            for _, m in self._modules
-            for table in (m._parameters, m._buffers)
-            for name, t in table.items()
-            if t is not None
-        ]
-        self.params = [p for p in dict.fromkeys(t for _, _, t, _ in self._tensors) if isinstance(p, nn.Parameter)]
-        self._modes = self._read_modes()
+        self._tables: list[dict[str, Any]] = [t for _, m in self._modules for t in (m._parameters, m._buffers) if t]
+        self._kept = self._read_tensors()
+        self.tensors = [t for t in self._kept if t is not None]  # all parameters and buffers
+        self.params = [p for p in dict.fromkeys(self.tensors) if isinstance(p, nn.Parameter)]
+        self._addresses, self._modes = self._read_addresses(), self._read_modes()
         self._plain = [_plain(m) for _, m in self._modules]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All parameters and buffers."""
-        return [t for _, _, t, _ in self._tensors]
 
     def clear_grads(self) -> None:
         """Leave the parameters without gradients."""
@@ -225,20 +217,22 @@ class Watched:
 
     def changed_by_forward(self) -> str | None:
         """The change that a pass has made and a replay would not make, in words."""
-        for table, name, t, at in self._tensors:
-            if table.get(name) is not t or t.data_ptr() != at:
+        names = [name for table in self._tables for name in table]
+        for name, before, now in zip(names, self._kept, self._read_tensors(), strict=False):
+            if before is not now:
                 return f"replaces the tensor '{name}' instead of changing it in place"
-        for (name, m), before in zip(self._modules, self._plain, strict=True):
-            now = _plain(m)
-            for key in now.keys() | before.keys():
-                if now.get(key, self) != before.get(key, self):
+        for (name, m), then in zip(self._modules, self._plain, strict=True):
+            attributes = _plain(m)
+            for key in attributes.keys() | then.keys():
+                if attributes.get(key, self) != then.get(key, self):
                     return f"changes '{key}', an attribute of {name}"
         return None
 
     def stale(self) -> bool:
         """True if a tensor has been replaced, or a mode or `requires_grad` changed. Quick, for each step."""
         return (
-            any(table.get(name) is not t or t.data_ptr() != at for table, name, t, at in self._tensors)
+            not _same(self._read_tensors(), self._kept)
+            or self._read_addresses() != self._addresses
             or self._read_modes() != self._modes
         )
 
@@ -246,6 +240,12 @@ class Watched:
         """True if modules, hooks or attributes have changed."""
         now = [*_named_modules(self.roots)]
         return now != self._modules or [_plain(m) for _, m in now] != self._plain or self.hook() is not None
+
+    def _read_tensors(self) -> list[Tensor | None]:
+        return [t for table in self._tables for t in table.values()]
+
+    def _read_addresses(self) -> list[int]:
+        return [t.data_ptr() for t in self.tensors]
 
     def _read_modes(self) -> list[bool]:
         return [m.training for _, m in self._modules] + [p.requires_grad for p in self.params]
@@ -288,14 +288,17 @@ def _host_random() -> tuple[Any, ...]:
 
 
 def _settings(opt: torch.optim.Optimizer) -> list[Any]:
-    apart = ("params", "lr", "capturable")
-    settings = [{k: id(v) if isinstance(v, Tensor) else v for k, v in g.items()} for g in opt.param_groups]
-    return [{k: v for k, v in s.items() if k not in apart} for s in settings]
+    return [v for group in opt.param_groups for k, v in group.items() if k not in ("params", "lr")]
 
 
 def _state(opt: torch.optim.Optimizer) -> list[Any]:
-    return [v for state in opt.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return [v for state in opt.state.values() for v in state.values()]
 
 
-def _same(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others))
+def _same(some: list[Any], others: list[Any], equal: bool = False) -> bool:
+    """True if the items are the same objects, or, with `equal`, objects other than tensors that are equal."""
+    if len(some) != len(others):
+        return False
+    return all(map(operator.is_, some, others)) or (
+        equal and all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(some, others, strict=True))
+    )

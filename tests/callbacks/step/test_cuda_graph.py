@@ -7,12 +7,14 @@ Python. What only a device shows is tested there.
 import copy
 import math
 import random
+import re
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tape import Tape
 from torch import nn, optim
 
 from fastrbn.build import fit_one_cycle
@@ -38,6 +40,7 @@ from fastrbn.callbacks import (
     accuracy,
     sched_cos,
 )
+from fastrbn.callbacks.step import cuda_graph
 from fastrbn.learn import Callback, CancelBatchException, Learner, Runner
 from fastrbn.norm import RunningBatchNorm
 
@@ -61,17 +64,19 @@ def make_learn(model=None, opt=FUSED, loss_func=F.cross_entropy, device="cpu", s
     return Learner(model, opt(model.parameters()), loss_func, SimpleNamespace(train_dl=batches, valid_dl=batches[:1]))
 
 
-def fit(learn, *cbs, epochs=3, why=None, match=None):
-    run = Runner([CUDAGraph(), *cbs])
-    run.logger = lambda line: None
-    if why is None and match is None:
-        run.fit(epochs, learn)
-    else:
-        with pytest.warns(UserWarning, match=match or f"^CUDAGraph: this fit goes on without CUDA graphs: .*{why}"):
-            run.fit(epochs, learn)
-    if why is not None:
-        assert run.cuda_graph.why_not is not None
+def fit(learn, *cbs, epochs=3, says=()):
+    """The run of a fit with CUDAGraph, which must print lines that match `says`, and no other."""
+    run, lines = Runner([CUDAGraph(), *cbs]), []
+    run.logger = lambda line: lines.append(line) if line.startswith("CUDAGraph") else None
+    run.fit(epochs, learn)
+    assert len(lines) == len(says), lines
+    for line, pattern in zip(lines, says):
+        assert re.search(pattern, line), line
     return run
+
+
+def refused(why):
+    return [f"^CUDAGraph: this fit goes on without CUDA graphs: .*{why}"]
 
 
 def state_of(learn):
@@ -170,7 +175,7 @@ def test_a_momentum_that_is_scheduled_is_taken_outside():
 def test_an_optimiser_that_cannot_be_recorded_steps_outside():
     make = lambda: make_learn(opt=partial(optim.Adam, lr=0.1))
     learn, plain = make(), make()
-    run = fit(learn, match="the optimiser's step stays outside the graphs: make Adam with fused=True")
+    run = fit(learn, says=["the optimiser's step stays outside the graphs: make Adam with fused=True"])
     assert run.cuda_graph.why_not is None and run.cuda_graph.replays == 10
     Runner().fit(3, plain)
     check_equal(learn, plain)
@@ -312,6 +317,30 @@ def test_many_shapes_are_not_all_recorded():
     check_equal(learn, plain, rtol=0, atol=0)
 
 
+def test_a_recording_begins_when_the_graph_of_the_step_before_is_gone(monkeypatch):
+    """Its nodes would tie the gradients to the stream of that step, which breaks a recording on CUDA."""
+
+    def accumulators(model):
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
+
+    class Marks(Callback):
+        def after_loss(self):
+            if self.run.loss.requires_grad:
+                for node in accumulators(self.run.model):
+                    node.metadata["seen"] = True
+                assert all(node.metadata for node in accumulators(self.run.model))
+
+    class Looks(Tape):
+        def warm_up(self, function):
+            assert not any(node.metadata for node in accumulators(learn.model))
+            super().warm_up(function)
+
+    monkeypatch.setattr(cuda_graph, "Recorder", Looks)
+    learn = make_learn()
+    watching = [Recorder(), HaltOnNaN(), ParamMagnitudes(), EMA(), AvgStatsCallback(accuracy), MixedPrecision()]
+    assert fit(learn, Marks(), *watching).cuda_graph.graphs == 2
+
+
 # faults
 
 
@@ -373,7 +402,7 @@ def test_models_that_a_replay_would_not_repeat_train_without_graphs(what, why):
         return make_learn(Odd(what))
 
     learn = make()
-    run = fit(learn, why=why)
+    run = fit(learn, says=refused(why))
     plain = make()
     Runner().fit(3, plain)
     assert run.cuda_graph.graphs == 0
@@ -426,7 +455,7 @@ class Swapped(Callback):
 def test_callbacks_that_a_replay_would_leave_out_work_without_graphs(cb, why):
     learn, plain = make_learn(opt=SGD), make_learn(opt=SGD)
     torch.manual_seed(3)
-    run = fit(learn, cb(), why=why)
+    run = fit(learn, cb(), says=refused(why))
     torch.manual_seed(3)
     other = Runner([cb()])
     other.logger = lambda line: None
@@ -461,7 +490,7 @@ def test_sparse_gradients_are_not_recorded():
         return learn
 
     learn, plain = make(), make()
-    assert "sparse" in fit(learn, why="").cuda_graph.why_not
+    fit(learn, says=refused("gradients are sparse"))
     Runner().fit(3, plain)
     check_equal(learn, plain)
 
@@ -469,7 +498,7 @@ def test_sparse_gradients_are_not_recorded():
 def test_a_machine_without_cuda_trains_without_graphs(monkeypatch):
     monkeypatch.undo()
     learn, plain = make_learn(), make_learn()
-    run = fit(learn, why="model and batches must be on one CUDA device; they are on cpu")
+    run = fit(learn, says=refused("model and batches must be on one CUDA device; they are on cpu"))
     Runner().fit(3, plain)
     assert (run.cuda_graph.graphs, run.cuda_graph.replays) == (0, 0)
     check_equal(learn, plain, rtol=0, atol=0)
@@ -502,7 +531,7 @@ def test_dropout_draws_new_numbers_in_each_replay(on_cuda):
 @pytest.mark.cuda
 def test_a_model_that_waits_trains_without_graphs_on_cuda(on_cuda):
     learn = make_learn(Odd("waits"), device="cuda")
-    fit(learn, CudaCallback(), why="cannot be recorded: RuntimeError")
+    fit(learn, CudaCallback(), says=refused("cannot be recorded: RuntimeError"))
     Runner([CudaCallback()]).fit(1, learn)  # the device is in order
 
 
