@@ -41,9 +41,7 @@ class _Operators(TorchDispatchMode):
             self.before.setdefault((t.data_ptr(), t.shape), (t, t.clone()))
         out = func(*args, **kwargs)
         known = {_memory(t) for t in _tensors((args, kwargs))}
-        made = {
-            i: t for i, t in enumerate(_tensors(_plain(out))) if _memory(t) not in known
-        }
+        made = {i: t for i, t in enumerate(_tensors(_plain(out))) if _memory(t) not in known}
         if made or written:
             self.calls.append((func, args, kwargs, list(made), list(made.values())))
         return out

@@ -84,6 +84,7 @@ class CUDAGraph(Callback):
         self._now: RecordedStep | None = None  # the one that computes the current batch
         self._next: str | None = None  # the loop's next call in it: "model" or "loss"
         self._given: list[Tensor] = []  # what the loop got from these calls
+        self._loss: Tensor | None = None  # what it will get from the second
 
     def begin_fit(self) -> None:
         self._clear()
@@ -132,7 +133,7 @@ class CUDAGraph(Callback):
         self._next = None
         for t in items_of(args[0], Tensor):
             self._check(t, "prediction")
-        loss = forward(function, *args) if self._now is None else self._loss
+        loss: Any = forward(function, *args) if self._now is None else self._loss
         self._given.append(loss)
         return loss
 

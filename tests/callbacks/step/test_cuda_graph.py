@@ -279,14 +279,15 @@ class Named(nn.Module):
         return {"logits": pred, "loss": F.cross_entropy(pred, target)}
 
 
-def test_dictionaries_and_losses_of_the_models_own_are_recorded():
-    def make():
-        learn = make_learn(Named(), loss_func=None)
-        loader = [{"a": x, "b": x, "target": y} for x, y in learn.data.train_dl]
-        learn.data.train_dl, learn.data.valid_dl = loader, loader[:1]
-        return learn
+def make_named():
+    learn = make_learn(Named(), loss_func=None)
+    loader = [{"a": x, "b": x, "target": y} for x, y in learn.data.train_dl]
+    learn.data.train_dl, learn.data.valid_dl = loader, loader[:1]
+    return learn
 
-    check_as_plain(make, Recorder, replays=10, rtol=0, atol=0)
+
+def test_dictionaries_and_losses_of_the_models_own_are_recorded():
+    check_as_plain(make_named, Recorder, replays=10, rtol=0, atol=0)
 
 
 def test_a_loss_with_parameters_and_a_target_that_is_none_are_recorded():
@@ -351,15 +352,17 @@ def test_a_fault_is_located_in_a_replayed_step():
     run = fit(learn, HaltOnNaN(), epochs=1)
     assert (run.halt_on_nan.report.where, run.halt_on_nan.report.step) == ("input", 2)
 
-    class Spoils(Callback):
-        def begin_batch(self):
-            if self.run.in_train and self.run.n_iter == 6:
-                self.run.learn.model[3].weight.data[0] = math.inf
+    for make, where in ((make_learn, "3"), (make_named, "net.3")):
 
-    run = fit(make_learn(), HaltOnNaN(), Spoils())
-    assert (run.halt_on_nan.report.where, run.halt_on_nan.report.step) == ("3", 6)
-    assert run.cuda_graph.replays > 0
-    assert all(p.isfinite().all() for p in run.learn.model.parameters())
+        class Spoils(Callback):
+            def begin_batch(self, where=where):
+                if self.run.in_train and self.run.n_iter == 6:
+                    self.run.learn.model.get_submodule(where).weight.data[0] = math.inf
+
+        run = fit(make(), HaltOnNaN(), Spoils())
+        assert (run.halt_on_nan.report.where, run.halt_on_nan.report.step) == (where, 6)
+        assert run.cuda_graph.replays > 0
+        assert all(p.isfinite().all() for p in run.learn.model.parameters())
 
 
 # what a replay would leave out
