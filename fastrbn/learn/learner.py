@@ -80,6 +80,7 @@ class Learner:
     ):
         check_instances(model, opt, loss_func)
         self.model, self.opt, self.loss_func, self.data, self.unpack = model, opt, loss_func, data, unpack
+        self.passes = 0  # over the training data, begun by all fits
         Unpack.of(self)  # raises now, and not in the fit, if `unpack` is not a function
 
     def summary(self, xb: Any = None) -> Summary:
