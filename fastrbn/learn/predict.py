@@ -311,7 +311,10 @@ class _Predicting(Unpack):
     def call_model(self, model: Any, xb: Any, forward: Callable[..., Any] | None = None) -> Any:
         if len(self.versions) < 2:
             return super().call_model(model, xb, forward)
-        outputs = [super(_Predicting, self).call_model(model, tfm(xb), forward) for tfm in self.versions]
+        outputs = [  # of a copy each: function and model may change it in place
+            super(_Predicting, self).call_model(model, tfm(apply_to(xb, Tensor, Tensor.clone)), forward)
+            for tfm in self.versions
+        ]
         return _leafwise(_mean, outputs)
 
     def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:
