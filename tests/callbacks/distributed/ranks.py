@@ -45,7 +45,7 @@ from fastrbn.callbacks import (
     Warmup,
     accuracy,
 )
-from fastrbn.data import BatchLoader, RandomFlip
+from fastrbn.data import BatchLoader, RandomFlip, overfit
 from fastrbn.learn import (
     Callback,
     CancelBatchException,
@@ -468,6 +468,16 @@ def batches_in_a_list_are_dealt_out():
     fit(alone, together=False)
     fit(ours)
     assert_close(ours.model.state_dict(), alone.model.state_dict())
+
+
+@check
+def overfitting_one_batch_trains_on_that_of_each_rank():
+    x, y = tensors(9)
+    mine = slice(4) if RANK == 0 else slice(4, 9)
+    alone, ours = (learner(overfit(SimpleNamespace(train_dl=[(x[rows], y[rows])] * 3))) for rows in (slice(None), mine))
+    want, got = fit(alone, together=False), fit(ours)
+    assert_close(ours.model.state_dict(), alone.model.state_dict())
+    assert_history(got.avg_stats.history, want.avg_stats.history)
 
 
 @check
