@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import sys
 import traceback
 import warnings
@@ -85,7 +86,7 @@ class Runner:
 
     def add_cbs(self, cbs: Any) -> None:
         """Attach callbacks, or callables that make them. Those added during a fit take part from the next one on."""
-        for cb in map(_make, _as_list(cbs)):
+        for cb in [_make(cb) for cb in _as_list(cbs)]:
             cb.set_runner(self)
             setattr(self, self._free_name(cb), cb)
             self.cbs.append(cb)
@@ -535,4 +536,9 @@ def _make(cb: Any) -> Callback:
     made = cb() if callable(cb) and not isinstance(cb, Callback) else cb
     if not isinstance(made, Callback):
         raise TypeError(f"callbacks derive from fastrbn.Callback; got {made!r} of type {type(made).__name__}")
+    if not isinstance(made._order, numbers.Real):
+        raise TypeError(
+            f"a callback's _order must be a number: callbacks run in ascending order of it; {type(made).__name__} has "
+            f"_order = {made._order!r}"
+        )
     return made
