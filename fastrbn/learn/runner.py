@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import operator
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,26 +300,26 @@ class Runner:
         return prediction.predict(self, data, learn, losses, tta)
 
     def _all_epochs(self) -> None:
-        self._scope("epoch", self, "begin_fit")
+        self._every("epoch", "begin_fit")
         optimiser.check_closure(self.opt, self._parts.claims)
         for self.epoch in self._passes.epochs():
             self._scope("epoch", self._all_batches, "begin_epoch", self.data.train_dl)
             if self.data.valid_dl is not None:
                 with torch.no_grad():
                     self._scope("epoch", self._all_batches, "begin_validate", self.data.valid_dl)
-            self._scope("epoch", self, "after_epoch")
+            self._every("epoch", "after_epoch")
 
     def _all_batches(self, begin: str, dl: Any) -> None:
         self.iters = self._passes.iters(dl) if begin == "begin_epoch" else length(dl)
         self.dl, self.iter = dl, None
-        self._scope("batch", self, begin)
+        self._every("batch", begin)
         for self.iter, batch in self._passes.batches(dl):
             try:
                 self._scope("batch", self._one_batch, batch)
             except (CancelEpochException, CancelTrainException) as e:
-                self._scope("epoch" if isinstance(e, CancelTrainException) else "batch", self, "after_batch")
+                self._every("epoch" if isinstance(e, CancelTrainException) else "batch", "after_batch")
                 raise
-            self._scope("batch", self, "after_batch")
+            self._every("batch", "after_batch")
             if self.__dict__.get("stop") is True:
                 self._warn_of_stop("run.stop = True")
 
@@ -354,6 +355,12 @@ class Runner:
         except cancel:
             with contextlib.suppress(cancel):
                 self(f"after_cancel_{what}") if less is None else self._scope(less, self, f"after_cancel_{what}")
+
+    def _every(self, what: str, event: str) -> None:
+        """Fire an event in which there is no `what` to cancel: such a cancel ends its own handler, not the others."""
+        rest = iter(self._handlers[event])
+        while operator.length_hint(rest):
+            self._scope(what, self, event, rest)
 
     def state_dict(self, phase: str) -> dict[str, Any]:
         """All that the rest of the fit depends on, as plain data (`torch.load(…, weights_only=True)` reads it).
@@ -391,10 +398,10 @@ class Runner:
             raise TypeError("this run has not trained yet: name the learner, run.summary(learn=learn)")
         return summary(learn, xb, self.cbs)
 
-    def __call__(self, event: str) -> None:
+    def __call__(self, event: str, handlers: Iterable[Callable[[], Any]] | None = None) -> None:
         """Call the event's handlers in order. One dict lookup if nobody handles it."""
         try:
-            for handler in self._handlers[event]:
+            for handler in self._handlers[event] if handlers is None else handlers:
                 if handler() is True:
                     self._warn_of_stop(f"return True in {_owner(handler)}.{event}")
         except CancelTrainException as e:
