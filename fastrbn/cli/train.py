@@ -126,7 +126,7 @@ def _train(plan: Plan, ranks: processes.Ranks, held: contextlib.ExitStack) -> in
             told = nets.told(e)
         elif min(images.train.x.shape[2:]) < EVERY_NET:
             told, hint = told.rstrip(".!"), f"; every net of torchvision takes images of --size {EVERY_NET}"
-        raise CliError(f"{net} cannot be trained on {images}: {told}{hint}") from e
+        raise CliError(f"{net} cannot be trained on {images}: {told}{hint}", BAD_ARGUMENTS) from e
     folder = Path(ranks.first(lambda: str(run_folder.open_folder(plan, images.name, held))))
     run.add_cbs(_callbacks(settings, folder, len(data.train_dl) // ranks.world, added))
     if ranks.world > 1 and not any(type(cb) is Distributed for cb in added):
@@ -251,7 +251,8 @@ def _images(settings: Settings) -> ImageData:
             if images.c < 2:
                 raise CliError(
                     f"training needs images of two classes or more; {images.name} has one, {images.classes[0]}: add a "
-                    f"folder of other images"
+                    f"folder of other images",
+                    BAD_ARGUMENTS,
                 )
             if images.name == f"{name}-jpeg":
                 print(f"{name} is not here in its own format: training on the JPEG images in {images.name}")
@@ -284,7 +285,7 @@ def _databunch(settings: Settings, images: ImageData, world: int) -> DataBunch:
     try:
         return build_data(settings, images, world)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise CliError(f"cannot train on {images.name}: {e}") from e
+        raise CliError(f"cannot train on {images.name}: {e}", BAD_ARGUMENTS) from e
 
 
 def _build(settings: Settings, data: DataBunch, weights: dict[str, Tensor] | None = None) -> tuple[Learner, Runner]:
@@ -297,7 +298,7 @@ def _build(settings: Settings, data: DataBunch, weights: dict[str, Tensor] | Non
         for line in nets.load_weights(model, weights) if weights is not None else ():
             print(f"{settings.pretrained}: {line}")
     except ValueError as e:
-        raise CliError(f"{option} {e}") from e
+        raise CliError(f"{option} {e}", BAD_ARGUMENTS) from e
     learn, run = get_runner(
         model, data, lr=settings.lr, opt_func=_optimiser(settings), weight_decay=settings.weight_decay or None
     )

@@ -157,7 +157,7 @@ def overfit(data: Any, n: int = 1) -> DataBunch:
     """Keep `n` training batches for both training and validation: a model that cannot learn them by heart has a bug.
 
     The batches are taken from one pass over the training loader, shuffled and transformed as it does. They stay in
-    memory and come in the same order in each epoch.
+    memory and come in the same order in each epoch. In several processes each has its own, all of which make a step.
 
     Parameters
     ----------
@@ -207,6 +207,10 @@ class _Kept:
     def dataset(self) -> Any:
         """The data set that the batches were taken from, all of it."""
         return self.loader.dataset
+
+    def shard(self, rank: int = 0, world: int = 1, even: bool = True) -> _Kept:
+        """The loader as it is: each process has kept its own batches."""
+        return self
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -24,7 +24,8 @@ EVENTS = (
 class CancelBatchException(Exception):
     """Raise it in any event to skip the rest of the batch.
 
-    `after_cancel_batch` and `after_batch` follow, then the next batch.
+    `after_cancel_batch` and `after_batch` follow, then the next batch. Where there is no batch, as in `begin_epoch`, it
+    ends the handler that raises it, and the event goes on.
     """
 
 
@@ -32,7 +33,7 @@ class CancelEpochException(Exception):
     """Raise it in any event to end the current pass over a loader.
 
     `after_cancel_epoch` follows, then what comes after the pass: validation after training, `after_epoch` after
-    validation.
+    validation. In `begin_fit` and `after_epoch` it ends the handler that raises it, and the event goes on.
     """
 
 

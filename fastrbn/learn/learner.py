@@ -80,6 +80,7 @@ class Learner:
     ):
         check_instances(model, opt, loss_func)
         self.model, self.opt, self.loss_func, self.data, self.unpack = model, opt, loss_func, data, unpack
+        self.passes = 0  # over the training data, begun by all fits
         Unpack.of(self)  # raises now, and not in the fit, if `unpack` is not a function
 
     def summary(self, xb: Any = None) -> Summary:
@@ -102,8 +103,8 @@ class Learner:
         """Write the weights and the optimiser's state to a file.
 
         `torch.load(path, weights_only=True)["model"]` is the model's state_dict, also without this package. A loss
-        function with parameters or buffers is saved, too. The file is written whole, and in several processes by rank 0
-        alone. To resume a fit, use `Checkpoint`.
+        function with parameters or buffers is saved, too. The file is written whole. In several processes rank 0
+        writes it, and the others wait until it is there; rank 0 may also save alone. To resume a fit, use `Checkpoint`.
 
         Parameters
         ----------

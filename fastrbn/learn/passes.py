@@ -36,7 +36,9 @@ class Passes:
         self.state: dict[str, Any] | None = None  # of the checkpoint to go on from
         self._rest: Iterator[Any] | None = None  # of the current pass, if an epoch begins within it
         self._first = 0  # batch of the fit in the current epoch
-        self._number, self._taken = -1, 0  # of the current pass, and batches taken from it
+        # of the current pass, over all fits of the learner: samplers that shuffle by it repeat no order
+        self._number = getattr(run.learn, "passes", 0) - 1
+        self._taken = 0  # batches taken from it
         self._before: dict[str, Any] | None = None  # random states before it, for loaders that cannot begin within it
         self._loader: dict[str, Any] | None = None  # the loader's state in it, for those that can
 
@@ -66,6 +68,7 @@ class Passes:
         if self.state is not None:
             restore(run, self.state)
             place = self.state["position"]
+            self._number = place.get("pass", place["epoch"])
             longer = place.get("cut") and (run.max_steps is None or run.max_steps > run.n_iter)
             within = place["phase"] != "end" or longer
             first = place["epoch"] + (not within)
@@ -135,8 +138,9 @@ class Passes:
 
     def _begin(self, dl: Any) -> Iterator[Any]:
         """An iterator over a new pass."""
-        self._number = self.run.epoch if self.every is None else self._number + 1
-        _set_epoch(dl, self._number)
+        self._number += 1
+        self.run.learn.passes = self._number + 1
+        set_epoch(dl, self._number)
         self._before = None if _skips(dl) else random_of(self.run).state_dict()
         batches = iter(dl)
         self._loader = dl.state_dict(mid_epoch=True) if _skips(dl) else None
@@ -164,9 +168,8 @@ class Passes:
                 f"from the end of an epoch"
             )
         now = random_of(self.run)
-        self._number, self._taken = place.get("pass", place["epoch"]), taken
-        self._loader, self._before = place["loader"], place["before_pass"]
-        _set_epoch(dl, self._number)
+        self._taken, self._loader, self._before = taken, place["loader"], place["before_pass"]
+        set_epoch(dl, self._number)
         if _skips(dl):
             dl.load_state_dict(self._loader)
             batches = dl.iter_from(taken)
@@ -209,7 +212,7 @@ def _skips(dl: Any) -> bool:
     return hasattr(dl, "iter_from") and hasattr(dl, "load_state_dict")
 
 
-def _set_epoch(dl: Any, number: int) -> None:
+def set_epoch(dl: Any, number: int) -> None:
     """Tell samplers that shuffle by the number of the pass, such as DistributedSampler, which one begins."""
     for sampler in (getattr(dl, "sampler", None), getattr(dl, "batch_sampler", None)):
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):

@@ -111,7 +111,7 @@ def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: _Collector) 
     collector.run, aside._handlers = aside, aside._resolve()
     for event in EVENTS:
         if handler := getattr(collector, event, None):
-            aside._handlers[event] += (handler,)
+            aside._handlers[event] = (*aside._handlers[event], handler)
     modes = [(m, m.training) for m in learn.model.modules()]
 
     def validation() -> None:
@@ -311,7 +311,10 @@ class _Predicting(Unpack):
     def call_model(self, model: Any, xb: Any, forward: Callable[..., Any] | None = None) -> Any:
         if len(self.versions) < 2:
             return super().call_model(model, xb, forward)
-        outputs = [super(_Predicting, self).call_model(model, tfm(xb), forward) for tfm in self.versions]
+        outputs = [  # of a copy each: function and model may change it in place
+            super(_Predicting, self).call_model(model, tfm(apply_to(xb, Tensor, Tensor.clone)), forward)
+            for tfm in self.versions
+        ]
         return _leafwise(_mean, outputs)
 
     def call_loss(self, loss_func: Any, pred: Any, yb: Any, forward: Callable[..., Any]) -> Any:

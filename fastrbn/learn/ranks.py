@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,33 @@ def _usual_backend() -> str:
     # NCCL refuses two processes on one device
     nccl = torch.cuda.is_available() and dist.is_nccl_available() and torch.cuda.device_count() >= here
     return "cpu:gloo,cuda:nccl" if nccl else "gloo"
+
+
+def in_rank_0(call: Callable[[], object], what: str) -> None:
+    """`call()` in rank 0 alone; the other ranks wait for its end. Rank 0 does not wait, so it may come here alone.
+
+    RuntimeError in the others if the call fails, or rank 0 does not come within the store's timeout.
+    """
+    store = _default_store() if world() > 1 else None
+    if store is None:
+        if rank() == 0:
+            call()
+        return
+    key = f"fastrbn/called/{store.add(f'fastrbn/calls/{rank()}', 1)}"  # all ranks call equally often
+    if rank() == 0:
+        try:
+            call()
+        except BaseException as e:
+            store.set(key, f"{type(e).__name__}: {e}")
+            raise
+        store.set(key, "")
+        return
+    try:
+        failure = store.get(key).decode()
+    except RuntimeError as e:
+        failure = f"it did not come here ({e}): call it in all processes, or in rank 0 alone"
+    if failure:
+        raise RuntimeError(f"rank 0 has not done {what}: {failure}")
 
 
 class Channel:

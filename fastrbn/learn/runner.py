@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
+import operator
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +87,7 @@ class Runner:
 
     def add_cbs(self, cbs: Any) -> None:
         """Attach callbacks, or callables that make them. Those added during a fit take part from the next one on."""
-        for cb in map(_make, _as_list(cbs)):
+        for cb in [_make(cb) for cb in _as_list(cbs)]:
             cb.set_runner(self)
             setattr(self, self._free_name(cb), cb)
             self.cbs.append(cb)
@@ -298,26 +300,26 @@ class Runner:
         return prediction.predict(self, data, learn, losses, tta)
 
     def _all_epochs(self) -> None:
-        self._scope("epoch", self, "begin_fit")
+        self._every("epoch", "begin_fit")
         optimiser.check_closure(self.opt, self._parts.claims)
         for self.epoch in self._passes.epochs():
             self._scope("epoch", self._all_batches, "begin_epoch", self.data.train_dl)
             if self.data.valid_dl is not None:
                 with torch.no_grad():
                     self._scope("epoch", self._all_batches, "begin_validate", self.data.valid_dl)
-            self._scope("epoch", self, "after_epoch")
+            self._every("epoch", "after_epoch")
 
     def _all_batches(self, begin: str, dl: Any) -> None:
         self.iters = self._passes.iters(dl) if begin == "begin_epoch" else length(dl)
         self.dl, self.iter = dl, None
-        self._scope("batch", self, begin)
+        self._every("batch", begin)
         for self.iter, batch in self._passes.batches(dl):
             try:
                 self._scope("batch", self._one_batch, batch)
             except (CancelEpochException, CancelTrainException) as e:
-                self._scope("epoch" if isinstance(e, CancelTrainException) else "batch", self, "after_batch")
+                self._every("epoch" if isinstance(e, CancelTrainException) else "batch", "after_batch")
                 raise
-            self._scope("batch", self, "after_batch")
+            self._every("batch", "after_batch")
             if self.__dict__.get("stop") is True:
                 self._warn_of_stop("run.stop = True")
 
@@ -353,6 +355,17 @@ class Runner:
         except cancel:
             with contextlib.suppress(cancel):
                 self(f"after_cancel_{what}") if less is None else self._scope(less, self, f"after_cancel_{what}")
+
+    def _every(self, what: str, event: str) -> None:
+        """Fire an event in which there is no `what` to cancel: such a cancel ends its own handler, not the others."""
+        handlers = self._handlers[event]
+        self._handlers[event] = rest = iter(handlers)
+        try:
+            self._scope(what, self, event)
+            while operator.length_hint(rest):
+                self._scope(what, self, event)
+        finally:
+            self._handlers[event] = handlers
 
     def state_dict(self, phase: str) -> dict[str, Any]:
         """All that the rest of the fit depends on, as plain data (`torch.load(…, weights_only=True)` reads it).
@@ -477,7 +490,7 @@ class Runner:
             self.stop_reason = f"{type(first).__name__} {self._where(first)}: {first}"
             raise first
 
-    def _resolve(self) -> dict[str, tuple[Callable[[], Any], ...]]:
+    def _resolve(self) -> dict[str, Iterable[Callable[[], Any]]]:
         """The handlers of each event, in order: methods that override the base class's no-op. Callbacks that name the
         event in `_last` come last."""
 
@@ -535,4 +548,9 @@ def _make(cb: Any) -> Callback:
     made = cb() if callable(cb) and not isinstance(cb, Callback) else cb
     if not isinstance(made, Callback):
         raise TypeError(f"callbacks derive from fastrbn.Callback; got {made!r} of type {type(made).__name__}")
+    if not isinstance(made._order, numbers.Real):
+        raise TypeError(
+            f"a callback's _order must be a number: callbacks run in ascending order of it; {type(made).__name__} has "
+            f"_order = {made._order!r}"
+        )
     return made

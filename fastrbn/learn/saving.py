@@ -22,8 +22,7 @@ def save(learn: Any, path: str | Path, opt: bool) -> Path:
         state |= {"opt_class": type(learn.opt).__name__, "opt": learn.opt.state_dict()}
     if Path(path).is_dir():
         raise IsADirectoryError(f"learn.save needs a file; got the folder {path}: add a name, such as weights.pt")
-    if ranks.rank() == 0:
-        checkpoint_file.write(path, state)
+    ranks.in_rank_0(lambda: checkpoint_file.write(path, state), f"learn.save({str(path)!r})")
     return Path(path)
 
 

@@ -79,22 +79,21 @@ def test_a_run_is_augmented_and_goes_on_as_it_was(cli):
 
 
 @pytest.mark.parametrize(
-    "names, status, words",
+    "names, words",
     [
         (
             "trivail",
-            2,
             "--augment: must be one of none, crop, … got 'trivail'. Did you mean 'trivial'? Your own: package",
         ),
-        ("none,flip", 2, "must be none, or names without it; got 'none,flip'"),
-        ("own-augment:gentle", 2, "must name a function as package.module:function; got 'own-augment:gentle'"),
-        ("own_augment:gentel", 2, "own_augment has none of that name. Did you mean 'gentle'?"),
-        ("nosuch:f", 2, "--augment must name a function … nosuch:f: there is no module 'nosuch'"),
-        ("own_augment:needs", 2, "takes no arguments and returns transforms; it failed: … needs()"),
-        ("own_augment:floats", 1, "cannot train on glyphs: tfms take and return torch.uint8 here"),
+        ("none,flip", "must be none, or names without it; got 'none,flip'"),
+        ("own-augment:gentle", "must name a function as package.module:function; got 'own-augment:gentle'"),
+        ("own_augment:gentel", "own_augment has none of that name. Did you mean 'gentle'?"),
+        ("nosuch:f", "--augment must name a function … nosuch:f: there is no module 'nosuch'"),
+        ("own_augment:needs", "takes no arguments and returns transforms; it failed: … needs()"),
+        ("own_augment:floats", "cannot train on glyphs: tfms take and return torch.uint8 here"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(cli, names, status, words):
-    got, err = cli("train", "glyphs", "--augment", names, "--out", "r")
-    assert got == status and not Path("r").exists()
+def test_what_cannot_be_is_refused_before_anything_is_written(cli, names, words):
+    status, err = cli("train", "glyphs", "--augment", names, "--out", "r")
+    assert status == 2 and not Path("r").exists()
     assert all(part in err for part in words.split(" … ")), err

@@ -301,7 +301,7 @@ def test_force_keeps_the_old_results_until_the_new_run_is_made(cli, monkeypatch)
     before = contents("a")
     monkeypatch.setattr(cli_train, "get_runner", lambda *a, **kw: int("no net"))
     status, _, err = cli("train", "glyphs", "--out", "a", "--force")
-    assert status == 1 and "cannot be trained" in err
+    assert status == 2 and "cannot be trained" in err
     assert contents("a") == before
 
 

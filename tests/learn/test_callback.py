@@ -43,6 +43,14 @@ def test_a_misspelt_event_in_a_subclass_of_a_callback_is_an_error_too():
         type("Oops", (Keeper,), {"after_bach": lambda self: None})
 
 
+@pytest.mark.parametrize("order", ["3", None])
+def test_an_order_that_is_not_a_number_is_an_error_and_nothing_is_attached(order):
+    run = Runner()
+    with pytest.raises(TypeError, match=f"_order must be a number: .*; Oops has _order = {order!r}"):
+        run.add_cbs([Keeper(), type("Oops", (Callback,), {"_order": order})])
+    assert len(run.cbs) == 1 and "keeper" not in vars(run)
+
+
 def test_private_helpers_and_other_methods_may_have_any_name():
     cls = type("Fine", (Callback,), {"_begin_bacth": lambda self: 1, "plot": lambda self: 2, "after_note": "text"})
     assert cls()._begin_bacth() == 1

@@ -14,6 +14,7 @@ from fastrbn.callbacks import (
     Checkpoint,
     CheckpointError,
     GradientAccumulation,
+    LR_Find,
     ParamScheduler,
     ProgressCallback,
     Recorder,
@@ -155,15 +156,27 @@ def test_validate_every_works_on_streams_and_without_validation():
     assert stream.running == 0, "the fit has kept the loader's iterator"
 
 
-def test_a_sampler_is_told_of_each_pass():
-    class Sampler(torch.utils.data.SequentialSampler):
-        def set_epoch(self, number):
-            told.append(number)
+class Numbered(torch.utils.data.SequentialSampler):
+    """Like DistributedSampler, it shuffles by the number of the pass."""
 
-    for kwargs in ({}, {"validate_every": 7}):
-        told = []
-        fit(3, make_learn(DataLoader(TensorDataset(X, Y), 2, sampler=Sampler(X))), **kwargs)
-        assert told == [0, 1, 2]
+    def set_epoch(self, number):
+        self.told, self.number = [*getattr(self, "told", ()), number], number
+
+    def __iter__(self):
+        return iter(torch.randperm(len(X), generator=torch.Generator().manual_seed(self.number)).tolist())
+
+
+def numbered_loader():
+    return DataLoader(TensorDataset(X, Y), 2, sampler=Numbered(X))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"validate_every": 7}], ids=str)
+def test_a_sampler_is_told_of_each_pass_over_all_fits(kwargs):
+    learn = make_learn(numbered_loader)
+    fit(3, learn, **kwargs)
+    fit(1, learn, cbs=[LR_Find()], **kwargs)  # leaves everything as it was
+    fit(2, learn, **kwargs)
+    assert learn.data.train_dl.sampler.told == [0, 1, 2, 3, 3, 4]
 
 
 def everything(learn, run):
@@ -173,7 +186,7 @@ def everything(learn, run):
     return parameters, run.recorder.losses, run.recorder.lrs, history, state, (run.n_iter, run.epoch)
 
 
-RESUMED = [data_loader, seeded_loader, batch_loader, Sequence]
+RESUMED = [data_loader, seeded_loader, batch_loader, numbered_loader, Sequence]
 ARGS = {"max_steps": 13, "validate_every": 4}
 
 
@@ -191,6 +204,30 @@ def test_a_fit_resumed_anywhere_is_the_uninterrupted_one(loader, kwargs, tmp_pat
         learn, file = make_learn(loader), files[i]
         run = fit(learn=learn, cbs=make(f"b{i}"), resume=file, **kwargs)
         assert everything(learn, run) == want, file.name
+
+
+def test_a_second_fit_resumed_is_the_uninterrupted_one(tmp_path):
+    class Orders(Callback):
+        def begin_fit(self):
+            self.seen = []
+
+        def begin_batch(self):
+            if self.run.in_train:
+                self.seen.append(self.run.xb.tolist())
+
+        def state_dict(self):
+            return {"seen": list(self.seen)}
+
+        def load_state_dict(self, state):
+            self.seen = state["seen"]
+
+    for loader in (batch_loader, numbered_loader):
+        learn, folder = make_learn(loader), tmp_path / loader.__name__
+        first = fit(2, learn, cbs=[Orders()]).orders.seen
+        want = fit(2, learn, cbs=[Orders(), Checkpoint(folder, every=3, keep=None)]).orders.seen
+        assert len({str(pass_) for seen in (first, want) for pass_ in (seen[:5], seen[5:])}) == 4
+        for file in sorted(folder.iterdir()):  # within the first pass, the second, at the end
+            assert fit(2, make_learn(loader), cbs=[Orders()], resume=file).orders.seen == want
 
 
 def test_a_fit_interrupted_in_a_validation_between_passes_resumes_there(tmp_path):

@@ -392,6 +392,14 @@ def test_tta_averages_the_outputs_of_all_versions():
     torch.testing.assert_close(found.losses, found.preds.square().mean(1))
 
 
+def test_versions_of_tta_that_change_their_batch_in_place_change_no_other():
+    x = torch.randn(5, 1, 4, 4)
+    kept, learn = x.clone(), make_learn(nn.Sequential(nn.ReLU(inplace=True), Left()))
+    want = sum(learn.model(v.clone()) for v in (x, -x, x + 1)).detach() / 3
+    torch.testing.assert_close(Runner().predict(x, learn, tta=[torch.neg_, lambda xb: xb.add_(1)]).preds, want)
+    assert torch.equal(x, kept)
+
+
 @pytest.mark.parametrize(
     ("tta", "x", "model", "message"),
     [

@@ -238,6 +238,25 @@ def test_handlers_after_the_one_that_cancels_do_not_see_the_event():
     ]
 
 
+NONE_TO_CANCEL = [(e, "batch") for e in ("begin_fit", "begin_epoch", "after_batch", "begin_validate", "after_epoch")]
+
+
+@pytest.mark.parametrize(("event", "what"), [*NONE_TO_CANCEL, ("begin_fit", "epoch"), ("after_epoch", "epoch")])
+def test_a_cancel_of_nothing_keeps_no_other_callback_from_its_work(event, what):
+    modes = []
+
+    class Looks(Callback):
+        def after_pred(self):
+            modes.append((self.run.in_train, self.run.model.training))
+
+    run = traced(Looks(), *(Raises(event, CANCELS[what](), order) for order in (-1, -2)))
+    run.fit(1, make_learn())
+    want = ["begin_fit", *full(), "after_fit"]
+    i = want.index(event)
+    assert run.trace == [*want[:i], *[f"after_cancel_{what}"] * 2, *want[i:]]
+    assert modes == [(True, True), (True, True), (False, False)] and run.n_iter == 2 and run.stop_reason is None
+
+
 def test_a_batch_cancelled_before_the_step_takes_no_step():
     learn = make_learn(n_train=1, n_valid=0)
     before = learn.model.weight.detach().clone()

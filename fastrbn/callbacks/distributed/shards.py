@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from fastrbn.learn.passes import set_epoch
 from fastrbn.learn.ranks import Channel
 from fastrbn.random_state import generators
 
@@ -56,11 +57,13 @@ class Part:
 
     def __init__(self, batches: Any, rank: int, world: int, train: bool):
         self.batches, self.rank, self.world, self.train = batches, rank, world, train
-        self.sampler = getattr(batches, "sampler", None)  # RandomState looks for a generator here
+        self.sampler = getattr(batches, "sampler", None)  # RandomState and set_epoch look here
+        self.batch_sampler = batches
         self.seed, self.epoch, self.warned = 0, 0, rank != 0
 
     def set_epoch(self, number: int) -> None:
         self.epoch = number
+        set_epoch(self, number)
 
     def __iter__(self) -> Iterator[list[Any]]:
         # an order drawn from the global generator must be the same on all ranks, and leave the generator unchanged
@@ -109,6 +112,7 @@ class Dealt:
 
     def __init__(self, loader: Any, rank: int, world: int, train: bool):
         self.loader, self.rank, self.world, self.train = loader, rank, world, train
+        self.sampler, self.batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
         self.warned = rank != 0
 
     def __iter__(self) -> Iterator[Any]:

@@ -66,15 +66,16 @@ class GradientClip(Callback):
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        params = [p for group in self.run.opt.param_groups for p in group["params"]]
-        if self.value is not None:
-            for p in (p for p in params if p.grad is not None and p.grad.is_sparse):
+        params = [p for group in self.run.opt.param_groups for p in group["params"] if p.grad is not None]
+        for i, p in enumerate(params):
+            if p.grad.is_sparse:
                 p.grad = p.grad.coalesce()  # an element is the sum of its entries
-                p.grad.values().clamp_(-self.value, self.value)
-            dense = [p for p in params if p.grad is not None and not p.grad.is_sparse]
-            torch.nn.utils.clip_grad_value_(dense, self.value)
+                params[i] = p.grad.values().detach()
+                params[i].grad = p.grad.values()  # the same memory
+        if self.value is not None:
+            torch.nn.utils.clip_grad_value_(params, self.value)
         elif self.max_norm is not None:
-            self.norm = torch.nn.utils.get_total_norm(gradients(self.run.opt), self.norm_type)
+            self.norm = torch.nn.utils.get_total_norm([p.grad for p in params], self.norm_type)
             norm = torch.nan_to_num(self.norm, nan=0.0, posinf=0.0)  # a norm of 0 clips nothing
             torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
 

@@ -80,6 +80,7 @@ class LR_Find(Callback):
         self.lrs, self.losses, self._smooth, self._best = [], [], 0.0, math.inf
         modules = [m for m in (run.model, run.learn.loss_func) if isinstance(m, nn.Module)]
         self._snapshot = Snapshot(modules, run.opt, (run.data.train_dl, run.data.valid_dl))
+        self._passes = getattr(run.learn, "passes", 0)
 
     def begin_batch(self) -> None:
         if self.run.in_train:
@@ -126,6 +127,7 @@ class LR_Find(Callback):
             self.run.opt.zero_grad()
             snapshot, self._snapshot = self._snapshot, None
             snapshot.restore()
+            self.run.learn.passes = self._passes
 
     @property
     def suggestion(self) -> float | None:

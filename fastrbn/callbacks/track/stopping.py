@@ -80,14 +80,22 @@ class EarlyStopping(Callback):
         else:
             self.waited += 1
 
+    def after_fit(self) -> None:
+        if self.run.stop_reason is None:
+            self.run.stop_reason = self._reason()  # resumed after the last epoch: no other begins
+
     def _end_if_due(self) -> None:
+        if (reason := self._reason()) is not None:
+            raise CancelTrainException(reason)
+
+    def _reason(self) -> str | None:
         if self.waited < self.patience:
-            return
+            return None
         verb = "fallen" if self.monitor.mode == "min" else "risen"
         by = f" by more than {self.min_delta:g}" if self.min_delta else ""
         best = "it was NaN throughout" if self.best is None else f"best: {self.best:.6g} in epoch {self.best_epoch}"
         epochs = f"{self.waited} epoch{'' if self.waited == 1 else 's'}"
-        raise CancelTrainException(f"{self.monitor.name} has not {verb}{by} for {epochs} ({best})")
+        return f"{self.monitor.name} has not {verb}{by} for {epochs} ({best})"
 
     def state_dict(self) -> dict:
         if "run" in vars(self) and self.run._fitting:

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastrbn import RunningBatchNorm
 from fastrbn.callbacks import HaltOnNaN, NonFiniteError, NonFiniteReport, ParamScheduler
+from fastrbn.callbacks.step.schedule import set_hyper_parameter
 from fastrbn.learn import Callback, CancelBatchException, CancelTrainException, Runner
 
 BADS = [math.nan, math.inf, -math.inf]
@@ -412,6 +413,28 @@ def test_the_report_tells_the_last_losses_and_rates(make_learn):
     assert math.isnan(report.losses[-1])
     assert report.lrs == pytest.approx([0.1 + i / 16 for i in range(15)])
     assert report.magnitudes == pytest.approx({n: p.abs().max().item() for n, p in learn.model.named_parameters()})
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("event", ["begin_batch", "after_backward"])
+def test_a_rate_that_is_not_finite_does_not_stay(make_learn, event, kind):
+    class Rates(Callback):
+        def set(self):
+            if self.run.in_train:
+                lr = math.inf if self.run.n_iter == 3 else 0.1 + self.run.n_iter / 100
+                set_hyper_parameter(self.run.opt.param_groups[1], "lr", lr)
+
+    def groups(params):
+        first, *rest = params
+        return torch.optim.SGD([{"params": [first], "lr": kind(0.5)}, {"params": rest, "lr": kind(0.1)}])
+
+    rates = Rates()
+    vars(rates)[event] = rates.set
+    report, _, learn = halted(make_learn, net(), rates, opt=groups)
+    rate = learn.opt.param_groups[1]["lr"]
+    assert float(learn.opt.param_groups[0]["lr"]) == 0.5 and math.isinf(report.lrs[-1]) == (event != "after_backward")
+    assert float(rate) == pytest.approx(0.12) and type(rate) is type(kind(0.0))
+    assert report.lrs[-2] == 0.5
 
 
 def test_of_several_groups_the_largest_rate_is_told(make_learn):

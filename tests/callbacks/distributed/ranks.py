@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import time
 import traceback
 import warnings
 from functools import partial
@@ -44,8 +45,16 @@ from fastrbn.callbacks import (
     Warmup,
     accuracy,
 )
-from fastrbn.data import BatchLoader, RandomFlip
-from fastrbn.learn import Callback, CancelBatchException, CancelEpochException, CancelTrainException, Learner, Runner
+from fastrbn.data import BatchLoader, RandomFlip, overfit
+from fastrbn.learn import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelTrainException,
+    Learner,
+    Runner,
+    checkpoint_file,
+)
 from fastrbn.norm import RunningBatchNorm
 
 RANK, WORLD, FOLDER = 0, 1, Path()
@@ -154,7 +163,7 @@ class Does(Callback):
 
 
 def raises(error):
-    def raise_it():
+    def raise_it(*args):
         raise error
 
     return raise_it
@@ -462,6 +471,16 @@ def batches_in_a_list_are_dealt_out():
 
 
 @check
+def overfitting_one_batch_trains_on_that_of_each_rank():
+    x, y = tensors(9)
+    mine = slice(4) if RANK == 0 else slice(4, 9)
+    alone, ours = (learner(overfit(SimpleNamespace(train_dl=[(x[rows], y[rows])] * 3))) for rows in (slice(None), mine))
+    want, got = fit(alone, together=False), fit(ours)
+    assert_close(ours.model.state_dict(), alone.model.state_dict())
+    assert_history(got.avg_stats.history, want.avg_stats.history)
+
+
+@check
 def samples_that_are_fewer_than_the_ranks_are_left_out_with_a_word():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -576,6 +595,31 @@ def rank_0_writes_and_prints():
         sys.stdout = out
     assert (folder / "h.csv").exists() == (folder / "c").exists() == (RANK == 0)
     assert bool((FOLDER / f"said-{RANK}").read_text()) == (RANK == 0) and said == []
+
+
+@check
+def a_file_that_was_saved_is_there_for_all_ranks():
+    class Saves(Callback):
+        def after_epoch(self):
+            learn, path = self.run.learn, FOLDER / "weights.pt"
+            learn.save(path)
+            learn.model[0].bias.data.zero_()
+            learn.load(path)  # rank 1 would find none, or that of the epoch before
+            assert learn.model[0].bias.any()
+            if RANK == 0 and self.run.epoch == 2:
+                learn.save(FOLDER / "alone.pt")  # waits for nobody
+
+    real, learn = checkpoint_file.write, learner(loaders(4))
+    try:
+        checkpoint_file.write = lambda *args: (time.sleep(0.1), real(*args))
+        fit(learn, Saves())
+        assert_same_on_ranks(learn.model)
+
+        checkpoint_file.write = raises(OSError("the disk is full"))
+        run, kind = runner(Saves()), OSError if RANK == 0 else RuntimeError
+        assert_raises(kind, "the disk is full", lambda: run.fit(1, learn))
+    finally:
+        checkpoint_file.write = real
 
 
 # Going on from a checkpoint

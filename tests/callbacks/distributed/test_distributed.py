@@ -20,8 +20,9 @@ from processes import run_ranks
 import fastrbn
 from fastrbn.callbacks import AvgStats, Distributed
 from fastrbn.callbacks.distributed.agreement import ERROR, Agreement
-from fastrbn.callbacks.distributed.shards import Dealt, Part
+from fastrbn.callbacks.distributed.shards import Dealt, Part, shard
 from fastrbn.learn import Runner
+from fastrbn.learn.passes import set_epoch
 from fastrbn.learn.ranks import _is_running
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
@@ -222,6 +223,22 @@ def test_the_parts_of_a_batch_sampler_have_equal_lengths_and_make_the_whole(n, d
     assert [len(p) for p in parts(range(n), bs, world, train=False)] == [len(got) for got in valid]
     kept = n - n % bs if drop_last else n
     assert sorted(sum((row for part in valid for row in part), [])) == list(range(kept))
+
+
+class Numbered(torch.utils.data.SequentialSampler):
+    def set_epoch(self, number):
+        self.number = number
+
+
+class OtherLoader(torch.utils.data.DataLoader):
+    """Not cut by sample."""
+
+
+@pytest.mark.parametrize("kind", [torch.utils.data.DataLoader, OtherLoader])
+def test_samplers_that_shuffle_by_the_number_of_the_pass_are_told_of_it_behind_a_part(kind):
+    loader = kind(range(6), 2, sampler=Numbered(range(6)))
+    set_epoch(shard(loader, 0, 2, train=True), 7)
+    assert loader.sampler.number == 7
 
 
 def test_batches_are_dealt_out_in_turn():

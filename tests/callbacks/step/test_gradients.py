@@ -112,7 +112,9 @@ def test_an_invalid_limit_is_an_error(kwargs, words):
         GradientClip(**kwargs)
 
 
-@pytest.mark.parametrize("kwargs", [{"value": 0.05}, {"max_norm": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"value": 0.05}, *({"max_norm": 0.1, "norm_type": p} for p in (1, 2, math.inf))], ids=str
+)
 def test_sparse_gradients_are_clipped_as_dense_ones(kwargs):
     def embedding(sparse):
         torch.manual_seed(0)

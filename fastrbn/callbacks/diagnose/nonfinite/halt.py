@@ -32,8 +32,8 @@ class HaltOnNaN(Callback):
 
     Afterwards `.report` is a `NonFiniteReport` (None if all was well) and `run.stop_reason` its sentence. The gradients
     are cleared; parameters, buffers and optimiser state are those of the last look that found everything finite: with
-    `every=1`, those the failing batch began with. The cause is found by going through the batch once more; random
-    states are then as if that had not happened.
+    `every=1`, those the failing batch began with. Learning rates that are not finite get their last finite values. The
+    cause is found by going through the batch once more; random states are then as if that had not happened.
 
     Parameters
     ----------
@@ -130,7 +130,8 @@ class HaltOnNaN(Callback):
         # in another loop it may stay unknown; in this package's, the loop will say what a loss must be
         loss = run.loss.detach() if isinstance(run.loss, torch.Tensor) else None
         if run.in_train:
-            self._losses.append((run.n_iter, loss, [g["lr"] for g in run.opt.param_groups]))
+            lrs = [lr.clone() if isinstance(lr := g["lr"], torch.Tensor) else lr for g in run.opt.param_groups]
+            self._losses.append((run.n_iter, loss, lrs))
         if batch is None:
             return
         batch.xb, batch.yb, batch.loss = run.xb, run.yb, loss
@@ -250,12 +251,10 @@ class HaltOnNaN(Callback):
         lasts = [(loss, max(lrs)) for step, loss, lrs in history["losses"] if step <= batch.step][-_KEPT:]
         numbers = {"losses": [loss for loss, _ in lasts if loss is not None], "lrs": [lr for _, lr in lasts]}
         numbers["norms"] = [norm for step, norm in history["norms"] if step < batch.step][-_KEPT:]
-        rates = [
-            *numbers["lrs"][-1:],
-            *(float(g["lr"]) for g in run.opt.param_groups),
-        ]  # they may change after the loss
+        rates = [*numbers["lrs"][-1:], *(float(g["lr"]) for g in run.opt.param_groups)]  # may change after the loss
         if phase == "step" and not all(map(math.isfinite, rates)):
             note = "the learning rate is not finite"
+        _make_finite(run.opt.param_groups, [lrs for _, _, lrs in history["losses"]])
         place = {"epoch": batch.epoch, "batch": batch.batch, "in_train": batch.in_train}
         found = {"phase": phase, "where": where, "note": note, "magnitudes": kept.magnitudes()}
         self.report = report = NonFiniteReport(step=batch.step, **place, **found, **numbers)
@@ -274,3 +273,11 @@ class HaltOnNaN(Callback):
     def __repr__(self):
         path = "" if self.path is None else f", path={str(self.path)!r}"
         return f"HaltOnNaN(every={self.every}, raise_error={self.raise_error}{path})"
+
+
+def _make_finite(groups, history):
+    """Put the last finite rates of `history`, lists with one for each group, in the place of those that are not."""
+    for i, group in enumerate(groups):
+        lr, good = group["lr"], [lrs[i] for lrs in history if len(lrs) > i and math.isfinite(lrs[i])]
+        if good and not math.isfinite(lr):
+            group["lr"] = lr.fill_(good[-1]) if isinstance(lr, torch.Tensor) else good[-1]
