@@ -111,7 +111,7 @@ def _pass(run: Any, learn: Any, unpack: Unpack, dl: Any, collector: _Collector) 
     collector.run, aside._handlers = aside, aside._resolve()
     for event in EVENTS:
         if handler := getattr(collector, event, None):
-            aside._handlers[event] = (*aside._handlers[event], handler)
+            aside._handlers[event] += (handler,)
     modes = [(m, m.training) for m in learn.model.modules()]
 
     def validation() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-import operator
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -358,14 +357,8 @@ class Runner:
 
     def _every(self, what: str, event: str) -> None:
         """Fire an event in which there is no `what` to cancel: such a cancel ends its own handler, not the others."""
-        handlers = self._handlers[event]
-        self._handlers[event] = rest = iter(handlers)
-        try:
-            self._scope(what, self, event)
-            while operator.length_hint(rest):
-                self._scope(what, self, event)
-        finally:
-            self._handlers[event] = handlers
+        for handler in self._handlers[event]:
+            self._scope(what, self, event, (handler,))
 
     def state_dict(self, phase: str) -> dict[str, Any]:
         """All that the rest of the fit depends on, as plain data (`torch.load(…, weights_only=True)` reads it).
@@ -403,10 +396,10 @@ class Runner:
             raise TypeError("this run has not trained yet: name the learner, run.summary(learn=learn)")
         return summary(learn, xb, self.cbs)
 
-    def __call__(self, event: str) -> None:
-        """Call the event's handlers in order. One dict lookup if nobody handles it."""
+    def __call__(self, event: str, handlers: tuple[Callable[[], Any], ...] | None = None) -> None:
+        """Call the event's handlers, or some of them, in order. One dict lookup if nobody handles it."""
         try:
-            for handler in self._handlers[event]:
+            for handler in self._handlers[event] if handlers is None else handlers:
                 if handler() is True:
                     self._warn_of_stop(f"return True in {_owner(handler)}.{event}")
         except CancelTrainException as e:
@@ -490,7 +483,7 @@ class Runner:
             self.stop_reason = f"{type(first).__name__} {self._where(first)}: {first}"
             raise first
 
-    def _resolve(self) -> dict[str, Iterable[Callable[[], Any]]]:
+    def _resolve(self) -> dict[str, tuple[Callable[[], Any], ...]]:
         """The handlers of each event, in order: methods that override the base class's no-op. Callbacks that name the
         event in `_last` come last."""
 
