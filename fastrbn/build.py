@@ -6,6 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .callbacks import ParamScheduler, TorchScheduler, combine_scheds, cos_1cycl
 from .callbacks.step.schedule import KeptRates, sets_rate
 from .learn import Learner, Runner
 from .learn.optimiser import check as check_opt
+from .learn.optimiser import fused
 from .learn.snapshot import plain_name
 from .models import get_cnn_model, init_cnn
 from .norm import RunningBatchNorm
@@ -189,7 +191,10 @@ def get_runner(
     cbs : callable, Callback or list of them, optional
         Callbacks, or callables that make them, such as classes and `partial`s.
     opt_func : callable, default optim.SGD
-        `opt_func(parameters, lr=lr)` makes the optimiser.
+        `opt_func(parameters, lr=lr)` makes the optimiser. The default is made with `fused=True`, one kernel for all
+        parameters, unless the model has lazy parameters, others than float32 and float64, or a module with
+        `sparse=True`. For sparse gradients without such a module, and for gradients that you set yourself in another
+        memory layout than their parameters', pass `optim.SGD`.
     loss_func : callable or None, default F.cross_entropy
         `loss_func(pred, yb)` returns a scalar tensor. None: the model returns its loss.
     weight_decay : float, optional
@@ -222,7 +227,7 @@ def get_runner(
     _check_data(data)
     if not is_number(lr) or not 0 <= lr < math.inf:
         raise ValueError(f"lr must be a finite number, 0 or more; got {lr!r}")
-    opt_func = optim.SGD if opt_func is None else opt_func
+    opt_func = partial(optim.SGD, **fused(optim.SGD, model)) if opt_func is None else opt_func
     for name, func in (("opt_func", opt_func), ("loss_func", loss_func)):
         if not callable(func) and not (func is None and name == "loss_func"):
             raise TypeError(f"{name} must be callable; got {func!r}: pass the function or class itself")

@@ -66,6 +66,66 @@ def test_get_runner_defaults_to_plain_sgd_at_the_courses_rate_and_cross_entropy(
     assert [type(cb) for cb in run.cbs] == [TrainEvalCallback]
 
 
+class Bag(nn.EmbeddingBag):
+    def forward(self, x):
+        return super().forward(x.long())
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(self.w.dtype) @ self.w).real
+
+
+class Subclassed(nn.Parameter):
+    """Stands for parameters that are more than tensors, such as FSDP's."""
+
+
+def with_gaps():
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.rand(2, 4)[:, ::2])
+    return model
+
+
+def subclassed():
+    model = nn.Linear(2, 2)
+    model.bias = Subclassed(model.bias.detach())
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, dtype, fused",
+    [
+        (lambda: nn.Linear(2, 2), torch.float32, True),
+        (lambda: nn.Linear(2, 2).double(), torch.float64, True),
+        (lambda: nn.LazyLinear(2), torch.float32, False),
+        (with_gaps, torch.float32, False),
+        (lambda: nn.Linear(2, 2).bfloat16(), torch.bfloat16, False),
+        (lambda: nn.Linear(2, 2).half(), torch.float16, False),
+        (lambda: Bag(3, 2), torch.float32, True),
+        (lambda: nn.Sequential(Bag(3, 2, sparse=True), nn.Linear(2, 2)), torch.float32, False),
+        (Complex, torch.float32, False),
+        (subclassed, torch.float32, False),
+    ],
+)
+def test_the_default_optimiser_is_fused_where_that_trains_the_model_as_plain_sgd_does(make, dtype, fused):
+    x, y = torch.ones(4, 2, dtype=dtype), torch.tensor([0, 0, 0, 1])
+    model = make()
+    learn, run = get_runner(model, SimpleNamespace(train_dl=[(x, y)], valid_dl=None), lr=0.1)
+    assert bool(learn.opt.param_groups[0]["fused"]) == fused
+    model(x)  # makes what is lazy
+    before = [p.detach().clone() for p in model.parameters()]
+    other = copy.deepcopy(model)
+    run.fit(3, learn)
+    Runner().fit(3, Learner(other, optim.SGD(other.parameters(), lr=0.1), F.cross_entropy, learn.data))
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q)
+    assert not any(map(torch.equal, model.parameters(), before))
+
+
 @pytest.mark.parametrize(
     "cbs",
     [Losses, Losses(), [Losses], (partial(Losses, scale=1.0),), [Losses()]],

@@ -1,10 +1,13 @@
-"""Checks that an optimiser has what the loop and callbacks need."""
+"""Checks that an optimiser has what the loop and callbacks need, and whether it can be a fused one."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
+from torch import nn, optim
 
 
 def _groups(opt: Any) -> bool:
@@ -54,3 +57,29 @@ def check_closure(opt: Any, claims: dict[str, str]) -> None:
             f"{type(opt).__name__}.step needs a closure, a function that evaluates the loss again: add the callback "
             f"Closure to the run, as in cbs=[Closure]"
         )
+
+
+def fused(opt_class: Any, model: nn.Module) -> dict[str, Any]:
+    """`{"fused": True}` for an optimiser class whose fused step, one kernel for all parameters, can train the model.
+
+    It refuses sparse gradients, so a module with `sparse=True` goes without. It takes parameters and gradients to be
+    vectors in memory, so parameters with gaps would be trained wrongly on the CPU; in PyTorch 2.9 so would those in
+    half precision. Subclasses of nn.Parameter, such as FSDP's, may have no such operator.
+    """
+    plain = all(
+        type(p) is nn.Parameter
+        and p.dtype in (torch.float32, torch.float64)
+        and torch.empty_like(p, device="meta").stride() == p.stride()  # a copy has no gaps
+        for p in model.parameters()
+    )
+    dense = all(getattr(m, "sparse", False) is False for m in model.modules())
+    # Adagrad has one on the CPU alone
+    return {"fused": True} if opt_class in (optim.SGD, optim.Adam, optim.AdamW) and plain and dense else {}
+
+
+def start_momentum(opt: optim.Optimizer) -> None:
+    """Set the momentum of a fused SGD to zero, which PyTorch leaves unset until the first step: that raises if a
+    parameter gets its first gradient later than others, and if a GradScaler skips the step, unset memory is read."""
+    for group in opt.param_groups:
+        for p in group["params"] if group.get("fused") and group.get("momentum") else ():
+            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -19,7 +19,7 @@ from fastrbn.data import glyphs
 from fastrbn.data.image_data import resized
 from fastrbn.norm import RunningBatchNorm, convert_batchnorm
 from fastrbn.trainer import nets
-from fastrbn.trainer.build import build_model
+from fastrbn.trainer.build import build_data, build_model
 from fastrbn.trainer.settings import OPTIMISERS, settle
 
 MINE = """
@@ -272,8 +272,10 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content, words):
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_each_optimiser_trains_with_pytorchs_defaults_and_decays_weights_alone(name):
     settings = settle({"opt": name, "bs": 8})
-    plain = cli_train._optimiser(settings)([nn.Parameter(torch.ones(2))], lr=settings.lr)
+    net = nn.Linear(1, 2)
+    plain = cli_train._optimiser(settings, net)(net.parameters(), lr=settings.lr)
     assert type(plain) is getattr(optim, name) and 0 < settings.lr <= 1
+    assert bool(plain.param_groups[0].get("fused")) == (name in ("SGD", "Adam", "AdamW"))
     if name != "SGD":
         made = getattr(optim, name)([nn.Parameter(torch.ones(2))])
         assert made.defaults["lr"] == settings.lr
@@ -290,8 +292,19 @@ def test_each_optimiser_trains_with_pytorchs_defaults_and_decays_weights_alone(n
     ],
 )
 def test_settings_reach_the_optimiser(given, want):
-    made = cli_train._optimiser(settle(given))([nn.Parameter(torch.ones(2))], lr=0.1)
+    net = nn.Linear(1, 2)
+    made = cli_train._optimiser(settle(given), net)(net.parameters(), lr=0.1)
     assert {k: made.defaults[k] for k in want} == want
+
+
+def test_a_fused_sgd_starts_with_its_momentum_at_zero():
+    settings = settle({"momentum": 0.9, "channels_last": True})
+    data = build_data(settings, small(), 1)
+    learn, _ = cli_train._build(settings, data)
+    conv = next(m for m in learn.model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1)
+    momentum = learn.opt.state[conv.weight]["momentum_buffer"]
+    assert learn.opt.param_groups[0]["fused"] and not momentum.any()
+    assert momentum.stride() == conv.weight.stride() and not conv.weight.is_contiguous()
 
 
 # a file of options
