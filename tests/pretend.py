@@ -1,6 +1,6 @@
 """A CUDA device for machines that have none: its tensors lie in the host's memory, and waiting for it is an error.
 
-`Tensor.device` says cuda:0, so the code under test takes the way it takes on a GPU. While `pretend.watching` is True,
+`Tensor.device` says cuda:0, so the code under test takes the way it takes on a GPU. While `Pretend.watching` is True,
 whatever would make the host wait raises `Waits`: reading a value, a shape that depends on values, copies between host
 and device that are not asynchronous. `torch.cuda.set_sync_debug_mode` does the same on a real device.
 """
