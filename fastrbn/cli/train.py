@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+from torch.backends import cudnn
 
 from fastrbn.build import LabelSmoothingCrossEntropy, get_runner
 from fastrbn.callbacks import (
@@ -49,6 +50,7 @@ from fastrbn.data import (
     load_dataset,
 )
 from fastrbn.learn import Callback, Learner, Runner
+from fastrbn.learn.optimiser import can_be_fused
 from fastrbn.norm import RunningBatchNorm
 from fastrbn.trainer import nets
 from fastrbn.trainer.augment import transforms
@@ -67,14 +69,17 @@ MAGNITUDES = 500  # about as many moments as params.png has columns
 
 def train(given: Mapping[str, Any], argv: Sequence[str]) -> int:
     """Run `fastrbn train` with the options `given` and return the exit status. CliError if nothing was trained."""
-    before, ranks = torch.get_num_threads(), processes.Ranks()
+    threads, benchmark, ranks = torch.get_num_threads(), cudnn.benchmark, processes.Ranks()
     try:
         with ranks.quiet(), contextlib.ExitStack() as held:
             plan = _plan(given, shlex.join(["fastrbn", *argv]), ranks)
             torch.set_num_threads(plan.settings.threads)
+            if plan.settings.device.startswith("cuda") and not torch.are_deterministic_algorithms_enabled():
+                cudnn.benchmark = True  # batches have one shape; the user's modules, read later, may change it
             return _train(plan, ranks, held)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        cudnn.benchmark = benchmark
         ranks.leave()
 
 
@@ -299,22 +304,24 @@ def _build(settings: Settings, data: DataBunch, weights: dict[str, Tensor] | Non
             print(f"{settings.pretrained}: {line}")
     except ValueError as e:
         raise CliError(f"{option} {e}", BAD_ARGUMENTS) from e
-    learn, run = get_runner(
-        model, data, lr=settings.lr, opt_func=_optimiser(settings), weight_decay=settings.weight_decay or None
-    )
-    learn.model.to(settings.device)
+    model.to(settings.device)
     if settings.channels_last:
-        learn.model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
+    learn, run = get_runner(
+        model, data, lr=settings.lr, opt_func=_optimiser(settings, model), weight_decay=settings.weight_decay or None
+    )
     if settings.label_smoothing:
         learn.loss_func = LabelSmoothingCrossEntropy(settings.label_smoothing)
     return learn, run
 
 
-def _optimiser(settings: Settings) -> Callable[..., optim.Optimizer]:
+def _optimiser(settings: Settings, model: nn.Module) -> Callable[..., optim.Optimizer]:
     """The optimiser's class with its settings; `get_runner` puts the weight decay into parameter groups."""
     cls: Callable[..., optim.Optimizer] = getattr(optim, settings.opt)
     takes = inspect.signature(cls).parameters
     how: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in takes and not settings.weight_decay else {}
+    if cls in (optim.Adam, optim.AdamW) and can_be_fused(model.parameters()):
+        how["fused"] = True  # one kernel for all parameters, in place of a dozen for each
     if settings.momentum:
         how["momentum"] = settings.momentum
         how |= {"nesterov": True} if "nesterov" in takes else {}

@@ -71,8 +71,8 @@ class Dataset(torch.utils.data.Dataset):
 class BatchLoader:
     """Batches `(xb, yb)` cut by index from two tensors in memory.
 
-    Nothing is copied sample by sample. Without shuffling, conversion and transforms a batch is a view of `x`: do not
-    change it in place.
+    Nothing is copied sample by sample. The order of an epoch is copied to the device once; batches do not wait for it.
+    Without shuffling, conversion and transforms a batch is a view of `x`: do not change it in place.
 
     Parameters
     ----------

@@ -1,10 +1,13 @@
-"""Checks that an optimiser has what the loop and callbacks need."""
+"""Checks that an optimiser has what the loop and callbacks need, and whether it can be a fused one."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
+from torch import nn
 
 
 def _groups(opt: Any) -> bool:
@@ -54,3 +57,17 @@ def check_closure(opt: Any, claims: dict[str, str]) -> None:
             f"{type(opt).__name__}.step needs a closure, a function that evaluates the loss again: add the callback "
             f"Closure to the run, as in cbs=[Closure]"
         )
+
+
+def can_be_fused(params: Iterable[nn.Parameter]) -> bool:
+    """True if a fused step, one kernel for all parameters, trains them as the plain step does.
+
+    It takes parameters to be vectors in memory, so those with gaps would be trained wrongly; in PyTorch 2.9 so would
+    those in half precision on the CPU. Subclasses of nn.Parameter, such as FSDP's, may have no such operator.
+    """
+    return all(
+        type(p) is nn.Parameter
+        and p.dtype in (torch.float32, torch.float64)
+        and torch.empty_like(p, device="meta").stride() == p.stride()  # a copy has no gaps
+        for p in params
+    )

@@ -28,6 +28,7 @@ __all__ = [
     "plain_state_dict",
 ]
 
+_HOW = ("fused", "foreach", "capturable")
 _PLAIN = (bool, int, float, str, type(None))  # attributes of a module that count or switch, such as `training`
 
 
@@ -192,10 +193,15 @@ def load_module_state(root: nn.Module, state: dict[str, Any]) -> None:
 
 
 def load_opt_state(opt: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load `opt.state_dict()` of another process, in the saved dtypes and into the tensors that hold rates here."""
+    """Load `opt.state_dict()` of another process, in the saved dtypes and into the tensors that hold rates here.
+
+    How a step is computed (`fused`, `foreach`, `capturable`) stays as it is here: it is part of no result, and for
+    `fused` the optimiser has told a GradScaler what to expect.
+    """
     tensors = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in opt.param_groups]
     both = zip(opt.param_groups, saved["param_groups"])
-    saved = {**saved, "param_groups": [{**now, **then} for now, then in both]}  # settings that only this one has stay
+    groups = [{**now, **then, **{k: now[k] for k in _HOW if k in now}} for now, then in both]
+    saved = {**saved, "param_groups": groups}  # settings that only this one has stay
     opt.load_state_dict(saved)
     for group, kept in zip(opt.param_groups, tensors):
         for name, value in kept.items():  # a compiled or captured optimiser reads its rate from this very tensor

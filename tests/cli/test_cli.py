@@ -950,6 +950,28 @@ def test_the_worst_ending_of_all_processes_counts_and_an_error_on_rank_0_is_rais
     assert caught.value.status == 2
 
 
+@pytest.mark.parametrize(
+    "device, deterministic, before, want",
+    [
+        ("cuda:0", False, False, True),
+        ("cuda:0", True, False, False),
+        ("cuda:0", True, True, True),
+        ("cpu", False, False, False),
+    ],
+)
+def test_on_cuda_cudnn_chooses_its_convolutions_for_the_length_of_a_training(
+    device, deterministic, before, want, cli, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    monkeypatch.setattr("fastrbn.trainer.settings.find_device", lambda *_: device)
+    monkeypatch.setattr(cli_train, "_train", lambda *_: seen.append(torch.backends.cudnn.benchmark) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("train", "--device", device)
+    assert seen == [want] and torch.backends.cudnn.benchmark is before
+
+
 def test_a_numbered_device_is_refused_for_many_processes():
     with pytest.raises(cli_ranks.CliError, match="must leave each of the 2 processes its own; got 'cuda:1': take cuda"):
         cli_ranks.check_device("cuda:1", SimpleNamespace(world=2))

@@ -271,8 +271,10 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content, words):
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_each_optimiser_trains_with_pytorchs_defaults_and_decays_weights_alone(name):
     settings = settle({"opt": name, "bs": 8})
-    plain = cli_train._optimiser(settings)([nn.Parameter(torch.ones(2))], lr=settings.lr)
+    net = nn.Linear(1, 2)
+    plain = cli_train._optimiser(settings, net)(net.parameters(), lr=settings.lr)
     assert type(plain) is getattr(optim, name) and 0 < settings.lr <= 1
+    assert bool(plain.param_groups[0].get("fused")) == (name in ("Adam", "AdamW"))
     if name != "SGD":
         made = getattr(optim, name)([nn.Parameter(torch.ones(2))])
         assert made.defaults["lr"] == settings.lr
@@ -289,7 +291,8 @@ def test_each_optimiser_trains_with_pytorchs_defaults_and_decays_weights_alone(n
     ],
 )
 def test_settings_reach_the_optimiser(given, want):
-    made = cli_train._optimiser(settle(given))([nn.Parameter(torch.ones(2))], lr=0.1)
+    net = nn.Linear(1, 2)
+    made = cli_train._optimiser(settle(given), net)(net.parameters(), lr=0.1)
     assert {k: made.defaults[k] for k in want} == want
 
 

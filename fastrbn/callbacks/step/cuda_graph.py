@@ -29,9 +29,9 @@ class CUDAGraph(Callback):
     goes on without graphs: a printed line says why, and so does `.why_not`, which is None otherwise. `.graphs` is the
     number of recordings, `.replays` that of replayed steps.
 
-    The step of SGD is recorded, in its fused form, and that of other optimisers if they were made with `fused=True`
-    (Adam, AdamW) or `capturable=True`; learning rates may change. It runs as usual while other settings differ from the
-    recorded ones, as a scheduled momentum does.
+    The optimiser's step is recorded if it was made with `fused=True` (Adam, AdamW) or `capturable=True`. SGD needs
+    neither: it is recorded in its fused form. Learning rates may change; while other settings differ from the recorded
+    ones, as a scheduled momentum does, the step runs as usual.
 
     Notes
     -----

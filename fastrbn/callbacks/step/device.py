@@ -26,6 +26,10 @@ class CudaCallback(Callback):
     A loader with a method `to(device)` is moved once, before the first epoch. Batches that are on the device already
     are left alone. The model stays there after the fit.
 
+    On CUDA, `torch.backends.cudnn.benchmark = True` lets cuDNN measure which of its convolutions is fastest, once for
+    each shape of a batch. The command line sets it. Set it yourself if the images of your batches have one size: with
+    many sizes measuring costs more than it saves, and the choice, and with it the last bits, may differ between runs.
+
     Parameters
     ----------
     device : str or torch.device, optional

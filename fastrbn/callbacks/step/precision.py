@@ -31,6 +31,9 @@ class MixedPrecision(Callback):
     first steps of a fit. `after_step` fires all the same. `.skipped` counts such steps and `.scale` is the scale;
     reading them waits for the device. `HaltOnNaN` does not report skipped steps.
 
+    With "fp16" PyTorch reads in each step whether gradients overflowed, unless the optimiser was made with
+    `fused=True`. Do not make SGD with momentum so: if its first step is skipped, PyTorch leaves the momentum unset.
+
     The callback claims the forward pass, and with "fp16" the backward pass and the step: a second callback that claims
     one of them is an error.
 

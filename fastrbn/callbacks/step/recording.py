@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrbn.learn.optimiser import can_be_fused
 from fastrbn.learn.snapshot import Snapshot
 from fastrbn.util import apply_to, items_of
 
@@ -142,9 +143,10 @@ class RecordedUpdate:
     """
 
     def __init__(self, opt: torch.optim.Optimizer, recorder: Any):
-        sgd = type(opt) is torch.optim.SGD
+        params = [p for group in opt.param_groups for p in group["params"]]
+        sgd = type(opt) is torch.optim.SGD and can_be_fused(params)
         if not (sgd or all(group.get("fused") or group.get("capturable") for group in opt.param_groups)):
-            raise Stale(f"make {type(opt).__name__} with fused=True (Adam, AdamW) or capturable=True (others)")
+            raise Stale(f"make {type(opt).__name__} with fused=True (SGD, Adam, AdamW) or capturable=True")
         self._settings, self._state = _settings(opt), _state(opt)
         self._rates = [torch.zeros((), device=recorder.device) for _ in opt.param_groups]
         self._values: list[Any] = [None] * len(self._rates)

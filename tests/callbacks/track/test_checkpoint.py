@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from fastrbn.callbacks import (
     CheckpointError,
     CSVLogger,
     CudaCallback,
+    MixedPrecision,
     ParamMagnitudes,
     ParamScheduler,
     Recorder,
@@ -256,6 +258,22 @@ def test_a_rate_that_the_optimiser_keeps_in_a_tensor_stays_in_that_tensor(tmp_pa
     lr = learn.opt.param_groups[0]["lr"]
     make_run(tmp_path).fit(1, learn, resume=tmp_path / "c")
     assert learn.opt.param_groups[0]["lr"] is lr and lr.item() == pytest.approx(sched_cos(0.02, 0.001)(0.8))
+
+
+@pytest.mark.parametrize("then", [None, True], ids=["plain to fused", "fused to plain"])
+def test_a_resumed_fit_computes_its_steps_as_its_own_optimiser_does(then, tmp_path):
+    def fit(fused, folder, resume=None):
+        learn = make_learn(opt=partial(torch.optim.Adam, fused=fused))
+        run = make_run(folder, MixedPrecision("fp16", init_scale=2.0**10))
+        run.fit(2, learn, resume=resume)
+        return learn
+
+    whole = fit(then, tmp_path)
+    now = fit(not then, tmp_path / "again", tmp_path / "c" / "checkpoint-0003-step-3.pt")
+    assert now.opt.param_groups[0]["fused"] is (not then)
+    for p, q in zip(whole.model.parameters(), now.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    assert {s["step"].item() for s in now.opt.state.values()} == {s["step"].item() for s in whole.opt.state.values()}
 
 
 def test_resuming_with_more_epochs_stretches_the_schedule(whole, tmp_path):
