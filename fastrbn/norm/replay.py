@@ -123,12 +123,12 @@ def _saved_snapshot(t):
 
 
 def snapshot(*tensors: Tensor) -> list[Tensor]:
-    """Copies of the state before a step moves it.
+    """The state as a step reads it before moving it: copies under torch.compile, the tensors themselves otherwise.
 
-    Under torch.compile, the backward graph must not recompute these copies: the partitioner treats buffers as constants
-    and would read values that the forward graph has changed since. So an operator that is opaque to the compiler makes
-    the copy, and its node is marked to be saved, also inside a checkpointed segment.
+    The backward graph must not recompute what the step reads: the partitioner treats buffers as constants and would
+    read values that the forward graph has changed since. So an operator that is opaque to the compiler makes the copy,
+    and its node is marked to be saved, also inside a checkpointed segment.
     """
     if torch.compiler.is_compiling():
         return [torch.ops.fastrbn.saved_snapshot(t) for t in tensors]
-    return [t.clone() for t in tensors]
+    return list(tensors)
