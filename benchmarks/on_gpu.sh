@@ -73,7 +73,7 @@ if [ -n "$rehearse" ]; then
     tests=(-n 2) mnist=(glyphs --limit 400 --cb ParamMagnitudes) nan=(glyphs --limit 400)
     norm=(--shapes 2x8x4x4 8x8 --rounds 1 --block 0.001) compiled=(--shapes 2x8x4x4 --formats contiguous --dtype float32 --rounds 1 --block 0.001)
     tiny=(--norms running --width 8 --rounds 1 --steps 1) cifar=(--limit 128 --bs 64 --norms running --epochs 1 --compile "" --width 8)
-    steps_bs=2 small=(--limit 64 --bs 8 --norms running --epochs 1 --compile "" --width 8) callbacks=(--rounds 1 --steps 12 --bs 2)
+    steps_bs=2 small=(--limit 64 --bs 8 --norms running --epochs 1 --compile "" --width 8) callbacks=(--rounds 1 --steps 8 --bs 2)
     interpreter=1
     "$python" -c 'import numpy, sys, triton
 old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)

@@ -36,14 +36,14 @@ class Choice(NamedTuple):
     name: str
     why: str
 
-    @property
-    def backend(self) -> Any:
-        """The backend's module."""
-        if _BACKENDS[self.name] is None:
-            from . import triton_kernels
 
-            _BACKENDS[self.name] = triton_kernels
-        return _BACKENDS[self.name]
+def implementation(name: str) -> Any:
+    """The module of a backend, by name."""
+    if _BACKENDS[name] is None:
+        from . import triton_kernels
+
+        _BACKENDS[name] = triton_kernels
+    return _BACKENDS[name]
 
 
 def choose(
@@ -109,7 +109,7 @@ def _why_not_triton(x: Tensor, state: NormState) -> str | None:
         )
     if not _has_triton():
         return "the package triton is not installed"
-    if x.device.type == "cuda" or (x.device.type == "cpu" and Choice("triton", "").backend.INTERPRETED):
+    if x.device.type == "cuda" or (x.device.type == "cpu" and implementation("triton").INTERPRETED):
         return None
     return f"it takes CUDA tensors, or CPU tensors if Python was started with TRITON_INTERPRET=1; got one on {x.device}"
 

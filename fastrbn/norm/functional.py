@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module
 
-from .choose import choose
+from .choose import choose, implementation
 from .recipes import Plan, Recipe, get_recipe
 from .reference import NormState
 from .replay import may_run_again
@@ -79,12 +79,13 @@ def running_batch_norm(
     check_input(x, nf)
     _check_parameters(nf, weight, bias)
     recipe = get_recipe(recipe)
-    implementation = choose(x, state, weight, bias, recipe if training else None, process_group, backend).backend
+    choice = choose(x, state, weight, bias, recipe if training else None, process_group, backend)
+    module = implementation(choice.name)
     if not training or (x.numel() == 0 and process_group is None):
-        return implementation.evaluate(x, weight, bias, state, eps)
+        return module.evaluate(x, weight, bias, state, eps)
     twice = recent is not None and may_run_again()
     plan = Plan(recipe, mom, eps, process_group, recent, twice)
-    return implementation.normalize(x, weight, bias, state, plan)
+    return module.normalize(x, weight, bias, state, plan)
 
 
 def check_input(x: Tensor, num_features: int, ranks: tuple[int, ...] = (), name: str = "running_batch_norm") -> None:

@@ -48,10 +48,11 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(dy):
             return *reference.gradients(x, weight, bias, dy, ctx.step, ctx.state, ctx.plan), None, None
         step, var, eps, w = ctx.step, ctx.var, ctx.plan.eps, _as(weight, ctx.var)
-        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, w, step.m, var, None, None, False, eps, [False, True, True]
-        )
         inv_std, dx = (var + eps).rsqrt_(), None
+        # the sums do not depend on the weight, but CUDA's kernel needs one; it reads m and 1/σ, the CPU's m and V
+        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, inv_std, step.m, var, step.m, inv_std, False, eps, [False, True, True]
+        )
         if ctx.needs_input_grad[0]:
             means = torch.stack((d_bias, d_weight)).div_(x.numel() // x.shape[1])
             taken, p = projection(means, inv_std, step, ctx.state), inv_std if w is None else inv_std * w

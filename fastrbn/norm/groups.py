@@ -21,10 +21,10 @@ class _MergeOverRanks(torch.autograd.Function):
         every, c = torch.stack(every), m.numel()
         ms, vs, ns = every[:, :c], every[:, c : 2 * c], every[:, 2 * c, None]
         total = ns.sum()
-        shares = ns / total.clamp_min(1)
+        shares = ns / total  # NaN if all ranks are empty, which leaves the state unchanged
         mean = (shares * ms).sum(0)
         var = (shares * (vs + (ms - mean).square())).sum(0)
-        ctx.save_for_backward(n / total.clamp_min(1), m - mean)
+        ctx.save_for_backward(n / total, m - mean)
         ctx.group = group
         total_bs = every[:, 2 * c + 1].sum()
         ctx.mark_non_differentiable(total, total_bs)

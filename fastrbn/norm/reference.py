@@ -226,14 +226,15 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n: int | Tensor, bs: int | 
     old_mean, old_var, count, samples = snapshot(
         state.running_mean, state.running_var, state.running_count, state.num_samples_tracked
     )
+    zero = torch.zeros_like(count)
     shift, spread = m - old_mean, v
+    square = shift.square()
     if recipe.statistics == "batch":
         spread = v * (n / at_least_one(n - 1))
-    # NaN or Inf in x gives NaN or Inf in v; n is 0 if the batch is empty on every rank
-    seen = (spread + shift.square()).amax().isfinite() & (n > 0)
-    moves = seen
+    # NaN or Inf in x gives NaN or Inf in v; a batch that is empty on every rank gives NaN
+    seen = moves = (spread + square).amax() < math.inf
     rate, start = recipe.rates(plan.mom, bs, samples.to(count.dtype))
-    rate = torch.zeros_like(count) + rate
+    rate = zero + rate
     if (skip := recipe.skip) is not None:
         skipped = skip.now(state.num_samples_tracked + bs, state.num_batches_tracked + 1)
         seen, moves = seen | skipped, seen & ~skipped  # a skipped batch counts as seen even if it is not finite
@@ -243,20 +244,22 @@ def _advance(state: NormState, m: Tensor, v: Tensor, n: int | Tensor, bs: int | 
     if (
         recipe.statistics == "batch"
     ):  # nn.BatchNorm's rule: starts from mean 0 and variance 1, unbiased variance if n > 1
-        a, moved = torch.ones_like(count), torch.zeros_like(count) + n
+        a, moved = torch.ones_like(count), zero + n
         mean, var = old_mean + rate * shift, old_var + rate * (spread - old_var)
     else:
-        moved = torch.where(count < 0, n, rate * n + (1 - rate) * count)
+        new = rate * n
+        moved = torch.where(count < 0, n, new + (1 - rate) * count)
         # dividing two tensors gives exactly 1 on the first step; with less, a(1−a)(m−M)² would swamp a small variance
-        a = torch.where(moves, rate * n / moved, 0.0)
-        mean, var = old_mean + a * shift, (1 - a) * old_var + a * v + a * (1 - a) * shift.square()
+        a = torch.where(moves, new / moved, zero)
+        kept = 1 - a
+        mean, var = old_mean + a * shift, kept * old_var + a * v + a * kept * square
     mean, var = torch.where(moves, mean, old_mean), torch.where(moves, var, old_var)
     state.running_mean.copy_(mean)
     state.running_var.copy_(var)
     # written as a vector: the compilers of torch 2.9 and 2.11 silently drop writes to a float64 scalar
     state.running_count.view(1).copy_(torch.where(moves, moved, count))
     # b: the batch's share of the projection, never below the rate at the start
-    own = torch.where(moves, a.clamp_min(start), 0.0)
+    own = torch.where(moves, a.clamp_min(start), zero)
     mean, var, rate, a, own = (t.to(m.dtype) for t in (mean, var, rate, a, own))
     return Step(m, v, mean, var, rate, a, own, moves, young)
 
@@ -325,7 +328,7 @@ def average_gradients(state: NormState, new: Tensor, rate: Tensor) -> tuple[Tens
 
     With batched upstream gradients (`is_grads_batched`), each is averaged separately and the state does not move.
     """
-    finite, moved = new.sum().isfinite(), []
+    finite, moved = new.sum().abs() < math.inf, []
     for running, value in ((state.running_grad, new), (state.running_grad_weight, 1.0)):
         moved.append(torch.where(finite, running + rate * (value - running), running))
         if not is_batched(new):

@@ -92,43 +92,44 @@ def recall(recent: deque | None, m: Tensor, v: Tensor) -> Step | None:
 
 
 @torch.library.custom_op("fastrbn::snapshot", mutates_args=())
-def _snapshot(t: Tensor) -> Tensor:
+def _snapshot(tensors: list[Tensor]) -> Tensor:
     if running_again():
         raise RuntimeError(
             "a compiled running batch norm cannot run twice for one batch, since its statistics would move twice; it "
             "ran inside a backward pass, as with torch.utils.checkpoint around a compiled module: compile the function "
             "that calls checkpoint instead"
         )
-    return t.clone()
+    return torch.cat([t.to(tensors[0].dtype).flatten() for t in tensors])
 
 
-_snapshot.register_fake(torch.empty_like)
+_snapshot.register_fake(lambda tensors: tensors[0].new_empty(sum(t.numel() for t in tensors)))
 
 _library = torch.library.Library("fastrbn", "FRAGMENT")
-_library.define("saved_snapshot(Tensor t) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("saved_snapshot(Tensor[] tensors) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 # composite, so that the compiler runs this function while it records the forward and backward graphs
 @torch.library.impl(_library, "saved_snapshot", "CompositeImplicitAutograd")
-def _saved_snapshot(t):
+def _saved_snapshot(tensors):
     mode = get_proxy_mode()
     if mode is None:
-        return _snapshot(t)
+        return _snapshot(tensors)
     nodes = mode.tracer.graph.nodes
     before = len(nodes)
-    copy = _snapshot(t)
+    copy = _snapshot(tensors)
     for node in islice(reversed(nodes), len(nodes) - before):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return copy
 
 
 def snapshot(*tensors: Tensor) -> list[Tensor]:
-    """Copies of the state before a step moves it.
+    """The state as a step reads it before moving it: the tensors themselves, or a copy of them under torch.compile.
 
-    Under torch.compile, the backward graph must not recompute these copies: the partitioner treats buffers as constants
-    and would read values that the forward graph has changed since. So an operator that is opaque to the compiler makes
-    the copy, and its node is marked to be saved, also inside a checkpointed segment.
+    The backward graph must not recompute what the step reads: the partitioner treats buffers as constants and would
+    read values that the forward graph has changed since. So an operator that is opaque to the compiler makes the copy,
+    one tensor of the first one's dtype, and its node is marked to be saved, also inside a checkpointed segment.
     """
-    if torch.compiler.is_compiling():
-        return [torch.ops.fastrbn.saved_snapshot(t) for t in tensors]
-    return [t.clone() for t in tensors]
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    parts = torch.ops.fastrbn.saved_snapshot(tensors).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

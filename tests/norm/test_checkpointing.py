@@ -111,7 +111,7 @@ def test_micro_batches_in_flight_recall_their_own_steps(order, recipe, backend, 
         net_of(recipe, backend),
         lambda net, x, dy: run(net, x, dy, lambda f, x: f(x)),
         lambda net, x, dy: run(net, x, dy, lambda f, x: checkpoint(f, x, use_reentrant=reentrant)),
-        steps=4,
+        steps=3,
     )
 
 

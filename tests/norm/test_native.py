@@ -1,14 +1,13 @@
 """The C kernels: sizes at the edges of their loops, guesses that mislead them, and machines that cannot build them."""
 
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from norm.steps import assert_same, layer_of, step
 
+from fastrbn import native as build
 from fastrbn.norm import RECIPES, NormState, RunningBatchNorm, native, running_batch_norm
 
 pytestmark = pytest.mark.skipif(native.load("float")[0] is None, reason=native.load("float")[1] or "built")
@@ -134,34 +133,46 @@ def test_half_precision_is_left_to_the_fused_backend_and_refused_by_name():
         RunningBatchNorm(3, backend="native")(torch.randn(2, 3).bfloat16())
 
 
-def explain_in_another_python(**env):
-    code = (
-        "import warnings, torch; from fastrbn.norm import RunningBatchNorm as R; warnings.simplefilter('always');"
-        "layer = R(3); print(layer.explain(torch.randn(4, 3))); layer(torch.randn(4, 3)).sum().backward()"
-    )
-    env = {**os.environ, **{k: str(v) for k, v in env.items()}}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr
-    return run.stdout, run.stderr
+@pytest.fixture
+def first_use(monkeypatch):
+    """first_use(NAME=value) gives what a layer explains, and the warnings of a step, as if nothing had been loaded."""
+    loaders = native.load, build.load
+    monkeypatch.setattr(build, "_broken", {})
+
+    def use(**env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, str(value))
+        for load in loaders:
+            load.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            layer, x = RunningBatchNorm(3), torch.randn(4, 3)
+            said = layer.explain(x)
+            layer(x).sum().backward()
+        return said, [f"{w.category.__name__}: {w.message}" for w in caught]
+
+    yield use
+    for load in loaders:
+        load.cache_clear()
 
 
-def test_the_kernels_can_be_turned_off():
-    said, warned = explain_in_another_python(FASTRBN_NATIVE=0)
+def test_the_kernels_can_be_turned_off(first_use):
+    said, warned = first_use(FASTRBN_NATIVE=0)
     assert said.startswith("fused") and "FASTRBN_NATIVE=0 turns the C kernels off" in said and not warned
 
 
-def test_a_machine_without_a_compiler_trains_and_explain_says_so(tmp_path):
-    said, warned = explain_in_another_python(PATH=tmp_path, CC="")
+def test_a_machine_without_a_compiler_trains_and_explain_says_so(first_use, tmp_path):
+    said, warned = first_use(PATH=tmp_path, CC="")
     assert said.startswith("fused") and "there is no C compiler" in said and not warned
 
 
-def test_a_failing_compiler_warns_once_and_training_continues(tmp_path):
+def test_a_failing_compiler_warns_once_and_training_continues(first_use, tmp_path):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho no room on this planet >&2\nexit 1\n")
     broken.chmod(0o755)
-    said, warned = explain_in_another_python(CC=broken, XDG_CACHE_HOME=tmp_path)
-    assert said.startswith("fused") and warned.count("RuntimeWarning") == 1
-    assert f"could not be built with {broken}: no room on this planet" in warned
+    said, [warning] = first_use(CC=broken, XDG_CACHE_HOME=tmp_path)
+    assert said.startswith("fused") and warning.startswith("RuntimeWarning")
+    assert f"could not be built with {broken}: no room on this planet" in warning
     assert not [*tmp_path.rglob("*.so")]
 
 
