@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.sh"
 if not SCRIPT.is_file():
     pytest.skip("the tests run outside the repository: there are no benchmarks", allow_module_level=True)
 
-ALL = "tests mnist nan norm norm-compiled steps cifar steps-compiled callbacks small".split()
+ALL = "tests mnist nan norm norm-compiled steps cifar steps-compiled callbacks mnist-graph small".split()
 # in place of Python: records the command, and is slow or fails where it is told to
 STUB = r"""#!/usr/bin/env bash
 [ "$1" != -c ] || exit 0
@@ -103,7 +103,7 @@ def test_parts_whose_images_are_missing_are_skipped(on_gpu, tmp_path):
     status, output, commands = on_gpu("--out", str(tmp_path / "out"), FASTRBN_DATA=tmp_path)
     assert status == 0 and len(commands) == 4
     skipped = [name for name, result in results(output) if result == "skipped"]
-    assert skipped == ["mnist", "nan", "steps", "cifar", "steps-compiled", "small"]
+    assert skipped == ["mnist", "nan", "steps", "cifar", "steps-compiled", "mnist-graph", "small"]
 
 
 @pytest.mark.parametrize("form", [(), ("--rehearse",)], ids=["device", "rehearsal"])
