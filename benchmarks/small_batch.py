@@ -16,6 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from about import device_names
+
 from fastrbn.compare import cells_of, run_grid, split_norms, write_report
 
 RECIPES = "default,course,skip-alternate,skip-tenth,detached"
@@ -67,7 +69,7 @@ def main():
     parser.add_argument("--lr-factors", type=numbers(float), help="other learning-rate factors")
     parser.add_argument("--n-train", type=int, help="train on so many images")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each; on CUDA 1)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_names, default="cpu")
     parser.add_argument("--record-norms", type=int, metavar="K", help="weight norms every K steps")
     parser.add_argument("--csv", type=Path, help="instead of results/small_batch_<grid>.csv")
     args = parser.parse_args()
