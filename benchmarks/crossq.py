@@ -25,6 +25,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +56,6 @@ KINDS: dict[str, Callable[[str], Any]] = {
 }
 """The columns of the CSV, and how they are read."""
 COLUMNS = tuple(KINDS)
-rows_of = partial(about.rows_of, kinds=KINDS)
 NORMS = {
     "default": "RunningBatchNorm",
     "batchrenorm": "batch renorm",
@@ -251,14 +251,24 @@ def train(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of the CSV, without those of a run that lost some."""
+    rows = about.rows_of(path, KINDS)
+    found = Counter(map(_key, rows))
+    return [row for row in rows if found[_key(row)] >= LENGTHS.points]
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[column] for column in COLUMNS[:4])
+
+
 def train_all(runs: list[Run], path: Path, jobs: int, log: Callable[[str], object] = print) -> None:
     """Train the runs that the CSV at `path` does not have, and add the rows of each as soon as it ends."""
-    done = {tuple(row[c] for c in COLUMNS[:4]) for row in rows_of(path)}
+    done = set(map(_key, rows_of(path)))
     todo = [run for run in runs if run.key not in done]
     for i, new in enumerate(_results(todo, jobs), 1):
         rewrite(path, [*rows_of(path), *new])  # another process may have added rows
-        words = " ".join(new[0][c] for c in COLUMNS[:4])
-        log(f"[{i}/{len(todo)}] {words}: return {new[-1]['return']}, {new[-1]['seconds']} s")
+        log(f"[{i}/{len(todo)}] {' '.join(_key(new[0]))}: return {new[-1]['return']}, {new[-1]['seconds']} s")
 
 
 def _results(runs: list[Run], jobs: int) -> Iterator[list[dict[str, str]]]:

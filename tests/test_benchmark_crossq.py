@@ -103,6 +103,12 @@ def test_a_grid_goes_on_where_it_ended(tiny, tmp_path, monkeypatch):
     assert tuple(rows[0]) == tiny.COLUMNS and {row["step"] for row in rows} == {"8", "16"}
     monkeypatch.setattr(tiny, "train", None)
     assert tiny.run(path, **settings)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))  # the last row of a run is lost
+    assert tiny.rows_of(path) == rows[:-2]
+    monkeypatch.setattr(tiny, "train", train)
+    assert tiny.run(path, **settings) and len(log) == 7
+    assert [row["return"] for row in tiny.rows_of(path)] == [row["return"] for row in rows]
 
 
 def made_up(norm, lr, seed, returns):
