@@ -1,15 +1,31 @@
-"""What every benchmark keeps beside its numbers: where, with what and when they were measured."""
+"""What benchmarks have in common: the device, the machine and versions beside their numbers, their CSV files."""
 
+import argparse
 import csv
 import datetime
 import io
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
 
+from fastrbn.trainer.settings import find_device
 from fastrbn.util import write_whole
+
+
+def device_name(name):
+    """For argparse's `type`: the name of a device, if this machine has it."""
+    try:
+        return find_device(name, "a device of this machine, such as cpu")
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e).removeprefix("--device ")) from e
+
+
+def device_names(names):
+    """As `device_name`, for several with commas between them."""
+    return ",".join(map(device_name, names.split(",")))
 
 
 def machine(device=torch.device("cpu")):
@@ -37,12 +53,34 @@ def write_csv(path, rows, about):
         out.writerows({**row, **about} for row in rows)
 
 
-def rows_of(path):
-    """The rows of a CSV, none where there is no file yet."""
+def rows_of(path, kinds=None):
+    """The rows of a CSV as text, none where there is no file yet. A damaged file ends the script with a sentence.
+
+    `kinds` has the columns that the file must have, each with a function that raises ValueError for a wrong value.
+    """
     if not path or not path.is_file():
         return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+    again = "and the same command measures again what is missing"
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as e:
+        sys.exit(f"{path} must be a CSV file in UTF-8: {e}; move the file away, {again}")
+    if rows and kinds and reader.fieldnames != [*kinds]:
+        got = ",".join(reader.fieldnames)
+        sys.exit(f"{path} must have the columns {','.join(kinds)}; got {got}: move the file away, {again}")
+    for n, row in enumerate(rows, 1):
+        try:
+            if None in row or None in row.values():
+                more = "more" if None in row else "fewer"
+                raise ValueError(f"it must have {len(reader.fieldnames)} fields, and has {more}")
+            for name, kind in (kinds or {}).items():
+                kind(row[name])
+        except ValueError as e:
+            same = "it and the other rows of the same measurement"
+            sys.exit(f"{path}, row {n} is damaged: {e}; delete {same}, or move the file away, {again}")
+    return rows
 
 
 def rewrite(path, rows):

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from about import append, in_words, machine, rows_of
+from about import append, device_name, in_words, machine, rows_of
 
 from fastrbn import ActivationStats, Callback, HaltOnNaN, ParamMagnitudes, conv_rbn, get_learn_run
 
@@ -222,13 +222,14 @@ def main():
     parser.add_argument("--bs", type=int, nargs="+", help="batch sizes (default 2 32; on CUDA 32 512)")
     parser.add_argument("--rounds", type=int, default=15, help="fits of each case that are timed (default 15)")
     parser.add_argument("--steps", type=int, default=200, help="training steps of a fit (default 200)")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", type=device_name, default="cpu")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     cases = {name: case for name, case in CASES.items() if args.case in name or name == "plain again"}
     if len(cases) == 1:
         sys.exit(f"--case must be part of one of: {', '.join(CASES)}; got {args.case!r}")
+    args.device = torch.device(args.device)
     about = machine(args.device)
     if args.csv and not args.resume:
         args.csv.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Reinforcement learning without target networks: which norm carries CrossQ?
 
     python benchmarks/crossq.py                            # the grid, about ten minutes on two cores
-    python benchmarks/crossq.py --tasks pendulum --norms default,batchrenorm --rates 1e-3 --seeds 0
+    python benchmarks/crossq.py --norms default,batchrenorm --rates 1e-3 --seeds 0
     python benchmarks/crossq.py --full                     # five times as long, wider nets, ten seeds
 
 CrossQ (Bhatt et al., "CrossQ: Batch Normalization in Deep Reinforcement Learning for Greater Sample Efficiency and
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import math
 import multiprocessing
 import os
@@ -26,15 +25,17 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 import torch.nn.functional as F
-from about import rewrite, rows_of
+from about import rewrite
 from small_batch import numbers
 from torch import Tensor, nn
 
@@ -43,11 +44,18 @@ from fastrbn.compare import get_norm, split_norms
 from fastrbn.compare.grid import machine
 from fastrbn.compare.study_report import COLORS as PEER_COLORS
 from fastrbn.plots.figure import COLORS, GREY, axes, label_ends, new_figure
-from fastrbn.util import write_whole
+from fastrbn.util import one_of, write_whole
 
 RESULTS = Path(__file__).parent / "results" / "evidence" / "crossq.csv"
 QUESTION = "Which norm carries CrossQ, where the paper uses batch renorm?"
-COLUMNS = ("task", "norm", "lr", "seed", "step", "return", "seconds", "machine", "torch", "date")
+TASK, TITLE = "pendulum", "pendulum, batches of 256"
+KINDS: dict[str, Callable[[str], Any]] = {
+    "task": lambda text: one_of("task", text, [TASK]),
+    **{"norm": str, "lr": float, "seed": int, "step": int, "return": float, "seconds": float},
+    **dict.fromkeys(("machine", "torch", "date"), str),
+}
+"""The columns of the CSV, and how they are read."""
+COLUMNS = tuple(KINDS)
 NORMS = {
     "default": "RunningBatchNorm",
     "batchrenorm": "batch renorm",
@@ -58,6 +66,7 @@ NORMS = {
     "sac": "SAC, target networks",
 }
 RATES = (3e-4, 1e-3, 3e-3)
+RANDOM, SOLVED, SHOWN = -1200.0, -300.0, (-1700.0, 0.0)  # returns: of random actions, of a good policy, the axis
 
 
 class Pendulum:
@@ -67,7 +76,6 @@ class Pendulum:
     """
 
     observations = 3
-    random, solved, shown = -1200.0, -300.0, (-1700.0, 0.0)  # returns: of random actions, of a good policy, the axis
 
     @staticmethod
     def start(n: int) -> Tensor:
@@ -89,12 +97,10 @@ class Pendulum:
 
 
 @dataclass(frozen=True)
-class Task:
-    """An environment, and how long to train on which batches; an episode has 200 steps."""
+class Lengths:
+    """Of a training and its parts, in steps, samples and channels."""
 
-    title: str
-    world: type[Pendulum]
-    steps: int
+    steps: int = 2500
     bs: int = 256
     episode: int = 200
     width: int = 64
@@ -102,16 +108,13 @@ class Task:
     first: int = 500  # steps with random actions
 
 
-TASKS = {
-    "pendulum": Task("pendulum, batches of 256", Pendulum, 2500),
-}
+LENGTHS = Lengths()
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run."""
 
-    task: str
     norm: str
     lr: float
     seed: int
@@ -120,13 +123,12 @@ class Run:
     @property
     def key(self) -> tuple[str, ...]:
         """The columns that identify it."""
-        return self.task, self.norm, f"{self.lr:g}", str(self.seed)
+        return TASK, self.norm, f"{self.lr:g}", str(self.seed)
 
     @property
-    def spec(self) -> Task:
-        """Its task; at full length five times the steps and nets of 256."""
-        task = TASKS[self.task]
-        return replace(task, steps=5 * task.steps, width=256) if self.full else task
+    def lengths(self) -> Lengths:
+        """At full length five times the steps and nets of 256."""
+        return replace(LENGTHS, steps=5 * LENGTHS.steps, width=256) if self.full else LENGTHS
 
 
 def mlp(sizes: list[int], norm: str, steps: int) -> nn.Sequential:
@@ -208,55 +210,65 @@ class Agent:
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, task: Task, n: int = 20) -> float:
+def evaluate(agent: Agent, episode: int, n: int = 20) -> float:
     """Mean return of `n` episodes without exploration. They start from the same states each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(12345)
-        state = task.world.start(n)
+        state = Pendulum.start(n)
     total = torch.zeros(n)
-    for _ in range(task.episode):
-        state, reward = task.world.step(state, agent.policy(task.world.observe(state))[0].tanh())
+    for _ in range(episode):
+        state, reward = Pendulum.step(state, agent.policy(Pendulum.observe(state))[0].tanh())
         total += reward
     return total.mean().item()
 
 
 def train(run: Run) -> list[dict[str, Any]]:
     """Train an agent, one update a step. Returns the rows of its learning curve; `seconds` are of the processor."""
-    task, began, about = run.spec, time.process_time(), machine("cpu")
-    world, seen = task.world, task.world.observations
+    its, began, where = run.lengths, time.process_time(), machine("cpu")
+    seen = Pendulum.observations
     torch.manual_seed(run.seed)
-    agent = Agent(seen, task.width, run.norm, run.lr, task.steps - task.first)
+    agent = Agent(seen, its.width, run.norm, run.lr, its.steps - its.first)
     torch.manual_seed(run.seed)  # the same random numbers for all norms
-    memory = torch.empty(task.steps, 2 * seen + 2)  # observation, action, reward, next observation
-    points, rows = [round(task.steps * i / task.points) for i in range(1, task.points + 1)], []
-    for step in range(task.steps):
-        if step % task.episode == 0:
-            state = world.start(1)
-            obs = world.observe(state)
+    memory = torch.empty(its.steps, 2 * seen + 2)  # observation, action, reward, next observation
+    points, rows = [round(its.steps * i / its.points) for i in range(1, its.points + 1)], []
+    for step in range(its.steps):
+        if step % its.episode == 0:
+            state = Pendulum.start(1)
+            obs = Pendulum.observe(state)
         with torch.no_grad():
-            action = 2 * torch.rand(1, 1) - 1 if step < task.first else agent.sample(obs)[0]
-            state, reward = world.step(state, action)
-            after = world.observe(state)
+            action = 2 * torch.rand(1, 1) - 1 if step < its.first else agent.sample(obs)[0]
+            state, reward = Pendulum.step(state, action)
+            after = Pendulum.observe(state)
             memory[step] = torch.cat([obs, action, reward[:, None], after], 1)
         obs = after
-        if step >= task.first:
-            o, a, r, n = memory[torch.randint(step + 1, (task.bs,))].split([seen, 1, 1, seen], 1)
+        if step >= its.first:
+            o, a, r, n = memory[torch.randint(step + 1, (its.bs,))].split([seen, 1, 1, seen], 1)
             agent.update(o, a, r[:, 0], n)
         if step + 1 in points:
-            score, seconds = evaluate(agent, task), time.process_time() - began
-            values = (*run.key, step + 1, f"{score:.2f}", f"{seconds:.1f}", *(about[c] for c in COLUMNS[-3:]))
+            score, seconds = evaluate(agent, its.episode), time.process_time() - began
+            values = (*run.key, step + 1, f"{score:.2f}", f"{seconds:.1f}", *(where[c] for c in COLUMNS[-3:]))
             rows.append(dict(zip(COLUMNS, map(str, values))))
     return rows
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of the CSV, without those of a run that lost some."""
+    rows = about.rows_of(path, KINDS)
+    found = Counter(map(_key, rows))
+    return [row for row in rows if found[_key(row)] >= LENGTHS.points]
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[column] for column in COLUMNS[:4])
+
+
 def train_all(runs: list[Run], path: Path, jobs: int, log: Callable[[str], object] = print) -> None:
     """Train the runs that the CSV at `path` does not have, and add the rows of each as soon as it ends."""
-    done = {tuple(row[c] for c in COLUMNS[:4]) for row in rows_of(path)}
+    done = set(map(_key, rows_of(path)))
     todo = [run for run in runs if run.key not in done]
     for i, new in enumerate(_results(todo, jobs), 1):
         rewrite(path, [*rows_of(path), *new])  # another process may have added rows
-        words = " ".join(new[0][c] for c in COLUMNS[:4])
-        log(f"[{i}/{len(todo)}] {words}: return {new[-1]['return']}, {new[-1]['seconds']} s")
+        log(f"[{i}/{len(todo)}] {' '.join(_key(new[0]))}: return {new[-1]['return']}, {new[-1]['seconds']} s")
 
 
 def _results(runs: list[Run], jobs: int) -> Iterator[list[dict[str, str]]]:
@@ -274,25 +286,20 @@ def _begin() -> None:
 
 def run(
     path: Path,
-    tasks: Sequence[str] | None = None,
     norms: Sequence[str] = tuple(NORMS),
     rates: Sequence[float] = RATES,
     seeds: Sequence[int] | None = None,
     jobs: int | None = None,
     full: bool = False,
-    device: str = "cpu",
     log: Callable[[str], object] = partial(print, flush=True),
 ) -> bool:
     """Train every norm at every rate with the first seed, then at its best rate with the others. False on Ctrl-C."""
-    if device != "cpu":
-        raise ValueError(f"CrossQ's nets are so small that they train on the CPU only; got device {device}")
-    pairs = list(itertools.product(tasks or TASKS, norms))
     seeds = seeds or range(10 if full else 3)
     jobs = jobs or os.cpu_count() or 1
     try:
-        train_all([Run(*pair, lr, seeds[0], full) for pair in pairs for lr in rates], path, jobs, log)
-        best = {pair: curve.lr for pair, curve in curves(rows_of(path)).items()}
-        train_all([Run(*pair, best[pair], seed, full) for seed in seeds[1:] for pair in pairs], path, jobs, log)
+        train_all([Run(norm, lr, seeds[0], full) for norm in norms for lr in rates], path, jobs, log)
+        best = {norm: curve.lr for norm, curve in curves(rows_of(path)).items()}
+        train_all([Run(norm, best[norm], seed, full) for seed in seeds[1:] for norm in norms], path, jobs, log)
     except KeyboardInterrupt:
         return False
     return True
@@ -316,86 +323,69 @@ class Curve:
         return [next((s for s, r in zip(self.steps, seed) if r >= goal), None) for seed in self.returns]
 
 
-def curves(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], Curve]:
-    """{(task, norm): curve}. The best rate has the highest mean return over the whole curve with the first seed.
+def curves(rows: Iterable[dict[str, str]]) -> dict[str, Curve]:
+    """{norm: curve}, in the order of `NORMS`, others at the end.
 
-    A return of NaN counts as that of random actions.
+    The best rate has the highest mean return over the whole curve with the first seed. A return of NaN counts as that
+    of random actions.
     """
-    found: dict[tuple[str, str], dict[float, dict[int, dict[int, float]]]] = {}
+    found: dict[str, dict[float, dict[int, dict[int, float]]]] = {}
     for row in rows:
         value = float(row["return"])
-        value = TASKS[row["task"]].world.random if math.isnan(value) else value
-        rates = found.setdefault((row["task"], row["norm"]), {})
+        value = RANDOM if math.isnan(value) else value
+        rates = found.setdefault(row["norm"], {})
         rates.setdefault(float(row["lr"]), {}).setdefault(int(row["seed"]), {})[int(row["step"])] = value
     best = {}
-    for where, rates in found.items():
+    for norm in sorted(found, key=lambda norm: list(NORMS).index(norm) if norm in NORMS else len(NORMS)):
+        rates = found[norm]
         first = min(seed for seeds in rates.values() for seed in seeds)
         lr = max((lr for lr in rates if first in rates[lr]), key=lambda lr: statistics.fmean(rates[lr][first].values()))
         runs = [rates[lr][seed] for seed in sorted(rates[lr])]
-        best[where] = Curve(lr, sorted(runs[0]), [[run[step] for step in sorted(run)] for run in runs])
+        best[norm] = Curve(lr, sorted(runs[0]), [[run[step] for step in sorted(run)] for run in runs])
     return best
 
 
 def table(rows: Iterable[dict[str, str]]) -> str:
-    """For each task a Markdown table of final returns and of how soon a good policy is found."""
-    found, parts = curves(rows), []
-    for name, task in TASKS.items():
-        here = {norm: found[name, norm] for norm in _ordered(norm for t, norm in found if t == name)}
-        if not here:
-            continue
-        goal, best = task.world.solved, max(statistics.fmean(c.final) for c in here.values())
-        lines = [f"| {task.title} | rate | final return | steps to {goal:g} | seeds |", "| --- |" + " --- |" * 4]
-        for norm, curve in here.items():
-            mean, reached = statistics.fmean(curve.final), curve.steps_to(goal)
-            spread = f" ± {statistics.stdev(curve.final):.0f}" if len(curve.final) > 1 else ""
-            text, there = f"{mean:.0f}{spread}", [s for s in reached if s is not None]
-            soon = f"{statistics.fmean(there):,.0f}" if there else "never"
-            lost = f" ({len(there)} of {len(reached)} seeds)" if there and len(there) < len(reached) else ""
-            text = f"**{text}**" if mean == best else text
-            lines.append(f"| {NORMS.get(norm, norm)} | {curve.lr:g} | {text} | {soon}{lost} | {len(reached)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    """Final returns, and how soon a good policy is found, as Markdown."""
+    found = curves(rows)
+    best = max(statistics.fmean(curve.final) for curve in found.values())
+    lines = [f"| {TITLE} | rate | final return | steps to {SOLVED:g} | seeds |", "| --- |" + " --- |" * 4]
+    for norm, curve in found.items():
+        mean, reached = statistics.fmean(curve.final), curve.steps_to(SOLVED)
+        spread = f" ± {statistics.stdev(curve.final):.0f}" if len(curve.final) > 1 else ""
+        text, there = f"{mean:.0f}{spread}", [s for s in reached if s is not None]
+        soon = f"{statistics.fmean(there):,.0f}" if there else "never"
+        lost = f" ({len(there)} of {len(reached)} seeds)" if there and len(there) < len(reached) else ""
+        text = f"**{text}**" if mean == best else text
+        lines.append(f"| {NORMS.get(norm, norm)} | {curve.lr:g} | {text} | {soon}{lost} | {len(reached)} |")
+    return "\n".join(lines)
 
 
 def figure(rows: Iterable[dict[str, str]]) -> Any:
-    """Learning curves, a panel for each task: the mean over the seeds, and a band of a standard deviation each way."""
-    found = curves(rows)
-    tasks = [name for name in TASKS if any(t == name for t, _ in found)]
+    """Learning curves: the mean over the seeds, and a band of a standard deviation each way."""
     fig = new_figure(8.0, 3.6)
     fig.suptitle(QUESTION, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    panels = fig.add_gridspec(1, max(len(tasks), 1))
-    others = {"batchnorm:momentum=0.01": "#E69F00", "sac": "#44AA99"}
-    colors = {norm: (PEER_COLORS | others).get(norm, COLORS[0]) for _, norm in found}
-    for i, name in enumerate(tasks):
-        world = TASKS[name].world
-        label = "mean return of 20 episodes" if i == 0 else ""
-        ax = axes(fig, panels[0, i], TASKS[name].title, "environment steps", label)
-        ax.axhline(world.solved, color=GREY, lw=0.8, ls=":")
-        ends = []
-        for norm in _ordered(n for t, n in found if t == name):
-            curve, ours = found[name, norm], norm.startswith("default")
-            mean, color = [statistics.fmean(at) for at in zip(*curve.returns)], colors[norm]
-            ax.plot(curve.steps, mean, color=color, lw=2.8 if ours else 1.3, zorder=3 if ours else 2)
-            if len(curve.returns) > 1:
-                std = [statistics.stdev(at) for at in zip(*curve.returns)]
-                low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
-                ax.fill_between(curve.steps, low, high, color=color, alpha=0.2 if ours else 0.08, lw=0)
-            ends.append((curve.steps[-1], mean[-1], NORMS.get(norm, norm), color))
-        ax.set_ylim(*world.shown)
-        label_ends(ax, ends, [NORMS["default"]])
+    ax = axes(fig, fig.add_gridspec(1, 1)[0, 0], TITLE, "environment steps", "mean return of 20 episodes")
+    ax.axhline(SOLVED, color=GREY, lw=0.8, ls=":")
+    colors = PEER_COLORS | {"batchnorm:momentum=0.01": "#E69F00", "sac": "#44AA99"}
+    ends = []
+    for norm, curve in curves(rows).items():
+        ours, color = norm.startswith("default"), colors.get(norm, COLORS[0])
+        mean = [statistics.fmean(at) for at in zip(*curve.returns)]
+        ax.plot(curve.steps, mean, color=color, lw=2.8 if ours else 1.3, zorder=3 if ours else 2)
+        if len(curve.returns) > 1:
+            std = [statistics.stdev(at) for at in zip(*curve.returns)]
+            low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
+            ax.fill_between(curve.steps, low, high, color=color, alpha=0.2 if ours else 0.08, lw=0)
+        ends.append((curve.steps[-1], mean[-1], NORMS.get(norm, norm), color))
+    ax.set_ylim(*SHOWN)
+    label_ends(ax, ends, [NORMS["default"]])
     return fig
-
-
-def _ordered(norms: Iterable[str]) -> list[str]:
-    """In the order of `NORMS`, others at the end."""
-    return sorted(set(norms), key=lambda norm: (list(NORMS).index(norm) if norm in NORMS else len(NORMS), norm))
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = partial(str.split, sep=",")
-    parser.add_argument("--tasks", type=names, help=f"default: {','.join(TASKS)}")
     parser.add_argument("--norms", type=split_norms, default=list(NORMS), help=f"default: {','.join(NORMS)}")
     parser.add_argument("--rates", type=numbers(float), default=RATES, help="default: 3e-4,1e-3,3e-3")
     parser.add_argument("--seeds", type=numbers(int), help="default: 0,1,2; with --full 0 to 9")
@@ -403,11 +393,9 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="five times the steps, nets of 256, ten seeds")
     parser.add_argument("--csv", type=Path, help="default: results/evidence/crossq.csv, with --full crossq-full.csv")
     args = parser.parse_args()
-    if unknown := set(args.tasks or ()) - set(TASKS):
-        parser.error(f"tasks must be of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
     path = args.csv or RESULTS.with_stem("crossq-full" if args.full else "crossq")
     torch.set_num_threads(1)
-    whole = run(path, args.tasks, args.norms, args.rates, args.seeds, args.jobs, args.full)
+    whole = run(path, args.norms, args.rates, args.seeds, args.jobs, args.full)
     if rows := rows_of(path):
         print(f"\n{table(rows)}\n\n{write_whole(path.with_suffix('.png'), plots.png(figure(rows)))}")
     if not whole:

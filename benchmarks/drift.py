@@ -16,7 +16,8 @@ import copy
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,9 +26,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import about
 import torch
 import torch.nn.functional as F
-from about import machine, rewrite, rows_of
+from about import machine, rewrite
 from torch import Tensor, nn
 
 from fastrbn import plots
@@ -35,7 +37,7 @@ from fastrbn.compare import ZOO, Cell, load_task, run_cell
 from fastrbn.compare.report import plain_point
 from fastrbn.compare.results import Point
 from fastrbn.norm import RunningBatchNorm, convert_batchnorm
-from fastrbn.util import write_whole
+from fastrbn.util import one_of, write_whole
 
 QUESTION = "Should the statistics of a trained net follow inputs that drift?"
 RESULTS = Path(__file__).parent / "results" / "evidence" / "drift.csv"
@@ -59,6 +61,13 @@ DRIFTS = {
     "drift-digits": Drift((0.6,), (0.5,), 1.0, 1.4),
     "drift-objects": Drift((0.5, 0.7, 0.9), (0.8, 0.4, 0.0), 0.5, 0.5),
 }
+KINDS: dict[str, Callable[[str], Any]] = {
+    "task": lambda text: one_of("task", text.removesuffix("-full"), DRIFTS),
+    **dict.fromkeys(("norm", "mode", "bs", "order"), str),
+    **{"seed": int, "segment": int, "accuracy": lambda text: float(text or 0)},  # empty: refused
+    **dict.fromkeys(("machine", "torch", "date"), str),
+}
+"""The columns of the CSV, and how they are read."""
 SEGMENTS = 20
 PARTS = {"no drift": (0, 2), "light": (8, 10), "after the return": (10, 12), "blur and noise": (18, 20)}  # of segments
 RUN = 64  # images of one class in a row
@@ -179,24 +188,39 @@ def measure(job: tuple[str, str, int], device: str = "cpu") -> list[dict]:
     task, norm, seed = job
     loaded, models = _load(task), []
     run_cell(Cell(norm, TRAIN_BS, seed, data=ZOO, net=task), loaded, device, look=models.append)
-    about = machine(torch.device(device))
-    about = {"machine": about["device"], "torch": about["torch"], "date": about["date"]}
+    made = machine(torch.device(device))
+    made = {"machine": made["device"], "torch": made["torch"], "date": made["date"]}
     rows = []
-    for bs, order in STREAMS:
-        drift = DRIFTS[task.removesuffix("-full")]
+    drift = DRIFTS[task.removesuffix("-full")]
+    for mode, bs, order in _streams(norm):
         x, y = (t.to(device) for t in stream(drift, loaded.valid_x, loaded.valid_y, order, seed))
-        for (its, mode), (_, begin) in CONTENDERS.items():
-            if its != norm or (mode == "frozen" and bs < TRAIN_BS):  # frozen: the same at every batch size
-                continue
-            found = right(begin(copy.deepcopy(models[0])), x, y, bs)
-            where = {"task": task, "norm": norm, "mode": mode, "bs": "any" if mode == "frozen" else bs, "order": order}
-            for segment, part in enumerate([None] * SEGMENTS if found is None else found.chunk(SEGMENTS)):
-                accuracy = "" if part is None else f"{100 * part.float().mean().item():.2f}"
-                rows.append({**where, "seed": seed, "segment": segment, "accuracy": accuracy, **about})
+        found = right(CONTENDERS[norm, mode][1](copy.deepcopy(models[0])), x, y, bs)
+        where = {"task": task, "norm": norm, "mode": mode, "bs": "any" if mode == "frozen" else bs, "order": order}
+        for segment, part in enumerate([None] * SEGMENTS if found is None else found.chunk(SEGMENTS)):
+            accuracy = "" if part is None else f"{100 * part.float().mean().item():.2f}"
+            rows.append({**where, "seed": seed, "segment": segment, "accuracy": accuracy, **made})
     return rows
 
 
 _load = cache(load_task)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of the CSV, without those of a net that lost some."""
+    rows = about.rows_of(path, KINDS)
+    found = Counter(map(_net, rows))
+    return [row for row in rows if found[_net(row)] >= SEGMENTS * sum(1 for _ in _streams(row["norm"]))]
+
+
+def _net(row: dict[str, str]) -> tuple[str, str, int]:
+    return row["task"], row["norm"], int(row["seed"])
+
+
+def _streams(norm: str) -> Iterator[tuple[str, int, str]]:
+    """Mode, batch size and order of what a net with this norm is shown."""
+    for (bs, order), (its, mode) in product(STREAMS, CONTENDERS):
+        if its == norm and (mode != "frozen" or bs >= TRAIN_BS):  # frozen: the same at every batch size
+            yield mode, bs, order
 
 
 def run(
@@ -208,7 +232,7 @@ def run(
     full: bool = False,
 ) -> bool:
     """Measure what the CSV does not have yet; False if Ctrl-C ended it. The rows of a net are written together."""
-    done = {(r["task"], r["norm"], int(r["seed"])) for r in rows_of(path)}
+    done = set(map(_net, rows_of(path)))
     tasks = [task + "-full" * full for task in tasks]
     todo = [job for seed, task, norm in product(seeds, tasks, NORMS) if (job := (task, norm, seed)) not in done]
     print(f"{len(todo)} nets to train, {len(done)} finished", flush=True)
@@ -289,7 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="longer trainings and streams, for a GPU")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each; on CUDA 1)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=about.device_name, default="cpu")
     parser.add_argument("--csv", type=Path, help="default: results/evidence/drift.csv, with --full drift-full.csv")
     args = parser.parse_args()
     args.csv = args.csv or RESULTS.with_stem("drift-full" if args.full else "drift")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import crossq
 import drift
-from about import rows_of
+from about import device_names
 from small_batch import end
 
 from fastrbn import plots
@@ -37,7 +37,7 @@ QUESTIONS = {name: study.question for name, study in STUDIES.items()} | {n: o.QU
 def showing(name, full=False):
     """Functions of a question: the rows at a path, their table as Markdown, and their picture."""
     if name in OTHERS:
-        return rows_of, OTHERS[name].table, OTHERS[name].figure
+        return OTHERS[name].rows_of, OTHERS[name].table, OTHERS[name].figure
     study = STUDIES[name].full() if full else STUDIES[name]
     return read_rows, partial(study_table, study), partial(study_figure, study)
 
@@ -56,7 +56,8 @@ def write(name, path, page=PAGE, full=False):
 def train(name, path, args):
     """Train what is missing; the exit status."""
     if name in OTHERS:
-        device = {} if name == "crossq" else {"device": args.device}  # its nets are so small that a CPU is faster
+        # CrossQ's nets are so small that a CPU is faster
+        device = {} if name == "crossq" else {"device": args.device.partition(",")[0]}
         return 0 if OTHERS[name].run(path, full=args.full, jobs=args.jobs, **device) else 130
     log = partial(print, flush=True)
     result = run_study(name, path, args.jobs, args.device, full=args.full, log=log)
@@ -68,7 +69,7 @@ def main():
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"default: {' '.join(QUESTIONS)}")
     parser.add_argument("--full", action="store_true", help="full length, for a GPU")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each; on CUDA 1)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_names, default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs (default: results/evidence)")
     parser.add_argument("--write", action="store_true", help="write docs/evidence.md and its pictures; train nothing")
     parser.add_argument("--list", action="store_true", help="name the questions and end")

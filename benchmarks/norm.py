@@ -25,7 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from about import append, in_words, machine, rows_of
+from about import append, device_name, in_words, machine, rows_of
 from torch import nn
 
 from fastrbn import plots
@@ -276,7 +276,7 @@ def plot(rows, path, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=dtypes)
     parser.add_argument("--shapes", nargs="+", help="such as 64x64x32x32 (default: all)")

@@ -7,7 +7,7 @@
 Every norm has the same net, initial weights, order of batches and learning rate at the same seed; the rule for the
 rate was fixed before anything was compared, and the sweep shows what each norm would make of others. A row a cell goes
 to results/small_batch_<grid>.csv as soon as it is trained, with machine, versions and date; a grid that was interrupted
-goes on with the same command. Table and pictures are written beside it.
+goes on with the same command. Table and pictures are written beside it; the full grid has docs/small-batches.png too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastrbn.compare import cells_of, run_grid, split_norms, write_report
+from about import device_names
+
+from fastrbn import plots
+from fastrbn.compare import cells_of, read_rows, run_grid, split_norms, write_report
+from fastrbn.compare.report import accuracy_figure
+from fastrbn.util import write_whole
 
 RECIPES = "default,course,skip-alternate,skip-tenth,detached"
 PEERS = "batchnorm,batchrenorm,groupnorm,layernorm,frn"  # on the course net InstanceNorm has one value a channel
@@ -41,6 +46,7 @@ GRIDS = {
     },
 }
 RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "small-batches.png"  # of three norms of the full grid, for README.md
 
 
 def numbers(kind):
@@ -67,7 +73,7 @@ def main():
     parser.add_argument("--lr-factors", type=numbers(float), help="other learning-rate factors")
     parser.add_argument("--n-train", type=int, help="train on so many images")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each; on CUDA 1)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_names, default="cpu")
     parser.add_argument("--record-norms", type=int, metavar="K", help="weight norms every K steps")
     parser.add_argument("--csv", type=Path, help="instead of results/small_batch_<grid>.csv")
     args = parser.parse_args()
@@ -85,6 +91,9 @@ def main():
 
     def report():
         table, files = write_report(path, path.stem)
+        if path == RESULTS / "small_batch_full.csv":
+            rows = [row for row in read_rows(path) if row["norm"] in ("default", "batchnorm", "groupnorm")]
+            files.append(write_whole(PICTURE, plots.png(accuracy_figure(rows))))
         return f"{table}\n{', '.join(map(str, files))}"
 
     return end(result, cells, report)

@@ -18,6 +18,7 @@ import math
 import sys
 from pathlib import Path
 
+from about import device_names
 from small_batch import end, numbers
 
 from fastrbn import plots
@@ -80,7 +81,7 @@ def main():
     parser.add_argument("--factors", type=factors, default=factors("1/3,1,3,4"), help="default: 1/3,1,3,4")
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2], help="default: 0,1,2")
     parser.add_argument("--jobs", type=int, help="processes (default: a core each; on CUDA 1)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_names, default="cpu")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="default: results/zoo.csv")
     parser.add_argument("--list", action="store_true", help="name the tasks and end")
     args = parser.parse_args()

@@ -224,6 +224,7 @@ def test_the_evidences_script_runs_a_grid_and_goes_on_with_it(tmp_path, monkeypa
     for module in (grid, workers):
         monkeypatch.setattr(module, "load_images", lambda *_: small())
     path = tmp_path / "small_batch_quick.csv"
+    monkeypatch.syspath_prepend(script.parent)  # as Python does for a script
     monkeypatch.setattr(
         sys, "argv", [str(script), "--csv", str(path), "--n-train", "64", "--jobs", "0", "--bs", "8,32"]
     )
@@ -234,10 +235,11 @@ def test_the_evidences_script_runs_a_grid_and_goes_on_with_it(tmp_path, monkeypa
     assert {p.name for p in tmp_path.iterdir()} == {f"small_batch_quick.{e}" for e in ("csv", "md", "png")}
 
 
-def test_every_named_grid_of_the_evidence_is_made_of_cells_that_exist():
+def test_every_named_grid_of_the_evidence_is_made_of_cells_that_exist(monkeypatch):
     script = ROOT / "benchmarks" / "small_batch.py"
     if not script.is_file():
         pytest.skip("the tests run outside the repository")
+    monkeypatch.syspath_prepend(script.parent)  # as Python does for a script
     grids = runpy.run_path(str(script))["GRIDS"]
     assert set(grids) == {"quick", "full", "sweep", "cifar"}
     for settings in grids.values():

@@ -75,6 +75,7 @@ def command(monkeypatch, tmp_path):
         return GridResult([], {}, False, 0)
 
     names["main"].__globals__.update(OTHERS={n: other(n) for n in ("crossq", "drift")}, run_study=run_study)
+    names["main"].__globals__["device_names"] = str  # a GPU need not be here
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["evidence.py", "--out", str(tmp_path / "out"), *words])
