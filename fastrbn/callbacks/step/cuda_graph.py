@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrbn.learn.callback import Callback
 from fastrbn.util import apply_to, items_of
@@ -41,16 +41,16 @@ class CUDAGraph(Callback):
     - with callbacks that weigh the loss, scale it or evaluate it again (`GradientAccumulation`, `Distributed` in
       several processes, `MixedPrecision("fp16")`, `Closure`), that replace model, loss function, prediction or loss
       (`MixUp`, `CutMix`), that hook into modules or read the autograd graph (`ActivationStats`, `GraphMonitor`);
-    - with models whose forward pass waits for the device, draws random numbers on the host, counts in an attribute, or
-      replaces a buffer instead of changing it in place.
+    - with models whose forward pass waits for the device, draws random numbers on the host, or sets attributes or
+      buffers instead of changing tensors in place.
 
     Schedules, `GradientClip`, `EMA`, `MixedPrecision("bf16")`, `ParamMagnitudes`, `Checkpoint`, the loggers, and
     `CompileCallback` without a `mode` that makes CUDA graphs work as usual. `HaltOnNaN` sees loss, gradients,
     parameters and buffers, but not what modules return; it locates a fault as usual.
 
-    Python code of model and loss function runs only when a step is recorded: numbers that it computes outside tensors
-    stay as they were. Steps are recorded anew after a change of a mode (`train()`, `eval()`), of `requires_grad`, of a
-    parameter's or buffer's memory, or, between epochs, of a number among a module's attributes. `run.pred` and
+    Python code of model and loss function runs only when a step is recorded: numbers that it reads elsewhere than in a
+    module's attributes stay as they were. Steps are recorded anew after a change of a module's attributes (modes such
+    as `train()` among them), of `requires_grad`, or of a parameter's or buffer's memory. `run.pred` and
     `run.loss` are copies without an autograd graph. Gradients are overwritten by the next step.
 
     Examples
@@ -107,10 +107,6 @@ class CUDAGraph(Callback):
             if getattr(cb, "compile_args", {}).get("mode") in ("reduce-overhead", "max-autotune"):
                 return f"{cb!r} makes CUDA graphs itself"
         return None
-
-    def begin_epoch(self) -> None:
-        if self._watched is not None and self._watched.stale_modules():
-            self._forget()
 
     def begin_batch(self) -> None:
         self._end_batch()
@@ -187,15 +183,15 @@ class CUDAGraph(Callback):
         for name in ("model", "loss_func"):
             if getattr(run, name) is not getattr(run.learn, name):
                 raise Stale(f"a callback has replaced run.{name}")
-        watched = Watched([m for m in (run.model, run.loss_func) if isinstance(m, nn.Module)])
+        watched = Watched([run.model, run.loss_func])
         inputs = [*items_of((run.xb, run.yb), Tensor)]
         devices = sorted({str(t.device) for t in (*watched.tensors, *inputs)})
         if len(devices) != 1 or not devices[0].startswith(_DEVICE):
             raise Stale(f"model and batches must be on one CUDA device; they are on {', '.join(devices)}")
         if any(t.requires_grad for t in inputs):
             raise Stale("inputs need gradients")
-        if hook := watched.hook():
-            raise Stale(f"it would leave out {hook}")
+        if left_out := watched.left_out():
+            raise Stale(f"it would leave out {left_out}")
         self._recorder = self._recorder or Recorder(torch.device(devices[0]))
         # the graph of the step before would tie this one's gradients to its own stream
         run.pred, run.loss = (apply_to(value, Tensor, Tensor.detach) for value in (run.pred, run.loss))

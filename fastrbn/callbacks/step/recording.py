@@ -6,20 +6,24 @@ tensors of its own, learning rates are read from tensors, and `Watched` tells wh
 
 from __future__ import annotations
 
+import itertools
 import operator
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastrbn.learn.snapshot import Snapshot
 from fastrbn.util import apply_to, items_of
 
 _WARM_UPS = 3  # passes before a recording, as in PyTorch's guide to CUDA graphs
 _PLAIN = (bool, int, float, str, type(None))
+_MODULES_OWN = set(vars(nn.Module()))  # what each module has
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -86,15 +90,18 @@ class RecordedStep:
             return apply_to(pred, Tensor, Tensor.detach), loss.detach()
 
         with Snapshot(watched.roots, parameters=False):  # the passes here are none of the training's
-            before = _host_random()
-            recorder.warm_up(backward)
-            if before != _host_random():
-                raise Stale("the model draws random numbers on the host")
-            if changed := watched.changed_by_forward():
-                raise Stale(f"the forward pass {changed}")
-            if any(p.grad is not None and p.grad.is_sparse for p in watched.params):
-                raise Stale("gradients are sparse")
-            self._outputs, self._replay = recorder.record(backward)
+            try:
+                before = _host_random()
+                recorder.warm_up(backward)
+                if before != _host_random():
+                    raise Stale("the model draws random numbers on the host")
+                if changed := watched.changed_by_forward():
+                    raise Stale(f"the forward pass {changed}")
+                if any(p.grad is not None and p.grad.is_sparse for p in watched.params):
+                    raise Stale("gradients are sparse")
+                self._outputs, self._replay = recorder.record(backward)
+            finally:
+                watched.put_back()
         self._inputs, self._recorder = [*items_of(own, Tensor)], recorder
         self.grads = [(p, p.grad) for p in watched.params if p.grad is not None]
         self._update: RecordedUpdate | None = None
@@ -169,7 +176,7 @@ class RecordedUpdate:
 
     def replay(self, opt: torch.optim.Optimizer) -> bool:
         """Take the step. False if the optimiser has other settings or another state than in the recording."""
-        if not _same(_settings(opt), self._settings, equal=True) or not _same(_state(opt), self._state):
+        if not _same(_settings(opt), self._settings) or not _same(_state(opt), self._state):
             return False
         for i, (group, rate) in enumerate(zip(opt.param_groups, self._rates, strict=True)):
             value = group["lr"]
@@ -187,68 +194,89 @@ class RecordedUpdate:
 
 
 class Watched:
-    """What recordings depend on in some modules: addresses, modes, attributes that are numbers or strings."""
+    """What recordings depend on in a model and a loss function: tensors, attributes, hooks, what is trained."""
 
-    def __init__(self, roots: list[nn.Module]):
-        self.roots = roots
-        self._modules = [*_named_modules(roots)]
-        self._tables: list[dict[str, Any]] = [t for _, m in self._modules for t in (m._parameters, m._buffers) if t]
-        self._kept = self._read_tensors()
-        self.tensors = [t for t in self._kept if t is not None]  # all parameters and buffers
-        self.params = [p for p in dict.fromkeys(self.tensors) if isinstance(p, nn.Parameter)]
-        self._addresses, self._modes = self._read_addresses(), self._read_modes()
-        self._plain = [_plain(m) for _, m in self._modules]
+    def __init__(self, roots: list[Any]):
+        self.roots = [root for root in roots if isinstance(root, nn.Module)]
+        self._modules = [*_named_modules(self.roots)]
+        self._tables: list[tuple[str, Any]] = []  # dictionaries and lists that hold attributes, with their owners
+        for name, m in self._modules:
+            self._tables += [(name, m._parameters), (name, m._buffers), (name, m._modules), (name, vars(m))]
+            self._tables += [(name, v) for v in _mutable(vars(m), outside=_MODULES_OWN)]
+        for root in roots:
+            if root not in self.roots and getattr(root, "__dict__", None):
+                self._tables += [(type(root).__name__, v) for v in (vars(root), *_mutable(vars(root)))]
+        self._before = [table.copy() for _, table in self._tables]
+        self._views = [_items(table) for _, table in self._tables]  # they follow changes
+        self._values = [*itertools.chain(*self._views)]
+        self._hook_tables = [getattr(m, kind) for _, m in self._modules for kind in _HOOKS]
+        self.tensors = [*{id(v): v for v in self._values if isinstance(v, Tensor)}.values()]
+        self.params = [t for t in self.tensors if isinstance(t, nn.Parameter)]
+        self._addresses, self._trained, self._hooks = self._read_addresses(), self._read_trained(), self._read_hooks()
 
     def clear_grads(self) -> None:
         """Leave the parameters without gradients."""
         for p in self.params:
             p.grad = None
 
-    def hook(self) -> str | None:
-        """The first hook whose function a replay would leave out, in words."""
+    def left_out(self) -> str | None:
+        """What a replay would leave out, in words: a hook, or random numbers."""
         for name, m in self._modules:
-            for kind in _HOOKS:
-                if any(_counts(hook) for hook in getattr(m, kind).values()):
-                    return f"a hook on {name}"
-        for p in self.params:
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
-                return "a hook on a parameter"
+            if any(_counts(hook) for kind in _HOOKS for hook in getattr(m, kind).values()):
+                return f"a hook on {name}"
+        if any(self._read_trained()[1::2]):
+            return "a hook on a parameter"
+        if _has_any_global_hook():
+            return "a hook on all modules"
+        for value in self._values:
+            if isinstance(value, (random.Random, torch.Generator)) or hasattr(value, "bit_generator"):
+                return f"random numbers of a {type(value).__name__}"
         return None
 
     def changed_by_forward(self) -> str | None:
         """The change that a pass has made and a replay would not make, in words."""
-        names = [name for table in self._tables for name in table]
-        for name, before, now in zip(names, self._kept, self._read_tensors(), strict=False):
-            if before is not now:
-                return f"replaces the tensor '{name}' instead of changing it in place"
-        for (name, m), then in zip(self._modules, self._plain, strict=True):
-            attributes = _plain(m)
-            for key in attributes.keys() | then.keys():
-                if attributes.get(key, self) != then.get(key, self):
-                    return f"changes '{key}', an attribute of {name}"
+        computed = {(name, getattr(hook, "name", None)) for name, m in self._modules for hook in _recorded_hooks(m)}
+        for (owner, table), then in zip(self._tables, self._before, strict=True):
+            if not isinstance(table, dict):
+                if not _same([*table], [*then]):
+                    return f"changes a {type(table).__name__}, an attribute of {owner}"
+                continue
+            for key in [key for key in {**then, **table} if (owner, key) not in computed]:
+                old, new = then.get(key, self), table.get(key, self)
+                if old is not new and isinstance(old, Tensor):
+                    return f"replaces the tensor '{key}' instead of changing it in place"
+                if not _equal(old, new):
+                    return f"changes '{key}', an attribute of {owner}"
         return None
 
+    def put_back(self) -> None:
+        """Undo what passes have done to lists and dictionaries."""
+        for (_, table), then in zip(self._tables, self._before, strict=True):
+            if not _same([*_items(table)], [*_items(then)]):
+                table.clear()
+                table.extend(then) if hasattr(table, "extend") else table.update(then)
+
     def stale(self) -> bool:
-        """True if a tensor has been replaced, or a mode or `requires_grad` changed. Quick, for each step."""
+        """True if anything has changed. Quick, for each step."""
         return (
-            not _same(self._read_tensors(), self._kept)
+            not _same([*itertools.chain.from_iterable(self._views)], self._values)
             or self._read_addresses() != self._addresses
-            or self._read_modes() != self._modes
+            or self._read_trained() != self._trained
+            or self._read_hooks() != self._hooks
+            or bool(_has_any_global_hook())
         )
-
-    def stale_modules(self) -> bool:
-        """True if modules, hooks or attributes have changed."""
-        now = [*_named_modules(self.roots)]
-        return now != self._modules or [_plain(m) for _, m in now] != self._plain or self.hook() is not None
-
-    def _read_tensors(self) -> list[Tensor | None]:
-        return [t for table in self._tables for t in table.values()]
 
     def _read_addresses(self) -> list[int]:
         return [t.data_ptr() for t in self.tensors]
 
-    def _read_modes(self) -> list[bool]:
-        return [m.training for _, m in self._modules] + [p.requires_grad for p in self.params]
+    def _read_trained(self) -> list[bool]:
+        return [
+            v for p in self.params for v in (p.requires_grad, bool(p._backward_hooks or p._post_accumulate_grad_hooks))
+        ]
+
+    def _read_hooks(self) -> list[Any]:
+        tables = filter(None, self._hook_tables)
+        return [hook for table in tables for hook in table.values() if not getattr(hook, "optional", False)]
 
 
 def in_words(e: Exception) -> str:
@@ -273,13 +301,31 @@ def _named_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
             yield (f"module '{name}'" if name else type(root).__name__), m
 
 
-def _plain(m: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(m).items() if isinstance(v, _PLAIN) and k != "training"}
+def _items(table: Any) -> Any:
+    return table.values() if isinstance(table, dict) else table
+
+
+def _mutable(value: Any, outside: Any = ()) -> Iterator[Any]:
+    """The lists, dictionaries and the like that a dictionary or list holds, at any depth."""
+    inner = [v for k, v in value.items() if k not in outside] if isinstance(value, dict) else value
+    for v in inner:
+        if isinstance(v, (list, dict, set, deque)):
+            yield v
+            yield from _mutable(v)
 
 
 def _counts(hook: Any) -> bool:
-    """True unless a replay may leave the hook out: those of torch.nn.utils compute weights, which is recorded."""
-    return not getattr(hook, "optional", False) and not type(hook).__module__.startswith("torch.")
+    """True unless a replay may leave the hook out, or does what it does."""
+    return not getattr(hook, "optional", False) and not _is_recorded(hook)
+
+
+def _is_recorded(hook: Any) -> bool:
+    """True for hooks of torch.nn.utils, which compute weights, and for those that fix a norm's statistics."""
+    return getattr(hook, "__module__", None) == "fastrbn.util" or type(hook).__module__.startswith("torch.nn.")
+
+
+def _recorded_hooks(m: nn.Module) -> list[Any]:
+    return [hook for hook in m._forward_pre_hooks.values() if _is_recorded(hook)]
 
 
 def _host_random() -> tuple[Any, ...]:
@@ -295,10 +341,12 @@ def _state(opt: torch.optim.Optimizer) -> list[Any]:
     return [v for state in opt.state.values() for v in state.values()]
 
 
-def _same(some: list[Any], others: list[Any], equal: bool = False) -> bool:
-    """True if the items are the same objects, or, with `equal`, objects other than tensors that are equal."""
-    if len(some) != len(others):
-        return False
-    return all(map(operator.is_, some, others)) or (
-        equal and all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(some, others, strict=True))
-    )
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and (all(map(operator.is_, some, others)) or all(map(_equal, some, others)))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """True for the same object, and for equal numbers and strings, also in tuples."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    return len(a) == len(b) and all(map(_equal, a, b)) if isinstance(a, tuple) else isinstance(a, _PLAIN) and a == b

@@ -8,6 +8,7 @@ import copy
 import math
 import random
 import re
+from collections import deque
 from functools import partial
 from types import SimpleNamespace
 
@@ -190,12 +191,15 @@ def test_state_that_is_replaced_is_not_missed():
     check_as_plain(make_learn, Replaces, replays=10, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("what", ["parameter", "buffer", "memory", "module", "mode", "attribute", "freezing"])
+CHANGES = ["parameter", "buffer", "memory", "module", "mode", "attribute", "momentum", "norm", "freezing", "new"]
+
+
+@pytest.mark.parametrize("what", CHANGES)
 def test_a_change_of_the_model_is_recorded_anew(what):
     class Changes(Callback):
         def begin_batch(self):
             net, run = self.run.learn.model, self.run
-            if not (run.in_train and run.epoch == 1 and run.iter == (0 if what in ("module", "attribute") else 2)):
+            if not (run.in_train and run.epoch == 1 and run.iter == 2):
                 return
             if what == "buffer":
                 net[1].running_mean = net[1].running_mean + 1
@@ -207,15 +211,19 @@ def test_a_change_of_the_model_is_recorded_anew(what):
                 net[1].eval()
             elif what == "freezing":
                 net[0].weight.requires_grad_(False)
-
-        def begin_epoch(self):
-            net = self.run.learn.model
-            if self.run.epoch == 1 and what == "module":
+            elif what == "module":
                 net[2] = nn.Tanh()
-            if self.run.epoch == 1 and what == "attribute":
-                net[1].momentum = 0.9
+            elif what == "attribute":
+                net[1].eps = 0.1
+            elif what == "momentum":
+                net[1].momentum = 0
+            elif what == "norm":
+                net[1].freeze()
+            elif what == "new":
+                net[2].scale = 2.0
 
-    make = lambda: make_learn(sizes=(6, 6, 6, 6))
+    norm = partial(RunningBatchNorm, backend="fused") if what in ("momentum", "norm") else nn.BatchNorm1d
+    make = lambda: make_learn(small_net(norm), sizes=(6, 6, 6, 6))
     learn, plain = make(), make()
     run = fit(learn, Changes())
     Runner([Changes()]).fit(3, plain)
@@ -374,6 +382,9 @@ class Odd(nn.Module):
     def __init__(self, what):
         super().__init__()
         self.what, self.net, self.count = what, small_net(), 0
+        self.last, self.kept, self.random = torch.zeros(4), {"means": deque([torch.zeros(4)])}, None
+        if what == "own":
+            self.random = random.Random(0)
         self.register_buffer("mean", torch.zeros(4))
 
     def forward(self, x):
@@ -383,6 +394,12 @@ class Odd(nn.Module):
             self.count += 1
         elif self.what == "replaces":
             self.mean = self.mean.lerp(x.mean(0).detach(), 0.1)
+        elif self.what == "remembers":
+            x, self.last = x + self.last, x.mean(0).detach()
+        elif self.what == "lists":
+            x, self.kept["means"][0] = x + self.kept["means"][0], x.mean(0).detach()
+        elif self.what == "own":
+            x = x * self.random.random()
         elif self.what == "python":
             x = x * random.random()
         elif self.what == "torch":
@@ -396,6 +413,9 @@ class Odd(nn.Module):
         ("waits", "cannot be recorded: RuntimeError: operation not permitted"),
         ("counts", "the forward pass changes 'count', an attribute of Odd"),
         ("replaces", "the forward pass replaces the tensor 'mean' instead of changing it in place"),
+        ("remembers", "the forward pass replaces the tensor 'last' instead of changing it in place"),
+        ("lists", "the forward pass changes a deque, an attribute of Odd"),
+        ("own", "it would leave out random numbers of a Random"),
         ("python", "the model draws random numbers on the host"),
     ],
 )
@@ -411,6 +431,34 @@ def test_models_that_a_replay_would_not_repeat_train_without_graphs(what, why):
     assert run.cuda_graph.graphs == 0
     check_equal(learn, plain, rtol=0, atol=0)
     assert learn.model.count == plain.model.count
+
+
+def test_a_loss_that_counts_trains_without_graphs():
+    class Loss:
+        count = 0
+
+        def __call__(self, pred, target):
+            self.count += 1
+            return F.cross_entropy(pred, target) / self.count
+
+    learn, plain = make_learn(loss_func=Loss()), make_learn(loss_func=Loss())
+    fit(learn, says=refused("the forward pass changes 'count', an attribute of Loss"))
+    Runner().fit(3, plain)
+    assert learn.loss_func.count == plain.loss_func.count
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_hook_that_comes_later_is_not_left_out(epoch):
+    class Hooks(Callback):
+        def begin_batch(self):
+            if self.run.epoch == epoch and self.run.in_train and self.run.iter == 2:
+                self._handle = self.run.model[0].register_forward_hook(lambda m, args, out: 2 * out)
+
+    learn, plain = make_learn(), make_learn()
+    fit(learn, Hooks(), says=refused("it would leave out a hook on module '0'"))
+    Runner([Hooks()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
 
 
 class Penalty(Callback):
