@@ -20,9 +20,9 @@ class Tape:
         with _Operators() as seen:
             out = function()
         for t, value in seen.before.values():
-            t.copy_(value)
+            t.data.copy_(value)  # unseen by the autograd graph that a second recording goes through
         for t in (t for call in seen.calls for t in call[-1] if t.is_floating_point()):
-            t.fill_(torch.nan)  # as good as what CUDA has there before a replay
+            t.data.fill_(torch.nan)  # as good as what CUDA has there before a replay
         return out, seen.replay
 
 

@@ -83,7 +83,7 @@ class CUDAGraph(Callback):
     def _end_batch(self) -> None:
         self._now: RecordedStep | None = None  # the one that computes the current batch
         self._next: str | None = None  # the loop's next call in it: "model" or "loss"
-        self._given: list[Tensor] = []  # what the loop got from these calls
+        self._given: list[tuple[Tensor, int | None]] = []  # what these calls took and gave, with its version
         self._loss: Tensor | None = None  # what it will get from the second
 
     def begin_fit(self) -> None:
@@ -120,17 +120,18 @@ class CUDAGraph(Callback):
             if self._now is None:
                 pred = forward(function, *args)
             else:
-                pred, self._loss = self._now.replay((run.xb, run.yb))
+                pred, self._loss = self._now.forward((run.xb, run.yb))
                 self.replays += 1
-            self._given = [*items_of(pred, Tensor)]
+            self._given = [(t, _version(t)) for t in items_of((run.yb, pred), Tensor)]
             return pred
-        if self._next != "loss" or function is not run.loss_func:  # a callback's own use
+        if self._next != "loss" or function is not run._lent["loss_func"]:  # a callback's own use
             return forward(function, *args)
         self._next = None
-        for t in items_of(args[0], Tensor):
-            self._check(t, "prediction")
+        for what, value in zip(("prediction", "target"), args, strict=True):
+            for t in items_of(value, Tensor):
+                self._check(t, what)
         loss: Any = forward(function, *args) if self._now is None else self._loss
-        self._given.append(loss)
+        self._given += [(t, _version(t)) for t in items_of(loss, Tensor)]
         return loss
 
     def _backward(self, loss: Tensor) -> None:
@@ -138,7 +139,7 @@ class CUDAGraph(Callback):
         if self._now is None:
             self._inner["backward"](loss)
         else:
-            self._now.put_grads()
+            self._now.backward()
 
     def _step(self, opt: Any) -> None:
         try:
@@ -151,7 +152,7 @@ class CUDAGraph(Callback):
 
     def _check(self, t: Any, what: str) -> None:
         """Check that the loop goes on with the `what` that it got here."""
-        if self.why_not is not None or any(t is given for given in self._given):
+        if self.why_not is not None or any(t is given and _version(t) == version for given, version in self._given):
             return
         if self._now is None:
             self._give_up(f"a callback replaces the {what}")
@@ -166,28 +167,34 @@ class CUDAGraph(Callback):
         run = self.run
         if self._watched is not None and self._watched.stale():
             self._forget()
-        key = kind((run._unpack.form, run.xb, run.yb))
-        if key not in self._steps and key in self._seen and len(self._steps) < _KINDS:
-            try:
+        try:
+            for name in ("model", "loss_func"):
+                if getattr(run, name) is not run._lent[name]:
+                    raise Stale(f"a callback has replaced run.{name}")
+            key = kind((run._unpack.form, run.xb, run.yb))
+            if key not in self._steps and key in self._seen and len(self._steps) < _KINDS:
                 self._steps[key] = self._record()
                 self.graphs += 1
-            except Stale as e:
-                self._give_up(str(e))
-            except Exception as e:  # noqa: BLE001 - the plain step, which comes next, need not fail
-                self._give_up(f"the step cannot be recorded: {in_words(e)}")
-        self._seen.add(key)
-        return self._steps.get(key)
+            self._seen.add(key)
+            return self._steps.get(key)
+        except Stale as e:
+            self._give_up(str(e))
+        except Exception as e:  # noqa: BLE001 - the plain step, which comes next, need not fail
+            self._give_up(f"the step cannot be recorded: {in_words(e)}")
+        return None
 
     def _record(self) -> RecordedStep:
         run, unpack, forward = self.run, self.run._unpack, self._inner["forward"]
-        for name in ("model", "loss_func"):
-            if getattr(run, name) is not getattr(run.learn, name):
-                raise Stale(f"a callback has replaced run.{name}")
+        if why := self._refusal():  # by a callback that claims its part later than this one
+            raise Stale(why)
         watched = Watched([run.model, run.loss_func])
         inputs = [*items_of((run.xb, run.yb), Tensor)]
         devices = sorted({str(t.device) for t in (*watched.tensors, *inputs)})
         if len(devices) != 1 or not devices[0].startswith(_DEVICE):
             raise Stale(f"model and batches must be on one CUDA device; they are on {', '.join(devices)}")
+        known = set(watched.params)
+        if any(p not in known for group in getattr(run.opt, "param_groups", ()) for p in group["params"]):
+            raise Stale("the optimiser has parameters that are neither the model's nor the loss function's")
         if any(t.requires_grad for t in inputs):
             raise Stale("inputs need gradients")
         if left_out := watched.left_out():
@@ -200,10 +207,12 @@ class CUDAGraph(Callback):
             pred = unpack.call_model(run.model, xb, forward)
             return pred, unpack.call_loss(run.loss_func, pred, yb, forward)
 
+        grads = [(p, p.grad) for p in watched.params]  # a callback may have kept some from a step
         try:
             step = RecordedStep(evaluate, (run.xb, run.yb), watched, self._recorder)
         finally:
-            watched.clear_grads()
+            for p, grad in grads:
+                p.grad = grad
         self._watched = watched
         return step
 
@@ -228,3 +237,8 @@ class CUDAGraph(Callback):
 
     def __repr__(self) -> str:
         return "CUDAGraph()"
+
+
+def _version(t: Tensor) -> int | None:
+    """A number that each change in place raises."""
+    return None if t.is_inference() else t._version

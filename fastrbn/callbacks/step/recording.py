@@ -1,4 +1,4 @@
-"""A training step recorded as CUDA graphs: forward and backward pass in one, the optimiser's step in another.
+"""A training step recorded as CUDA graphs: the forward pass with the loss, the backward pass, the optimiser's step.
 
 A graph repeats launches with the addresses and the numbers that it was recorded with. So batches are copied into
 tensors of its own, learning rates are read from tensors, and `Watched` tells when a recording has become stale.
@@ -6,6 +6,7 @@ tensors of its own, learning rates are read from tensors, and `Watched` tells wh
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 import random
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastrbn.learn.snapshot import Snapshot
 from fastrbn.util import apply_to, items_of
@@ -61,7 +63,7 @@ class Recorder:
 
 
 class RecordedStep:
-    """A training step for batches of one kind. `replay` gives prediction and loss; gradients come with `grads`.
+    """A training step for batches of one kind: `forward`, `backward` and `update`.
 
     Parameters
     ----------
@@ -81,43 +83,58 @@ class RecordedStep:
 
     def __init__(self, evaluate: Callable[[Any, Any], tuple[Any, Tensor]], batch: Any, watched: Watched, recorder: Any):
         xb, yb = own = apply_to(batch, Tensor, lambda t: t.detach().clone())
+        self._inputs, self._recorder = [*items_of(own, Tensor)], recorder
 
         @torch.enable_grad()
-        def backward() -> tuple[Any, Tensor]:
-            watched.clear_grads()  # so that the pass makes new ones
-            pred, loss = evaluate(xb, yb)
-            loss.backward()
-            return apply_to(pred, Tensor, Tensor.detach), loss.detach()
+        def forward() -> tuple[Any, Tensor]:
+            return evaluate(xb, yb)
+
+        def both() -> None:
+            watched.clear_grads()
+            forward()[1].backward()
 
         with Snapshot(watched.roots, parameters=False):  # the passes here are none of the training's
             try:
-                before = _host_random()
-                recorder.warm_up(backward)
+                before, versions = _host_random(), [t._version for t in self._inputs]
+                recorder.warm_up(both)
                 if before != _host_random():
                     raise Stale("the model draws random numbers on the host")
                 if changed := watched.changed_by_forward():
                     raise Stale(f"the forward pass {changed}")
+                if versions != [t._version for t in self._inputs]:
+                    raise Stale("the forward pass changes its inputs")
                 if any(p.grad is not None and p.grad.is_sparse for p in watched.params):
                     raise Stale("gradients are sparse")
-                self._outputs, self._replay = recorder.record(backward)
+                watched.clear_grads()  # so that the pass makes new ones
+                (pred, loss), self._forward = recorder.record(forward)
+                kind(pred)
+                _, self._backward = recorder.record(loss.backward)
             finally:
                 watched.put_back()
-        self._inputs, self._recorder = [*items_of(own, Tensor)], recorder
-        self.grads = [(p, p.grad) for p in watched.params if p.grad is not None]
+        self._outputs = apply_to((pred, loss), Tensor, Tensor.detach)
+        self._grads = [(p, p.grad) for p in watched.params if p.grad is not None]
+        self._lent = [grad.detach() for _, grad in self._grads]  # callbacks may set their .data
         self._update: RecordedUpdate | None = None
         self._ready = False  # for the recording of the optimiser's step
 
-    def replay(self, batch: Any) -> tuple[Any, Tensor]:
+    def forward(self, batch: Any) -> tuple[Any, Tensor]:
         """Prediction and loss for a batch, as copies that can be kept."""
         for own, given in zip(self._inputs, items_of(batch, Tensor), strict=True):
             own.copy_(given)
-        self._replay()
+        self._forward()
         return apply_to(self._outputs, Tensor, Tensor.clone)
 
-    def put_grads(self) -> None:
-        """Give the parameters the gradients of the last replay."""
-        for p, grad in self.grads:
-            p.grad = grad
+    @torch.no_grad()
+    def backward(self) -> None:
+        """Add the gradients of the last forward pass to those that the parameters have."""
+        before = [None if p.grad is None else p.grad.clone() for p, _ in self._grads]
+        self._backward()
+        for i, (p, grad) in enumerate(self._grads):
+            if before[i] is not None:  # a callback has kept them from the step
+                grad.add_(before[i])
+            if self._lent[i].data_ptr() != grad.data_ptr():
+                self._lent[i] = grad.detach()
+            p.grad = self._lent[i]
 
     @torch.no_grad()
     def update(self, opt: torch.optim.Optimizer) -> bool:
@@ -128,19 +145,30 @@ class RecordedStep:
         Stale
             If the step cannot be recorded.
         """
-        for p, grad in self.grads:
-            if p.grad is None:
-                return False
-            if p.grad is not grad:  # a callback has replaced it
+        _check_recordable(opt)
+        moved = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+        if not {id(p) for p, _ in self._grads}.issuperset(map(id, moved)):
+            return False
+        for p, grad in self._grads:
+            if p.grad is not None and p.grad.data_ptr() != grad.data_ptr():  # a callback has replaced it
                 grad.copy_(p.grad)
         if self._update is None and self._ready:
-            self._update = RecordedUpdate(opt, self._recorder)
+            self._update = RecordedUpdate(opt, moved, self._grads, self._recorder)
         self._ready = True  # the first step is an ordinary one: it may create the optimiser's state
-        return self._update is not None and self._update.replay(opt)
+        return self._update is not None and self._update.replay(opt, moved)
 
 
 class RecordedUpdate:
     """An optimiser's step, which reads the learning rates from tensors; param groups keep their numbers.
+
+    Parameters
+    ----------
+    opt : torch.optim.Optimizer
+    moved : list of nn.Parameter
+        Those of its parameters that have gradients.
+    grads : list of (nn.Parameter, Tensor)
+        The memory that a replay reads the gradients from.
+    recorder : Recorder
 
     Raises
     ------
@@ -148,19 +176,20 @@ class RecordedUpdate:
         If the step cannot be recorded.
     """
 
-    def __init__(self, opt: torch.optim.Optimizer, recorder: Any):
+    def __init__(self, opt: torch.optim.Optimizer, moved: list[Any], grads: list[tuple[Any, Tensor]], recorder: Any):
         sgd = type(opt) is torch.optim.SGD
         if not (sgd or all(group.get("fused") or group.get("capturable") for group in opt.param_groups)):
             raise Stale(f"make {type(opt).__name__} with fused=True (Adam, AdamW) or capturable=True (others)")
-        self._settings, self._state = _settings(opt), _state(opt)
+        self._settings, self._state = _settings(opt), _state(opt, moved)
+        self._addresses = [p.data_ptr() for p in moved]
         self._rates = [torch.zeros((), device=recorder.device) for _ in opt.param_groups]
         self._values: list[Any] = [None] * len(self._rates)
         before = [dict(group) for group in opt.param_groups]
-        hooks: list[Any] = [opt._optimizer_step_pre_hooks, opt._optimizer_step_post_hooks]
-        kept = [table.copy() for table in hooks]
+        hooks, lent = opt._optimizer_step_post_hooks.copy(), [(p, p.grad) for p, _ in grads]
         try:
-            for table in hooks:
-                table.clear()  # a replay calls them
+            opt._optimizer_step_post_hooks.clear()  # a replay calls them
+            for p, grad in grads:
+                p.grad = None if p.grad is None else grad
             for group, rate in zip(opt.param_groups, self._rates, strict=True):
                 group["lr"] = rate
                 if sgd:  # only its fused form reads the rate from a tensor
@@ -171,12 +200,17 @@ class RecordedUpdate:
         except Exception as e:
             raise Stale(in_words(e)) from e
         finally:
-            for now, then in zip([*hooks, *opt.param_groups], [*kept, *before], strict=True):
+            opt._optimizer_step_post_hooks.update(hooks)
+            for p, shown in lent:
+                p.grad = shown
+            for now, then in zip(opt.param_groups, before, strict=True):
                 now.update(then)
 
-    def replay(self, opt: torch.optim.Optimizer) -> bool:
+    def replay(self, opt: torch.optim.Optimizer, moved: list[Any]) -> bool:
         """Take the step. False if the optimiser has other settings or another state than in the recording."""
-        if not _same(_settings(opt), self._settings) or not _same(_state(opt), self._state):
+        if not (
+            _same(_settings(opt), self._settings) and _same(_state(opt, moved), self._state)
+        ) or self._addresses != [p.data_ptr() for p in moved]:
             return False
         for i, (group, rate) in enumerate(zip(opt.param_groups, self._rates, strict=True)):
             value = group["lr"]
@@ -185,8 +219,6 @@ class RecordedUpdate:
             elif value != self._values[i]:
                 rate.fill_(value)
                 self._values[i] = value
-        for hook in opt._optimizer_step_pre_hooks.values():
-            hook(opt, (), {})
         self._replay()
         for hook in opt._optimizer_step_post_hooks.values():
             hook(opt, (), {})
@@ -285,14 +317,19 @@ def in_words(e: Exception) -> str:
 
 
 def kind(value: Any) -> Any:
-    """A key that is equal for batches which one recording serves."""
-    if isinstance(value, Tensor):
+    """A key that is equal for batches which one recording serves. Stale if they hold what it cannot serve."""
+    if isinstance(value, Tensor) and value.layout is torch.strided:
         return value.shape, value.dtype, value.device, value.requires_grad
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), kind({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, dict):
         return tuple((k, kind(v)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(kind, value))
-    return value if isinstance(value, _PLAIN) else id(value)
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    what = "sparse tensors" if isinstance(value, Tensor) else type(value).__name__
+    raise Stale(f"batches and predictions may consist of tensors, numbers and strings in containers; got {what}")
 
 
 def _named_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -333,12 +370,21 @@ def _host_random() -> tuple[Any, ...]:
     return random.getstate(), torch.get_rng_state().tolist(), [v.tolist() if hasattr(v, "tolist") else v for v in numpy]
 
 
+def _check_recordable(opt: Any) -> None:
+    """Stale if the optimiser's step may be more than PyTorch's own code."""
+    patched = "step" in vars(opt) and not hasattr(opt.step, "_wrapped_by_lr_sched")
+    if not type(opt).__module__.startswith("torch.optim.") or patched:
+        raise Stale(f"only PyTorch's own optimisers are recorded; this {type(opt).__name__} has a step of its own")
+    if opt._optimizer_step_pre_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        raise Stale("a replay would leave out a hook before the step, or on all optimisers")
+
+
 def _settings(opt: torch.optim.Optimizer) -> list[Any]:
     return [v for group in opt.param_groups for k, v in group.items() if k not in ("params", "lr")]
 
 
-def _state(opt: torch.optim.Optimizer) -> list[Any]:
-    return [v for state in opt.state.values() for v in state.values()]
+def _state(opt: torch.optim.Optimizer, moved: list[Any]) -> list[Any]:
+    return [opt, *moved, *(v for state in opt.state.values() for v in state.values())]
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tape import Tape
 from torch import nn, optim
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastrbn.build import fit_one_cycle
 from fastrbn.callbacks import (
@@ -135,10 +136,82 @@ def test_callbacks_work_as_in_plain_steps(cbs):
 
 def test_the_optimisers_hooks_are_called_once_a_step():
     learn, calls = make_learn(), []
-    learn.opt.register_step_pre_hook(lambda *args: calls.append("before"))
     learn.opt.register_step_post_hook(lambda *args: calls.append("after"))
-    fit(learn)
-    assert calls == ["before", "after"] * 12
+    assert fit(learn).cuda_graph.replays == 10
+    assert calls == ["after"] * 12
+
+
+class Halving(optim.AdamW):
+    """Does more than its kernels."""
+
+    count = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.count += 1
+        if self.count % 2 == 0:
+            torch._foreach_mul_([p.detach() for group in self.param_groups for p in group["params"]], 0.5)
+
+
+def patched(params):
+    opt = FUSED(params)
+    step = opt.step
+
+    def slower():
+        opt.param_groups[0]["lr"] *= 0.9
+        step()
+
+    opt.step = slower
+    return opt
+
+
+def hooked(params):
+    opt = FUSED(params)
+    opt.register_step_pre_hook(lambda opt, args, kwargs: opt.param_groups[0].update(lr=opt.param_groups[0]["lr"] * 0.9))
+    return opt
+
+
+class Bare:
+    """Has what the loop needs."""
+
+    def __init__(self, params):
+        self.params, self.state = list(params), {}
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.params:
+            p -= 0.1 * p.grad
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+
+@pytest.mark.parametrize(
+    "opt, why",
+    [
+        (partial(Halving, lr=0.01, fused=True), "this Halving has a step of its own"),
+        (patched, "this SGD has a step of its own"),
+        (hooked, "leave out a hook before the step"),
+        (Bare, "this Bare has a step of its own"),
+    ],
+)
+def test_what_else_an_optimiser_does_is_not_left_out(opt, why):
+    learn, plain = make_learn(opt=opt), make_learn(opt=opt)
+    run = fit(learn, says=[f"the optimiser's step stays outside the graphs: .*{why}"])
+    Runner().fit(3, plain)
+    assert run.cuda_graph.replays == 10
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_hooks_on_all_optimisers_are_called_once_a_step():
+    learn, calls = make_learn(), []
+    handle = register_optimizer_step_post_hook(lambda *args: calls.append("after"))
+    try:
+        fit(learn, says=["leave out a hook before the step, or on all optimisers"])
+    finally:
+        handle.remove()
+    assert calls == ["after"] * 12
 
 
 def test_groups_have_rates_of_their_own_and_keep_their_numbers():
@@ -258,6 +331,56 @@ def test_a_callback_may_replace_gradients_or_end_the_batch():
                 weight.grad = None
 
     check_as_plain(make_learn, Acts, replays=10, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("what", ["new", "data", "none", "kept", "more"])
+def test_gradients_may_be_replaced_in_each_step(what):
+    """Kept: the batch is cancelled before the step, so that the next one adds to its gradients."""
+
+    class Acts(Callback):
+        def after_backward(self):
+            run = self.run
+            if what == "kept" and run.n_iter % 3 != 2:
+                raise CancelBatchException
+            for p in [p for p in run.learn.model.parameters() if p.grad is not None]:
+                if what == "new":
+                    p.grad = p.grad * 2
+                elif what == "data":
+                    p.grad.data = p.grad.data * 2
+            if what == "none" and run.n_iter % 4 == 3:
+                run.learn.model[0].weight.grad = None
+            if what == "more":
+                run.learn.model.extra.grad = torch.ones(3) * run.n_iter
+
+    def make():
+        net = small_net()
+        net.register_parameter("extra", nn.Parameter(torch.zeros(3)))
+        return make_learn(net)
+
+    check_as_plain(make, Acts, replays=10, rtol=0, atol=0)
+
+
+def test_memory_that_changes_before_the_step_is_not_missed():
+    class Moves(Callback):
+        def after_backward(self):
+            weight = self.run.learn.model[0].weight
+            if self.run.n_iter == 5:
+                weight.data = weight.data.clone()
+
+    learn, plain = make_learn(sizes=(6, 6, 6, 6)), make_learn(sizes=(6, 6, 6, 6))
+    fit(learn, Moves())
+    Runner([Moves()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_a_batch_that_is_cancelled_before_the_backward_pass_leaves_its_state():
+    class Cancels(Callback):
+        def after_loss(self):
+            if self.run.in_train and self.run.n_iter % 3 == 1:
+                raise CancelBatchException
+
+    make = lambda: make_learn(small_net(partial(RunningBatchNorm, backend="fused")))
+    check_as_plain(make, Cancels, replays=10, rtol=0, atol=0)
 
 
 def test_what_callbacks_keep_stays_as_it_was():
@@ -474,6 +597,39 @@ class Doubled(Callback):
         self.run.pred = 2 * self.run.pred
 
 
+class InPlace(Callback):
+    def __init__(self, what):
+        self.what = what
+
+    def after_pred(self):
+        if self.what == "prediction":
+            self.run.pred.mul_(0.5)
+        elif self.what == "target" and self.run.in_train:
+            self.run.yb.fill_(1)
+
+    def after_loss(self):
+        if self.what == "loss":
+            self.run.loss.mul_(0.5)
+
+
+class Targets(Callback):
+    def after_pred(self):
+        self.run.yb = (self.run.yb + 1) % 3
+
+
+class LaterLoss(Callback):
+    def begin_epoch(self):
+        if self.run.epoch == self.run.epochs - 1:
+            self.run.loss_func = partial(F.cross_entropy, label_smoothing=0.5)
+
+
+class Claims(Callback):
+    _order = 500
+
+    def begin_fit(self):
+        self.run.claim(self, backward=lambda loss: (2 * loss).backward())
+
+
 class Hooked(Callback):
     def begin_fit(self):
         self._handle = self.run.model[0].register_forward_hook(lambda *args: None)
@@ -492,6 +648,11 @@ class Swapped(Callback):
     [
         (Penalty, "a callback replaces the loss"),
         (Doubled, "a callback replaces the prediction"),
+        (partial(InPlace, "prediction"), "a callback replaces the prediction"),
+        (partial(InPlace, "target"), "a callback replaces the target"),
+        (partial(InPlace, "loss"), "a callback replaces the loss"),
+        (Targets, "a callback replaces the target"),
+        (Claims, r"Claims takes part in the step \(it claims 'backward'\)"),
         (Hooked, "it would leave out a hook on module '0'"),
         (Swapped, "a callback has replaced run.model"),
         (MixUp, "a callback has replaced run.loss_func"),
@@ -516,6 +677,67 @@ def test_callbacks_that_a_replay_would_leave_out_work_without_graphs(cb, why):
     for name in ("activation_stats", "graph_monitor"):
         if hasattr(run, name):
             assert len(getattr(run, name).steps) == len(getattr(other, name).steps) > 0
+
+
+def test_a_loss_function_that_is_replaced_later_is_not_missed():
+    learn, plain = make_learn(), make_learn()
+    run = fit(learn, LaterLoss(), says=refused("a callback has replaced run.loss_func"))
+    Runner([LaterLoss()]).fit(3, plain)
+    assert run.cuda_graph.replays == 6
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_parameters_from_elsewhere_are_not_missed():
+    def make():
+        scale = nn.Parameter(torch.ones(()))
+        opt = lambda params: FUSED([*params, scale])
+        return make_learn(opt=opt, loss_func=lambda pred, target: F.cross_entropy(pred * scale, target))
+
+    learn, plain = make(), make()
+    fit(learn, says=refused("parameters that are neither the model's nor the loss function's"))
+    Runner().fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+class Boxed:
+    def __init__(self, x):
+        self.x = x
+
+
+class Unboxing(nn.Module):
+    def __init__(self, boxed, shrinks=False):
+        super().__init__()
+        self.net, self.boxed, self.shrinks = small_net(), boxed, shrinks
+
+    def forward(self, x):
+        x = x.x if self.boxed == "input" else x.to_dense() if x.is_sparse else x
+        pred = self.net(x.mul_(0.9) if self.shrinks else x)
+        return Boxed(pred) if self.boxed == "output" else pred
+
+
+@pytest.mark.parametrize(
+    "boxed, why",
+    [
+        ("input", "batches and predictions may consist of .* got Boxed"),
+        ("output", "batches and predictions may consist of .* got Boxed"),
+        ("sparse", "batches and predictions may consist of .* got sparse tensors"),
+        ("shrinks", "the forward pass changes its inputs"),
+    ],
+)
+def test_batches_that_a_replay_would_not_read_train_without_graphs(boxed, why):
+    class Packs(Callback):
+        def begin_batch(self):
+            run = self.run
+            run.xb = Boxed(run.xb) if boxed == "input" else run.xb.to_sparse() if boxed == "sparse" else run.xb
+
+    def make():
+        loss = lambda pred, target: F.cross_entropy(pred.x if boxed == "output" else pred, target)
+        return make_learn(Unboxing(boxed, boxed == "shrinks"), loss_func=loss)
+
+    learn, plain = make(), make()
+    fit(learn, Packs(), says=refused(why))
+    Runner([Packs()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
 
 
 def test_a_loss_that_is_replaced_later_is_an_error():
