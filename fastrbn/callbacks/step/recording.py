@@ -6,6 +6,7 @@ tensors of its own, learning rates are read from tensors, and `Watched` tells wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import operator
@@ -55,10 +56,19 @@ class Recorder:
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What the function returns, which gets its values from a replay, and the function that replays."""
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads, such as those that load data, may go on
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            out = function()
+        graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # "thread_local": other threads, such as those that load data, may go on
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                out = function()
+        except BaseException:
+            # if a recording cannot even be ended, PyTorch leaves its stream, its memory and its random numbers in use
+            torch.cuda.set_stream(outer)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+                torch.zeros((), device=self.device)  # with this recording generators end the one before (torch 2.11)
+            raise
         return out, graph.replay
 
 
@@ -127,11 +137,11 @@ class RecordedStep:
     @torch.no_grad()
     def backward(self) -> None:
         """Add the gradients of the last forward pass to those that the parameters have."""
-        before = [None if p.grad is None else p.grad.clone() for p, _ in self._grads]
+        kept = [None if p.grad is None else p.grad.clone() for p, _ in self._grads]  # by a callback, from the step
         self._backward()
-        for i, (p, grad) in enumerate(self._grads):
-            if before[i] is not None:  # a callback has kept them from the step
-                grad.add_(before[i])
+        for i, ((p, grad), before) in enumerate(zip(self._grads, kept, strict=True)):
+            if before is not None:
+                grad.add_(before)
             if self._lent[i].data_ptr() != grad.data_ptr():
                 self._lent[i] = grad.detach()
             p.grad = self._lent[i]

@@ -809,6 +809,19 @@ def test_a_model_that_waits_trains_without_graphs_on_cuda(on_cuda):
 
 
 @pytest.mark.cuda
+def test_a_recording_that_fails_leaves_the_device_in_order(on_cuda):
+    class Waits(nn.Module):
+        def forward(self, x):
+            torch.cuda.synchronize()  # the warm-up does not see this
+            return x
+
+    learn = make_learn(nn.Sequential(nn.Linear(4, 64), Waits(), nn.Dropout(), nn.Linear(64, 3)), device="cuda")
+    fit(learn, CudaCallback(), says=refused("cannot be recorded"))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert fit(make_learn(device="cuda"), CudaCallback()).cuda_graph.graphs == 2
+
+
+@pytest.mark.cuda
 def test_a_replayed_step_does_not_wait_for_the_device(on_cuda):
     class Strict(Callback):
         _order = 98
