@@ -34,19 +34,19 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:  # .item() and the like
             raise RuntimeError("operation not permitted when stream is capturing")
-        args, kwargs = _plain((args, kwargs or {}))
+        live, (args, kwargs) = (args, kwargs or {}), _plain((args, kwargs or {}))
         given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
         written = [*_tensors([given[a.name] for a in func._schema.arguments if a.is_write and a.name in given])]
         for t in written:
             self.before.setdefault((t.data_ptr(), t.shape), (t, t.clone()))
-        out = func(*args, **kwargs)
+        out = func(*live[0], **live[1])  # some change shapes in place, such as transpose_ in an LSTM
         known = {_memory(t) for t in _tensors((args, kwargs))}
         made = {i: t for i, t in enumerate(_tensors(_plain(out))) if _memory(t) not in known}
         if made or written:
             self.calls.append((func, args, kwargs, list(made), list(made.values())))
         return out
 
-    @torch.no_grad()
+    @torch.enable_grad()  # a kernel of an LSTM returns less without
     def replay(self):
         for func, args, kwargs, places, made in self.calls:
             new = [*_tensors(func(*args, **kwargs))]

@@ -127,6 +127,7 @@ class RecordedStep:
         self._update: RecordedUpdate | None = None
         self._ready = False  # for the recording of the optimiser's step
 
+    @torch.no_grad()
     def forward(self, batch: Any) -> tuple[Any, Tensor]:
         """Prediction and loss for a batch, as copies that can be kept."""
         for own, given in zip(self._inputs, items_of(batch, Tensor), strict=True):
@@ -196,6 +197,7 @@ class RecordedUpdate:
         self._values: list[Any] = [None] * len(self._rates)
         before = [dict(group) for group in opt.param_groups]
         hooks, lent = opt._optimizer_step_post_hooks.copy(), [(p, p.grad) for p, _ in grads]
+        state = {p: dict(state) for p, state in opt.state.items()}
         try:
             opt._optimizer_step_post_hooks.clear()  # a replay calls them
             for p, grad in grads:
@@ -215,6 +217,12 @@ class RecordedUpdate:
                 p.grad = shown
             for now, then in zip(opt.param_groups, before, strict=True):
                 now.update(then)
+            made = not _same(_state(opt, moved), self._state)
+            if made:  # by the recording, which computes nothing
+                opt.state.clear()
+                opt.state.update(state)
+        if made:
+            raise Stale("its state was cleared before the recording")
 
     def replay(self, opt: torch.optim.Optimizer, moved: list[Any]) -> bool:
         """Take the step. False if the optimiser has other settings or another state than in the recording."""

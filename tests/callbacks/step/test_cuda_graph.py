@@ -267,6 +267,33 @@ def test_state_that_is_replaced_is_not_missed():
 CHANGES = ["parameter", "buffer", "memory", "module", "mode", "attribute", "momentum", "norm", "freezing", "new"]
 
 
+@pytest.mark.parametrize("opt", [SGD, ADAM], ids=["SGD", "AdamW"])
+def test_state_that_is_cleared_is_made_anew(opt):
+    class Clears(Callback):
+        def begin_epoch(self):
+            self.run.opt.state.clear()
+
+    make = lambda: make_learn(opt=opt, sizes=(6, 6))
+    learn, plain = make(), make()
+    fit(learn, Clears(), says=["the optimiser's step stays outside the graphs: its state was cleared"])
+    Runner([Clears()]).fit(3, plain)
+    check_equal(learn, plain)
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.view(-1, 2, 2))[0][:, -1])
+
+
+def test_recurrent_nets_are_recorded():
+    check_as_plain(lambda: make_learn(Reads()), replays=10, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_of_the_model_is_recorded_anew(what):
     class Changes(Callback):
