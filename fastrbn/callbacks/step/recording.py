@@ -285,7 +285,7 @@ class Watched:
 
     def changed_by_forward(self) -> str | None:
         """The change that a pass has made and a replay would not make, in words."""
-        computed = {(name, getattr(hook, "name", None)) for name, m in self._modules for hook in _recorded_hooks(m)}
+        computed = {(name, key) for name, m in self._modules for key in _computed(m)}
         for (owner, table), then in zip(self._tables, self._before, strict=True):
             if not isinstance(table, dict):
                 if not _same([*table], [*then]):
@@ -379,8 +379,10 @@ def _is_recorded(hook: Any) -> bool:
     return getattr(hook, "__module__", None) == "fastrbn.util" or type(hook).__module__.startswith("torch.nn.")
 
 
-def _recorded_hooks(m: nn.Module) -> list[Any]:
-    return [hook for hook in m._forward_pre_hooks.values() if _is_recorded(hook)]
+def _computed(m: nn.Module) -> list[Any]:
+    """The attributes that hooks of torch.nn.utils set in each pass."""
+    hooks = [hook for hook in m._forward_pre_hooks.values() if _is_recorded(hook)]
+    return [getattr(hook, key) for hook in hooks for key in ("name", "_tensor_name") if hasattr(hook, key)]
 
 
 def _host_random() -> tuple[Any, ...]:

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from tape import Tape
 from torch import nn, optim
+from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastrbn import freeze
 from fastrbn.build import fit_one_cycle
 from fastrbn.callbacks import (
     EMA,
@@ -288,6 +290,26 @@ class Reads(nn.Module):
 
     def forward(self, x):
         return self.head(self.rnn(x.view(-1, 2, 2))[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "pruned", "frozen"])
+def test_hooks_that_compute_weights_or_fix_statistics_are_recorded(name):
+    def make():
+        net = small_net()
+        if name == "pruned":
+            prune.l1_unstructured(net[0], "weight", 0.5)
+        elif name == "frozen":
+            freeze(net, "1")
+        else:
+            getattr(nn.utils, name)(net[0])
+        return make_learn(net, sizes=(6, 6, 6, 6))
+
+    learn, plain = make(), make()
+    run = fit(learn)
+    Runner().fit(3, plain)
+    assert run.cuda_graph.replays > 0
+    check_equal(learn, plain, rtol=0, atol=0)
 
 
 def test_recurrent_nets_are_recorded():
