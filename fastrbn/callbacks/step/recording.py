@@ -247,15 +247,22 @@ class Watched:
     """What recordings depend on in a model and a loss function: tensors, attributes, hooks, what is trained."""
 
     def __init__(self, roots: list[Any]):
-        self.roots = [root for root in roots if isinstance(root, nn.Module)]
+        others = [root for root in roots if not isinstance(root, nn.Module) and getattr(root, "__dict__", None)]
+        self.roots: list[nn.Module] = []
+        found = [*roots, *(v for root in others for t in (vars(root), *_mutable(vars(root))) for v in _items(t))]
+        for value in found:  # modules in lists are none of their owner's children
+            if isinstance(value, nn.Module) and not any(value is m for root in self.roots for m in root.modules()):
+                self.roots.append(value)
+                found += [
+                    v for m in value.modules() for t in _mutable(vars(m), outside=_MODULES_OWN) for v in _items(t)
+                ]
         self._modules = [*_named_modules(self.roots)]
         self._tables: list[tuple[str, Any]] = []  # dictionaries and lists that hold attributes, with their owners
         for name, m in self._modules:
             self._tables += [(name, m._parameters), (name, m._buffers), (name, m._modules), (name, vars(m))]
             self._tables += [(name, v) for v in _mutable(vars(m), outside=_MODULES_OWN)]
-        for root in roots:
-            if root not in self.roots and getattr(root, "__dict__", None):
-                self._tables += [(type(root).__name__, v) for v in (vars(root), *_mutable(vars(root)))]
+        for root in others:
+            self._tables += [(type(root).__name__, v) for v in (vars(root), *_mutable(vars(root)))]
         self._before = [table.copy() for _, table in self._tables]
         self._views = [_items(table) for _, table in self._tables]  # they follow changes
         self._values = [*itertools.chain(*self._views)]
@@ -274,7 +281,7 @@ class Watched:
         for name, m in self._modules:
             if any(_counts(hook) for kind in _HOOKS for hook in getattr(m, kind).values()):
                 return f"a hook on {name}"
-        if any(self._read_trained()[1::2]):
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params):
             return "a hook on a parameter"
         if _has_any_global_hook():
             return "a hook on all modules"
@@ -320,13 +327,12 @@ class Watched:
         return [t.data_ptr() for t in self.tensors]
 
     def _read_trained(self) -> list[bool]:
-        return [
-            v for p in self.params for v in (p.requires_grad, bool(p._backward_hooks or p._post_accumulate_grad_hooks))
-        ]
+        return [p.requires_grad for p in self.params]
 
     def _read_hooks(self) -> list[Any]:
-        tables = filter(None, self._hook_tables)
-        return [hook for table in tables for hook in table.values() if not getattr(hook, "optional", False)]
+        tables = [*self._hook_tables, *(p._backward_hooks for p in self.params)]
+        tables += [p._post_accumulate_grad_hooks for p in self.params]
+        return [v for table in tables if table for v in table.values() if not getattr(v, "optional", False)]
 
 
 def in_words(e: Exception) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tape import Tape
 from torch import nn, optim
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -308,6 +309,66 @@ def test_hooks_that_compute_weights_or_fix_statistics_are_recorded(name):
     learn, plain = make(), make()
     run = fit(learn)
     Runner().fit(3, plain)
+    assert run.cuda_graph.replays > 0
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", ["model", "loss"])
+def test_modules_outside_the_tree_are_watched(place):
+    """Such as a teacher in a list, whose parameters should not be the model's."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.teacher = small_net(), {"teachers": [small_net()]}
+
+        def forward(self, x):
+            return self.net(x) + self.teacher["teachers"][0](x).detach()
+
+    class Loss:
+        def __init__(self):
+            self.teacher = small_net()
+
+        def __call__(self, pred, target):
+            return F.cross_entropy(pred, target) + self.teacher(pred @ torch.ones(3, 4)).square().mean()
+
+    class Moves(Callback):
+        def begin_epoch(self):
+            for p in teacher(self.run.learn).parameters():
+                p.data = p.data * 0.5
+
+    teacher = lambda learn: learn.model.teacher["teachers"][0] if place == "model" else learn.loss_func.teacher
+    make = lambda: make_learn(Net()) if place == "model" else make_learn(loss_func=Loss())
+    learn, plain = make(), make()
+    assert fit(learn, Moves()).cuda_graph.replays > 0
+    Runner([Moves()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+    for one, other in zip(teacher(learn).buffers(), teacher(plain).buffers()):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "accumulation", "global"])
+def test_hooks_on_parameters_or_all_modules_are_not_left_out(kind):
+    def halve(p):
+        p.grad.mul_(0.5)
+
+    class Hooks(Callback):
+        def begin_batch(self):
+            if self.run.n_iter == 6 and self.run.in_train:
+                weight, double = self.run.learn.model[0].weight, lambda grad: 2 * grad
+                if kind == "gradient":
+                    self._handle = weight.register_hook(double)
+                elif kind == "accumulation":
+                    self._handle = weight.register_post_accumulate_grad_hook(halve)
+                else:
+                    self._handle = register_module_forward_hook(lambda m, args, out: 0.9 * out)
+
+        def after_fit(self):
+            self._handle.remove()
+
+    learn, plain = make_learn(), make_learn()
+    run = fit(learn, Hooks(), says=refused("it would leave out a hook on (a parameter|all modules)"))
+    Runner([Hooks()]).fit(3, plain)
     assert run.cuda_graph.replays > 0
     check_equal(learn, plain, rtol=0, atol=0)
 
