@@ -21,17 +21,23 @@ class CUDAGraph(Callback):
     """Record training steps as CUDA graphs and replay them, for small batches, whose steps wait for Python.
 
     With a small batch the device idles while Python launches one small kernel after another; a CUDA graph launches all
-    of them at once. Forward pass, loss and backward pass are one graph, the optimiser's step is another. Events fire as
-    usual, and the numbers are those of the plain step.
+    of its kernels at once. Forward pass with loss, backward pass and the optimiser's step are a graph each. Events fire
+    as usual, and the numbers are those of the plain step within rounding.
 
     The first batch of each shape and dtype runs as usual, the second is recorded, later ones are replayed. At most 8
     kinds of batches are recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
     goes on without graphs: a printed line says why, and so does `.why_not`, which is None otherwise. `.graphs` is the
     number of recordings, `.replays` that of replayed steps.
 
-    The step of SGD is recorded, in its fused form, and that of other optimisers if they were made with `fused=True`
-    (Adam, AdamW) or `capturable=True`; learning rates may change. It runs as usual while other settings differ from the
-    recorded ones, as a scheduled momentum does.
+    Of PyTorch's optimisers, the step of SGD is recorded, in its fused form, and that of others if they were made with
+    `fused=True` (Adam, AdamW) or `capturable=True`; learning rates may change. The step runs as usual while other
+    settings differ from the recorded ones, as a scheduled momentum does.
+
+    Raises
+    ------
+    RuntimeError
+        In `begin_fit`, if the run has two of them; if a callback begins to replace prediction, target or loss after
+        steps have been replayed.
 
     Notes
     -----
@@ -39,10 +45,12 @@ class CUDAGraph(Callback):
 
     - if model or batches are not on CUDA;
     - with callbacks that weigh the loss, scale it or evaluate it again (`GradientAccumulation`, `Distributed` in
-      several processes, `MixedPrecision("fp16")`, `Closure`), that replace model, loss function, prediction or loss
-      (`MixUp`, `CutMix`), that hook into modules or read the autograd graph (`ActivationStats`, `GraphMonitor`);
-    - with models whose forward pass waits for the device, draws random numbers on the host, or sets attributes or
-      buffers instead of changing tensors in place.
+      several processes, `MixedPrecision("fp16")`, `Closure`), that replace model, loss function, prediction, loss or,
+      after `begin_batch`, the target (`MixUp`, `CutMix`), that hook into modules or read the autograd graph
+      (`ActivationStats`, `GraphMonitor`);
+    - with models whose forward pass waits for the device, draws random numbers on the host, changes its inputs, or sets
+      attributes or buffers instead of changing tensors in place;
+    - with batches or predictions of other things than tensors, numbers and strings in containers.
 
     Schedules, `GradientClip`, `EMA`, `MixedPrecision("bf16")`, `ParamMagnitudes`, `Checkpoint`, the loggers, and
     `CompileCallback` without a `mode` that makes CUDA graphs work as usual. `HaltOnNaN` sees loss, gradients,
@@ -50,8 +58,9 @@ class CUDAGraph(Callback):
 
     Python code of model and loss function runs only when a step is recorded: numbers that it reads elsewhere than in a
     module's attributes stay as they were. Steps are recorded anew after a change of a module's attributes (modes such
-    as `train()` among them), of `requires_grad`, or of a parameter's or buffer's memory. `run.pred` and
-    `run.loss` are copies without an autograd graph. Gradients are overwritten by the next step.
+    as `train()` among them), of `requires_grad`, or of a parameter's or buffer's memory; what changes in each step is
+    never replayed. `run.pred` and `run.loss` are copies without an autograd graph. A gradient's memory is overwritten
+    by the next backward pass.
 
     Examples
     --------
