@@ -24,8 +24,9 @@ class CUDAGraph(Callback):
     of its kernels at once. Forward pass with loss, backward pass and the optimiser's step are a graph each. Events fire
     as usual, and the numbers are those of the plain step within rounding.
 
-    The first batch of each shape and dtype runs as usual, the second is recorded, later ones are replayed. At most 8
-    kinds of batches are recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
+    The first batch of each kind runs as usual, the second is recorded, later ones are replayed. Batches are of one kind
+    if they have the same shapes and dtypes, and the same numbers and strings beside tensors. At most 8 kinds are
+    recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
     goes on without graphs: a printed line says why, and so does `.why_not`, which is None otherwise. `.graphs` is the
     number of recordings, `.replays` that of replayed steps.
 
@@ -58,9 +59,9 @@ class CUDAGraph(Callback):
 
     Python code of model and loss function runs only when a step is recorded: numbers that it reads elsewhere than in a
     module's attributes stay as they were. Steps are recorded anew after a change of a module's attributes (modes such
-    as `train()` among them), of `requires_grad`, or of a parameter's or buffer's memory; what changes in each step is
-    never replayed. `run.pred` and `run.loss` are copies without an autograd graph. A gradient's memory is overwritten
-    by the next backward pass.
+    as `train()` among them), of `requires_grad`, or of a parameter's or buffer's memory; a model that changes in each
+    step is never replayed. `run.pred` and `run.loss` are copies without an autograd graph. A gradient's memory is
+    overwritten by the next backward pass.
 
     Examples
     --------
@@ -146,6 +147,8 @@ class CUDAGraph(Callback):
     def _backward(self, loss: Tensor) -> None:
         self._check(loss, "loss")
         if self._now is None:
+            if self.why_not is None and any(t._backward_hooks or t.retains_grad for t, _ in self._given):
+                self._give_up("a callback reads gradients of the prediction or the loss")
             self._inner["backward"](loss)
         else:
             self._now.backward()

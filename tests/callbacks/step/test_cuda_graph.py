@@ -283,7 +283,7 @@ def test_state_that_is_cleared_is_made_anew(opt):
     check_equal(learn, plain)
 
 
-class Reads(nn.Module):
+class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -374,7 +374,7 @@ def test_hooks_on_parameters_or_all_modules_are_not_left_out(kind):
 
 
 def test_recurrent_nets_are_recorded():
-    check_as_plain(lambda: make_learn(Reads()), replays=10, rtol=0, atol=0)
+    check_as_plain(lambda: make_learn(Recurrent()), replays=10, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -722,6 +722,15 @@ class InPlace(Callback):
             self.run.loss.mul_(0.5)
 
 
+class Reads(Callback):
+    def __init__(self, how):
+        self.how = how
+
+    def after_pred(self):
+        if self.run.in_train:
+            self.how(self.run.pred)
+
+
 class Targets(Callback):
     def after_pred(self):
         self.run.yb = (self.run.yb + 1) % 3
@@ -762,6 +771,8 @@ class Swapped(Callback):
         (partial(InPlace, "target"), "a callback replaces the target"),
         (partial(InPlace, "loss"), "a callback replaces the loss"),
         (Targets, "a callback replaces the target"),
+        (partial(Reads, torch.Tensor.retain_grad), "a callback reads gradients of the prediction or the loss"),
+        (partial(Reads, lambda pred: pred.register_hook(torch.neg)), "a callback reads gradients of the prediction"),
         (Claims, r"Claims takes part in the step \(it claims 'backward'\)"),
         (Hooked, "it would leave out a hook on module '0'"),
         (Swapped, "a callback has replaced run.model"),
