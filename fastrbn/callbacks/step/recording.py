@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import operator
 import random
@@ -57,16 +58,17 @@ class Recorder:
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What the function returns, which gets its values from a replay, and the function that replays."""
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        # "thread_local": other threads, such as those that load data, may go on
+        record = functools.partial(torch.cuda.graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            # "thread_local": other threads, such as those that load data, may go on
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with record(graph, pool=self.pool):
                 out = function()
         except BaseException:
             # if a recording cannot even be ended, PyTorch leaves its stream, its memory and its random numbers in use
             torch.cuda.set_stream(outer)
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+            with contextlib.suppress(RuntimeError), record(torch.cuda.CUDAGraph()):
                 torch.zeros((), device=self.device)  # with this recording generators end the one before (torch 2.11)
             raise
         return out, graph.replay
