@@ -20,9 +20,9 @@ class Tape:
         with _Operators() as seen:
             out = function()
         for t, value in seen.before.values():
-            t.copy_(value)
+            t.data.copy_(value)  # unseen by the autograd graph that a second recording goes through
         for t in (t for call in seen.calls for t in call[-1] if t.is_floating_point()):
-            t.fill_(torch.nan)  # as good as what CUDA has there before a replay
+            t.data.fill_(torch.nan)  # as good as what CUDA has there before a replay
         return out, seen.replay
 
 
@@ -34,19 +34,19 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:  # .item() and the like
             raise RuntimeError("operation not permitted when stream is capturing")
-        args, kwargs = _plain((args, kwargs or {}))
+        live, (args, kwargs) = (args, kwargs or {}), _plain((args, kwargs or {}))
         given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
         written = [*_tensors([given[a.name] for a in func._schema.arguments if a.is_write and a.name in given])]
         for t in written:
             self.before.setdefault((t.data_ptr(), t.shape), (t, t.clone()))
-        out = func(*args, **kwargs)
+        out = func(*live[0], **live[1])  # some change shapes in place, such as transpose_ in an LSTM
         known = {_memory(t) for t in _tensors((args, kwargs))}
         made = {i: t for i, t in enumerate(_tensors(_plain(out))) if _memory(t) not in known}
         if made or written:
             self.calls.append((func, args, kwargs, list(made), list(made.values())))
         return out
 
-    @torch.no_grad()
+    @torch.enable_grad()  # a kernel of an LSTM returns less without
     def replay(self):
         for func, args, kwargs, places, made in self.calls:
             new = [*_tensors(func(*args, **kwargs))]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrbn.learn.callback import Callback
 from fastrbn.util import apply_to, items_of
@@ -21,17 +21,24 @@ class CUDAGraph(Callback):
     """Record training steps as CUDA graphs and replay them, for small batches, whose steps wait for Python.
 
     With a small batch the device idles while Python launches one small kernel after another; a CUDA graph launches all
-    of them at once. Forward pass, loss and backward pass are one graph, the optimiser's step is another. Events fire as
-    usual, and the numbers are those of the plain step.
+    of its kernels at once. Forward pass with loss, backward pass and the optimiser's step are a graph each. Events fire
+    as usual, and the numbers are those of the plain step within rounding.
 
-    The first batch of each shape and dtype runs as usual, the second is recorded, later ones are replayed. At most 8
-    kinds of batches are recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
+    The first batch of each kind runs as usual, the second is recorded, later ones are replayed. Batches are of one kind
+    if they have the same shapes and dtypes, and the same numbers and strings beside tensors. At most 8 kinds are
+    recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
     goes on without graphs: a printed line says why, and so does `.why_not`, which is None otherwise. `.graphs` is the
     number of recordings, `.replays` that of replayed steps.
 
-    The optimiser's step is recorded if it was made with `fused=True` (Adam, AdamW) or `capturable=True`. SGD needs
-    neither: it is recorded in its fused form. Learning rates may change; while other settings differ from the recorded
-    ones, as a scheduled momentum does, the step runs as usual.
+    The step of PyTorch's optimisers is recorded if they were made with `fused=True` (Adam, AdamW) or `capturable=True`.
+    SGD needs neither: it is recorded in its fused form. Learning rates may change; while other settings differ from the
+    recorded ones, as a scheduled momentum does, the step runs as usual.
+
+    Raises
+    ------
+    RuntimeError
+        In `begin_fit`, if the run has two of them; if a callback begins to replace prediction, target or loss after
+        steps have been replayed.
 
     Notes
     -----
@@ -39,19 +46,22 @@ class CUDAGraph(Callback):
 
     - if model or batches are not on CUDA;
     - with callbacks that weigh the loss, scale it or evaluate it again (`GradientAccumulation`, `Distributed` in
-      several processes, `MixedPrecision("fp16")`, `Closure`), that replace model, loss function, prediction or loss
-      (`MixUp`, `CutMix`), that hook into modules or read the autograd graph (`ActivationStats`, `GraphMonitor`);
-    - with models whose forward pass waits for the device, draws random numbers on the host, counts in an attribute, or
-      replaces a buffer instead of changing it in place.
+      several processes, `MixedPrecision("fp16")`, `Closure`), that replace model, loss function, prediction, loss or,
+      after `begin_batch`, the target (`MixUp`, `CutMix`), that hook into modules or read the autograd graph
+      (`ActivationStats`, `GraphMonitor`);
+    - with models whose forward pass waits for the device, draws random numbers on the host, changes its inputs, or sets
+      attributes or buffers instead of changing tensors in place;
+    - with batches or predictions of other things than tensors, numbers and strings in containers.
 
     Schedules, `GradientClip`, `EMA`, `MixedPrecision("bf16")`, `ParamMagnitudes`, `Checkpoint`, the loggers, and
     `CompileCallback` without a `mode` that makes CUDA graphs work as usual. `HaltOnNaN` sees loss, gradients,
     parameters and buffers, but not what modules return; it locates a fault as usual.
 
-    Python code of model and loss function runs only when a step is recorded: numbers that it computes outside tensors
-    stay as they were. Steps are recorded anew after a change of a mode (`train()`, `eval()`), of `requires_grad`, of a
-    parameter's or buffer's memory, or, between epochs, of a number among a module's attributes. `run.pred` and
-    `run.loss` are copies without an autograd graph. Gradients are overwritten by the next step.
+    Python code of model and loss function runs only when a step is recorded: numbers that it reads elsewhere than in a
+    module's attributes stay as they were. Steps are recorded anew after a change of a module's attributes (modes such
+    as `train()` among them), of `requires_grad`, or of a parameter's or buffer's memory; a model that changes in each
+    step is never replayed. `run.pred` and `run.loss` are copies without an autograd graph. A gradient's memory is
+    overwritten by the next backward pass.
 
     Examples
     --------
@@ -83,7 +93,7 @@ class CUDAGraph(Callback):
     def _end_batch(self) -> None:
         self._now: RecordedStep | None = None  # the one that computes the current batch
         self._next: str | None = None  # the loop's next call in it: "model" or "loss"
-        self._given: list[Tensor] = []  # what the loop got from these calls
+        self._given: list[tuple[Tensor, int | None]] = []  # what these calls took and gave, with its version
         self._loss: Tensor | None = None  # what it will get from the second
 
     def begin_fit(self) -> None:
@@ -108,10 +118,6 @@ class CUDAGraph(Callback):
                 return f"{cb!r} makes CUDA graphs itself"
         return None
 
-    def begin_epoch(self) -> None:
-        if self._watched is not None and self._watched.stale_modules():
-            self._forget()
-
     def begin_batch(self) -> None:
         self._end_batch()
         if self.run.in_train and self.why_not is None:
@@ -124,25 +130,28 @@ class CUDAGraph(Callback):
             if self._now is None:
                 pred = forward(function, *args)
             else:
-                pred, self._loss = self._now.replay((run.xb, run.yb))
+                pred, self._loss = self._now.forward((run.xb, run.yb))
                 self.replays += 1
-            self._given = [*items_of(pred, Tensor)]
+            self._given = [(t, _version(t)) for t in items_of((run.yb, pred), Tensor)]
             return pred
-        if self._next != "loss" or function is not run.loss_func:  # a callback's own use
+        if self._next != "loss" or function is not run._lent["loss_func"]:  # a callback's own use
             return forward(function, *args)
         self._next = None
-        for t in items_of(args[0], Tensor):
-            self._check(t, "prediction")
+        for what, value in zip(("prediction", "target"), args, strict=True):
+            for t in items_of(value, Tensor):
+                self._check(t, what)
         loss: Any = forward(function, *args) if self._now is None else self._loss
-        self._given.append(loss)
+        self._given += [(t, _version(t)) for t in items_of(loss, Tensor)]
         return loss
 
     def _backward(self, loss: Tensor) -> None:
         self._check(loss, "loss")
         if self._now is None:
+            if self.why_not is None and any(t._backward_hooks or t.retains_grad for t, _ in self._given):
+                self._give_up("a callback reads gradients of the prediction or the loss")
             self._inner["backward"](loss)
         else:
-            self._now.put_grads()
+            self._now.backward()
 
     def _step(self, opt: Any) -> None:
         try:
@@ -155,7 +164,7 @@ class CUDAGraph(Callback):
 
     def _check(self, t: Any, what: str) -> None:
         """Check that the loop goes on with the `what` that it got here."""
-        if self.why_not is not None or any(t is given for given in self._given):
+        if self.why_not is not None or any(t is given and _version(t) == version for given, version in self._given):
             return
         if self._now is None:
             self._give_up(f"a callback replaces the {what}")
@@ -170,32 +179,38 @@ class CUDAGraph(Callback):
         run = self.run
         if self._watched is not None and self._watched.stale():
             self._forget()
-        key = kind((run._unpack.form, run.xb, run.yb))
-        if key not in self._steps and key in self._seen and len(self._steps) < _KINDS:
-            try:
+        try:
+            for name in ("model", "loss_func"):
+                if getattr(run, name) is not run._lent[name]:
+                    raise Stale(f"a callback has replaced run.{name}")
+            key = kind((run._unpack.form, run.xb, run.yb))
+            if key not in self._steps and key in self._seen and len(self._steps) < _KINDS:
                 self._steps[key] = self._record()
                 self.graphs += 1
-            except Stale as e:
-                self._give_up(str(e))
-            except Exception as e:  # noqa: BLE001 - the plain step, which comes next, need not fail
-                self._give_up(f"the step cannot be recorded: {in_words(e)}")
-        self._seen.add(key)
-        return self._steps.get(key)
+            self._seen.add(key)
+            return self._steps.get(key)
+        except Stale as e:
+            self._give_up(str(e))
+        except Exception as e:  # noqa: BLE001 - the plain step, which comes next, need not fail
+            self._give_up(f"the step cannot be recorded: {in_words(e)}")
+        return None
 
     def _record(self) -> RecordedStep:
         run, unpack, forward = self.run, self.run._unpack, self._inner["forward"]
-        for name in ("model", "loss_func"):
-            if getattr(run, name) is not getattr(run.learn, name):
-                raise Stale(f"a callback has replaced run.{name}")
-        watched = Watched([m for m in (run.model, run.loss_func) if isinstance(m, nn.Module)])
+        if why := self._refusal():  # by a callback that claims its part later than this one
+            raise Stale(why)
+        watched = Watched([run.model, run.loss_func])
         inputs = [*items_of((run.xb, run.yb), Tensor)]
         devices = sorted({str(t.device) for t in (*watched.tensors, *inputs)})
         if len(devices) != 1 or not devices[0].startswith(_DEVICE):
             raise Stale(f"model and batches must be on one CUDA device; they are on {', '.join(devices)}")
+        known = set(watched.params)
+        if any(p not in known for group in getattr(run.opt, "param_groups", ()) for p in group["params"]):
+            raise Stale("the optimiser has parameters that are neither the model's nor the loss function's")
         if any(t.requires_grad for t in inputs):
             raise Stale("inputs need gradients")
-        if hook := watched.hook():
-            raise Stale(f"it would leave out {hook}")
+        if left_out := watched.left_out():
+            raise Stale(f"it would leave out {left_out}")
         self._recorder = self._recorder or Recorder(torch.device(devices[0]))
         # the graph of the step before would tie this one's gradients to its own stream
         run.pred, run.loss = (apply_to(value, Tensor, Tensor.detach) for value in (run.pred, run.loss))
@@ -204,10 +219,12 @@ class CUDAGraph(Callback):
             pred = unpack.call_model(run.model, xb, forward)
             return pred, unpack.call_loss(run.loss_func, pred, yb, forward)
 
+        grads = [(p, p.grad) for p in watched.params]  # a callback may have kept some from a step
         try:
             step = RecordedStep(evaluate, (run.xb, run.yb), watched, self._recorder)
         finally:
-            watched.clear_grads()
+            for p, grad in grads:
+                p.grad = grad
         self._watched = watched
         return step
 
@@ -232,3 +249,8 @@ class CUDAGraph(Callback):
 
     def __repr__(self) -> str:
         return "CUDAGraph()"
+
+
+def _version(t: Tensor) -> int | None:
+    """A number that each change in place raises."""
+    return None if t.is_inference() else t._version

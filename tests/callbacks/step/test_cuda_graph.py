@@ -8,6 +8,7 @@ import copy
 import math
 import random
 import re
+from collections import deque
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from tape import Tape
 from torch import nn, optim
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import prune
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastrbn import freeze
 from fastrbn.build import fit_one_cycle
 from fastrbn.callbacks import (
     EMA,
@@ -134,10 +139,82 @@ def test_callbacks_work_as_in_plain_steps(cbs):
 
 def test_the_optimisers_hooks_are_called_once_a_step():
     learn, calls = make_learn(), []
-    learn.opt.register_step_pre_hook(lambda *args: calls.append("before"))
     learn.opt.register_step_post_hook(lambda *args: calls.append("after"))
-    fit(learn)
-    assert calls == ["before", "after"] * 12
+    assert fit(learn).cuda_graph.replays == 10
+    assert calls == ["after"] * 12
+
+
+class Halving(optim.AdamW):
+    """Does more than its kernels."""
+
+    count = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.count += 1
+        if self.count % 2 == 0:
+            torch._foreach_mul_([p.detach() for group in self.param_groups for p in group["params"]], 0.5)
+
+
+def patched(params):
+    opt = FUSED(params)
+    step = opt.step
+
+    def slower():
+        opt.param_groups[0]["lr"] *= 0.9
+        step()
+
+    opt.step = slower
+    return opt
+
+
+def hooked(params):
+    opt = FUSED(params)
+    opt.register_step_pre_hook(lambda opt, args, kwargs: opt.param_groups[0].update(lr=opt.param_groups[0]["lr"] * 0.9))
+    return opt
+
+
+class Bare:
+    """Has what the loop needs."""
+
+    def __init__(self, params):
+        self.params, self.state = list(params), {}
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.params:
+            p -= 0.1 * p.grad
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+
+@pytest.mark.parametrize(
+    "opt, why",
+    [
+        (partial(Halving, lr=0.01, fused=True), "this Halving has a step of its own"),
+        (patched, "this SGD has a step of its own"),
+        (hooked, "leave out a hook before the step"),
+        (Bare, "this Bare has a step of its own"),
+    ],
+)
+def test_what_else_an_optimiser_does_is_not_left_out(opt, why):
+    learn, plain = make_learn(opt=opt), make_learn(opt=opt)
+    run = fit(learn, says=[f"the optimiser's step stays outside the graphs: .*{why}"])
+    Runner().fit(3, plain)
+    assert run.cuda_graph.replays == 10
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_hooks_on_all_optimisers_are_called_once_a_step():
+    learn, calls = make_learn(), []
+    handle = register_optimizer_step_post_hook(lambda *args: calls.append("after"))
+    try:
+        fit(learn, says=["leave out a hook before the step, or on all optimisers"])
+    finally:
+        handle.remove()
+    assert calls == ["after"] * 12
 
 
 def test_groups_have_rates_of_their_own_and_keep_their_numbers():
@@ -190,12 +267,122 @@ def test_state_that_is_replaced_is_not_missed():
     check_as_plain(make_learn, Replaces, replays=10, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("what", ["parameter", "buffer", "memory", "module", "mode", "attribute", "freezing"])
+CHANGES = ["parameter", "buffer", "memory", "module", "mode", "attribute", "momentum", "norm", "freezing", "new"]
+
+
+@pytest.mark.parametrize("opt", [SGD, ADAM], ids=["SGD", "AdamW"])
+def test_state_that_is_cleared_is_made_anew(opt):
+    class Clears(Callback):
+        def begin_epoch(self):
+            self.run.opt.state.clear()
+
+    make = lambda: make_learn(opt=opt, sizes=(6, 6))
+    learn, plain = make(), make()
+    fit(learn, Clears(), says=["the optimiser's step stays outside the graphs: its state was cleared"])
+    Runner([Clears()]).fit(3, plain)
+    check_equal(learn, plain)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.view(-1, 2, 2))[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "pruned", "frozen"])
+def test_hooks_that_compute_weights_or_fix_statistics_are_recorded(name):
+    def make():
+        net = small_net()
+        if name == "pruned":
+            prune.l1_unstructured(net[0], "weight", 0.5)
+        elif name == "frozen":
+            freeze(net, "1")
+        else:
+            getattr(nn.utils, name)(net[0])
+        return make_learn(net, sizes=(6, 6, 6, 6))
+
+    learn, plain = make(), make()
+    run = fit(learn)
+    Runner().fit(3, plain)
+    assert run.cuda_graph.replays > 0
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", ["model", "loss"])
+def test_modules_outside_the_tree_are_watched(place):
+    """Such as a teacher in a list, whose parameters should not be the model's."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.teacher = small_net(), {"teachers": [small_net()]}
+
+        def forward(self, x):
+            return self.net(x) + self.teacher["teachers"][0](x).detach()
+
+    class Loss:
+        def __init__(self):
+            self.teacher = small_net()
+
+        def __call__(self, pred, target):
+            return F.cross_entropy(pred, target) + self.teacher(pred @ torch.ones(3, 4)).square().mean()
+
+    class Moves(Callback):
+        def begin_epoch(self):
+            for p in teacher(self.run.learn).parameters():
+                p.data = p.data * 0.5
+
+    teacher = lambda learn: learn.model.teacher["teachers"][0] if place == "model" else learn.loss_func.teacher
+    make = lambda: make_learn(Net()) if place == "model" else make_learn(loss_func=Loss())
+    learn, plain = make(), make()
+    assert fit(learn, Moves()).cuda_graph.replays > 0
+    Runner([Moves()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+    for one, other in zip(teacher(learn).buffers(), teacher(plain).buffers()):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "accumulation", "global"])
+def test_hooks_on_parameters_or_all_modules_are_not_left_out(kind):
+    def halve(p):
+        p.grad.mul_(0.5)
+
+    class Hooks(Callback):
+        def begin_batch(self):
+            if self.run.n_iter == 6 and self.run.in_train:
+                weight, double = self.run.learn.model[0].weight, lambda grad: 2 * grad
+                if kind == "gradient":
+                    self._handle = weight.register_hook(double)
+                elif kind == "accumulation":
+                    self._handle = weight.register_post_accumulate_grad_hook(halve)
+                else:
+                    self._handle = register_module_forward_hook(lambda m, args, out: 0.9 * out)
+
+        def after_fit(self):
+            self._handle.remove()
+
+    learn, plain = make_learn(), make_learn()
+    run = fit(learn, Hooks(), says=refused("it would leave out a hook on (a parameter|all modules)"))
+    Runner([Hooks()]).fit(3, plain)
+    assert run.cuda_graph.replays > 0
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_recurrent_nets_are_recorded():
+    check_as_plain(lambda: make_learn(Recurrent()), replays=10, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("what", CHANGES)
 def test_a_change_of_the_model_is_recorded_anew(what):
     class Changes(Callback):
         def begin_batch(self):
             net, run = self.run.learn.model, self.run
-            if not (run.in_train and run.epoch == 1 and run.iter == (0 if what in ("module", "attribute") else 2)):
+            if not (run.in_train and run.epoch == 1 and run.iter == 2):
                 return
             if what == "buffer":
                 net[1].running_mean = net[1].running_mean + 1
@@ -207,15 +394,19 @@ def test_a_change_of_the_model_is_recorded_anew(what):
                 net[1].eval()
             elif what == "freezing":
                 net[0].weight.requires_grad_(False)
-
-        def begin_epoch(self):
-            net = self.run.learn.model
-            if self.run.epoch == 1 and what == "module":
+            elif what == "module":
                 net[2] = nn.Tanh()
-            if self.run.epoch == 1 and what == "attribute":
-                net[1].momentum = 0.9
+            elif what == "attribute":
+                net[1].eps = 0.1
+            elif what == "momentum":
+                net[1].momentum = 0
+            elif what == "norm":
+                net[1].freeze()
+            elif what == "new":
+                net[2].scale = 2.0
 
-    make = lambda: make_learn(sizes=(6, 6, 6, 6))
+    norm = partial(RunningBatchNorm, backend="fused") if what in ("momentum", "norm") else nn.BatchNorm1d
+    make = lambda: make_learn(small_net(norm), sizes=(6, 6, 6, 6))
     learn, plain = make(), make()
     run = fit(learn, Changes())
     Runner([Changes()]).fit(3, plain)
@@ -250,6 +441,56 @@ def test_a_callback_may_replace_gradients_or_end_the_batch():
                 weight.grad = None
 
     check_as_plain(make_learn, Acts, replays=10, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("what", ["new", "data", "none", "kept", "more"])
+def test_gradients_may_be_replaced_in_each_step(what):
+    """Kept: the batch is cancelled before the step, so that the next one adds to its gradients."""
+
+    class Acts(Callback):
+        def after_backward(self):
+            run = self.run
+            if what == "kept" and run.n_iter % 3 != 2:
+                raise CancelBatchException
+            for p in [p for p in run.learn.model.parameters() if p.grad is not None]:
+                if what == "new":
+                    p.grad = p.grad * 2
+                elif what == "data":
+                    p.grad.data = p.grad.data * 2
+            if what == "none" and run.n_iter % 4 == 3:
+                run.learn.model[0].weight.grad = None
+            if what == "more":
+                run.learn.model.extra.grad = torch.ones(3) * run.n_iter
+
+    def make():
+        net = small_net()
+        net.register_parameter("extra", nn.Parameter(torch.zeros(3)))
+        return make_learn(net)
+
+    check_as_plain(make, Acts, replays=10, rtol=0, atol=0)
+
+
+def test_memory_that_changes_before_the_step_is_not_missed():
+    class Moves(Callback):
+        def after_backward(self):
+            weight = self.run.learn.model[0].weight
+            if self.run.n_iter == 5:
+                weight.data = weight.data.clone()
+
+    learn, plain = make_learn(sizes=(6, 6, 6, 6)), make_learn(sizes=(6, 6, 6, 6))
+    fit(learn, Moves())
+    Runner([Moves()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_a_batch_that_is_cancelled_before_the_backward_pass_leaves_its_state():
+    class Cancels(Callback):
+        def after_loss(self):
+            if self.run.in_train and self.run.n_iter % 3 == 1:
+                raise CancelBatchException
+
+    make = lambda: make_learn(small_net(partial(RunningBatchNorm, backend="fused")))
+    check_as_plain(make, Cancels, replays=10, rtol=0, atol=0)
 
 
 def test_what_callbacks_keep_stays_as_it_was():
@@ -374,6 +615,9 @@ class Odd(nn.Module):
     def __init__(self, what):
         super().__init__()
         self.what, self.net, self.count = what, small_net(), 0
+        self.last, self.kept, self.random = torch.zeros(4), {"means": deque([torch.zeros(4)])}, None
+        if what == "own":
+            self.random = random.Random(0)
         self.register_buffer("mean", torch.zeros(4))
 
     def forward(self, x):
@@ -383,6 +627,12 @@ class Odd(nn.Module):
             self.count += 1
         elif self.what == "replaces":
             self.mean = self.mean.lerp(x.mean(0).detach(), 0.1)
+        elif self.what == "remembers":
+            x, self.last = x + self.last, x.mean(0).detach()
+        elif self.what == "lists":
+            x, self.kept["means"][0] = x + self.kept["means"][0], x.mean(0).detach()
+        elif self.what == "own":
+            x = x * self.random.random()
         elif self.what == "python":
             x = x * random.random()
         elif self.what == "torch":
@@ -396,6 +646,9 @@ class Odd(nn.Module):
         ("waits", "cannot be recorded: RuntimeError: operation not permitted"),
         ("counts", "the forward pass changes 'count', an attribute of Odd"),
         ("replaces", "the forward pass replaces the tensor 'mean' instead of changing it in place"),
+        ("remembers", "the forward pass replaces the tensor 'last' instead of changing it in place"),
+        ("lists", "the forward pass changes a deque, an attribute of Odd"),
+        ("own", "it would leave out random numbers of a Random"),
         ("python", "the model draws random numbers on the host"),
     ],
 )
@@ -413,6 +666,34 @@ def test_models_that_a_replay_would_not_repeat_train_without_graphs(what, why):
     assert learn.model.count == plain.model.count
 
 
+def test_a_loss_that_counts_trains_without_graphs():
+    class Loss:
+        count = 0
+
+        def __call__(self, pred, target):
+            self.count += 1
+            return F.cross_entropy(pred, target) / self.count
+
+    learn, plain = make_learn(loss_func=Loss()), make_learn(loss_func=Loss())
+    fit(learn, says=refused("the forward pass changes 'count', an attribute of Loss"))
+    Runner().fit(3, plain)
+    assert learn.loss_func.count == plain.loss_func.count
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_hook_that_comes_later_is_not_left_out(epoch):
+    class Hooks(Callback):
+        def begin_batch(self):
+            if self.run.epoch == epoch and self.run.in_train and self.run.iter == 2:
+                self._handle = self.run.model[0].register_forward_hook(lambda m, args, out: 2 * out)
+
+    learn, plain = make_learn(), make_learn()
+    fit(learn, Hooks(), says=refused("it would leave out a hook on module '0'"))
+    Runner([Hooks()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
 class Penalty(Callback):
     first = 0
 
@@ -424,6 +705,48 @@ class Penalty(Callback):
 class Doubled(Callback):
     def after_pred(self):
         self.run.pred = 2 * self.run.pred
+
+
+class InPlace(Callback):
+    def __init__(self, what):
+        self.what = what
+
+    def after_pred(self):
+        if self.what == "prediction":
+            self.run.pred.mul_(0.5)
+        elif self.what == "target" and self.run.in_train:
+            self.run.yb.fill_(1)
+
+    def after_loss(self):
+        if self.what == "loss":
+            self.run.loss.mul_(0.5)
+
+
+class Reads(Callback):
+    def __init__(self, how):
+        self.how = how
+
+    def after_pred(self):
+        if self.run.in_train:
+            self.how(self.run.pred)
+
+
+class Targets(Callback):
+    def after_pred(self):
+        self.run.yb = (self.run.yb + 1) % 3
+
+
+class LaterLoss(Callback):
+    def begin_epoch(self):
+        if self.run.epoch == self.run.epochs - 1:
+            self.run.loss_func = partial(F.cross_entropy, label_smoothing=0.5)
+
+
+class Claims(Callback):
+    _order = 500
+
+    def begin_fit(self):
+        self.run.claim(self, backward=lambda loss: (2 * loss).backward())
 
 
 class Hooked(Callback):
@@ -444,6 +767,13 @@ class Swapped(Callback):
     [
         (Penalty, "a callback replaces the loss"),
         (Doubled, "a callback replaces the prediction"),
+        (partial(InPlace, "prediction"), "a callback replaces the prediction"),
+        (partial(InPlace, "target"), "a callback replaces the target"),
+        (partial(InPlace, "loss"), "a callback replaces the loss"),
+        (Targets, "a callback replaces the target"),
+        (partial(Reads, torch.Tensor.retain_grad), "a callback reads gradients of the prediction or the loss"),
+        (partial(Reads, lambda pred: pred.register_hook(torch.neg)), "a callback reads gradients of the prediction"),
+        (Claims, r"Claims takes part in the step \(it claims 'backward'\)"),
         (Hooked, "it would leave out a hook on module '0'"),
         (Swapped, "a callback has replaced run.model"),
         (MixUp, "a callback has replaced run.loss_func"),
@@ -468,6 +798,67 @@ def test_callbacks_that_a_replay_would_leave_out_work_without_graphs(cb, why):
     for name in ("activation_stats", "graph_monitor"):
         if hasattr(run, name):
             assert len(getattr(run, name).steps) == len(getattr(other, name).steps) > 0
+
+
+def test_a_loss_function_that_is_replaced_later_is_not_missed():
+    learn, plain = make_learn(), make_learn()
+    run = fit(learn, LaterLoss(), says=refused("a callback has replaced run.loss_func"))
+    Runner([LaterLoss()]).fit(3, plain)
+    assert run.cuda_graph.replays == 6
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+def test_parameters_from_elsewhere_are_not_missed():
+    def make():
+        scale = nn.Parameter(torch.ones(()))
+        opt = lambda params: FUSED([*params, scale])
+        return make_learn(opt=opt, loss_func=lambda pred, target: F.cross_entropy(pred * scale, target))
+
+    learn, plain = make(), make()
+    fit(learn, says=refused("parameters that are neither the model's nor the loss function's"))
+    Runner().fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
+
+
+class Boxed:
+    def __init__(self, x):
+        self.x = x
+
+
+class Unboxing(nn.Module):
+    def __init__(self, boxed, shrinks=False):
+        super().__init__()
+        self.net, self.boxed, self.shrinks = small_net(), boxed, shrinks
+
+    def forward(self, x):
+        x = x.x if self.boxed == "input" else x.to_dense() if x.is_sparse else x
+        pred = self.net(x.mul_(0.9) if self.shrinks else x)
+        return Boxed(pred) if self.boxed == "output" else pred
+
+
+@pytest.mark.parametrize(
+    "boxed, why",
+    [
+        ("input", "batches and predictions may consist of .* got Boxed"),
+        ("output", "batches and predictions may consist of .* got Boxed"),
+        ("sparse", "batches and predictions may consist of .* got sparse tensors"),
+        ("shrinks", "the forward pass changes its inputs"),
+    ],
+)
+def test_batches_that_a_replay_would_not_read_train_without_graphs(boxed, why):
+    class Packs(Callback):
+        def begin_batch(self):
+            run = self.run
+            run.xb = Boxed(run.xb) if boxed == "input" else run.xb.to_sparse() if boxed == "sparse" else run.xb
+
+    def make():
+        loss = lambda pred, target: F.cross_entropy(pred.x if boxed == "output" else pred, target)
+        return make_learn(Unboxing(boxed, boxed == "shrinks"), loss_func=loss)
+
+    learn, plain = make(), make()
+    fit(learn, Packs(), says=refused(why))
+    Runner([Packs()]).fit(3, plain)
+    check_equal(learn, plain, rtol=0, atol=0)
 
 
 def test_a_loss_that_is_replaced_later_is_an_error():
@@ -536,6 +927,19 @@ def test_a_model_that_waits_trains_without_graphs_on_cuda(on_cuda):
     learn = make_learn(Odd("waits"), device="cuda")
     fit(learn, CudaCallback(), says=refused("cannot be recorded: RuntimeError"))
     Runner([CudaCallback()]).fit(1, learn)  # the device is in order
+
+
+@pytest.mark.cuda
+def test_a_recording_that_fails_leaves_the_device_in_order(on_cuda):
+    class Waits(nn.Module):
+        def forward(self, x):
+            torch.cuda.synchronize()  # the warm-up does not see this
+            return x
+
+    learn = make_learn(nn.Sequential(nn.Linear(4, 64), Waits(), nn.Dropout(), nn.Linear(64, 3)), device="cuda")
+    fit(learn, CudaCallback(), says=refused("cannot be recorded"))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert fit(make_learn(device="cuda"), CudaCallback()).cuda_graph.graphs == 2
 
 
 @pytest.mark.cuda
