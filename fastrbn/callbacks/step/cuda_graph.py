@@ -26,9 +26,9 @@ class CUDAGraph(Callback):
 
     The first batch of each kind runs as usual, the second is recorded, later ones are replayed. Batches are of one kind
     if they have the same shapes and dtypes, and the same numbers and strings beside tensors. At most 8 kinds are
-    recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit
-    goes on without graphs: a printed line says why, and so does `.why_not`, which is None otherwise. `.graphs` is the
-    number of recordings, `.replays` that of replayed steps.
+    recorded. Validation runs as usual. If a replay would not do what the plain step does, the fit goes on without
+    graphs: a printed line says why, and so does `.why_not`, which is None otherwise. `.graphs` is the number of
+    recordings, `.replays` that of replayed steps.
 
     The step of PyTorch's optimisers is recorded if they were made with `fused=True` (Adam, AdamW) or `capturable=True`.
     SGD needs neither: it is recorded in its fused form. Learning rates may change; while other settings differ from the
@@ -170,7 +170,7 @@ class CUDAGraph(Callback):
             self._give_up(f"a callback replaces the {what}")
             return
         raise RuntimeError(
-            f"CUDAGraph computes a step's gradients before callbacks see its prediction and loss; in step "
+            f"a replayed step computes its gradients from the prediction and the loss that CUDAGraph recorded; in step "
             f"{self.run.n_iter} a callback replaced the {what}, though not in earlier steps: remove one of the two"
         )
 
