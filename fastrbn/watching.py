@@ -409,9 +409,9 @@ class Watch(Outside):
         self._stepped = self._moved = True
         super().after_step(opt, args, kwargs)
 
-    def __call__(self, event: str, handlers: tuple[Callable[[], Any], ...] | None = None) -> None:
+    def __call__(self, event: str) -> None:
         try:
-            super().__call__(event, handlers)
+            super().__call__(event)
         except BaseException as e:
             self._stop = e
             raise

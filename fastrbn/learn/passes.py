@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import warnings
@@ -139,7 +140,8 @@ class Passes:
     def _begin(self, dl: Any) -> Iterator[Any]:
         """An iterator over a new pass."""
         self._number += 1
-        self.run.learn.passes = self._number + 1
+        with contextlib.suppress(AttributeError):  # a learner of the user's may be a named tuple
+            self.run.learn.passes = self._number + 1
         set_epoch(dl, self._number)
         self._before = None if _skips(dl) else random_of(self.run).state_dict()
         batches = iter(dl)

@@ -72,6 +72,7 @@ class Runner:
     """
 
     _outside = False  # True in the copy of a run that validates or predicts outside a fit
+    _missing: str | None = None  # in an event that `_every` fires: what there is none of to cancel
 
     def __init__(self, cbs: Any = None, cb_funcs: Any = None):
         self.cbs: list[Callback] = []
@@ -345,20 +346,22 @@ class Runner:
         fire("after_step")
         self.opt.zero_grad()
 
-    def _scope(self, what: str, call: Callable[..., None], *args: Any) -> None:
-        """Call it. A cancel of `what` ("batch", "epoch", "train"), or of less, ends the call and nothing else; the
-        matching after_cancel event follows, in which a further cancel of the same has nothing left to end."""
+    def _scope(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Return the result of the call. A cancel of `what` ("batch", "epoch", "train"), or of less, ends the call and
+        nothing else; the matching after_cancel event follows, in which a further cancel of the same has nothing left to
+        end."""
         cancel, less = _SCOPES[what]
         try:
-            call(*args) if less is None else self._scope(less, call, *args)
+            return call(*args) if less is None else self._scope(less, call, *args)
         except cancel:
             with contextlib.suppress(cancel):
                 self(f"after_cancel_{what}") if less is None else self._scope(less, self, f"after_cancel_{what}")
 
     def _every(self, what: str, event: str) -> None:
         """Fire an event in which there is no `what` to cancel: such a cancel ends its own handler, not the others."""
-        for handler in self._handlers[event]:
-            self._scope(what, self, event, (handler,))
+        self._missing = what  # not an argument: subclasses override `__call__(event)`
+        self(event)
+        self._missing = None
 
     def state_dict(self, phase: str) -> dict[str, Any]:
         """All that the rest of the fit depends on, as plain data (`torch.load(…, weights_only=True)` reads it).
@@ -396,11 +399,12 @@ class Runner:
             raise TypeError("this run has not trained yet: name the learner, run.summary(learn=learn)")
         return summary(learn, xb, self.cbs)
 
-    def __call__(self, event: str, handlers: tuple[Callable[[], Any], ...] | None = None) -> None:
-        """Call the event's handlers, or some of them, in order. One dict lookup if nobody handles it."""
+    def __call__(self, event: str) -> None:
+        """Call the event's handlers in order. One dict lookup if nobody handles it."""
+        missing, self._missing = self._missing, None  # a handler may fire other events
         try:
-            for handler in self._handlers[event] if handlers is None else handlers:
-                if handler() is True:
+            for handler in self._handlers[event]:
+                if (handler() if missing is None else self._scope(missing, handler)) is True:
                     self._warn_of_stop(f"return True in {_owner(handler)}.{event}")
         except CancelTrainException as e:
             if self.stop_reason is None:

@@ -1,6 +1,7 @@
 """max_steps and validate_every: where a fit ends and validates, on which batches it trains, and resumed fits."""
 
 import random
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +178,14 @@ def test_a_sampler_is_told_of_each_pass_over_all_fits(kwargs):
     fit(1, learn, cbs=[LR_Find()], **kwargs)  # leaves everything as it was
     fit(2, learn, **kwargs)
     assert learn.data.train_dl.sampler.told == [0, 1, 2, 3, 3, 4]
+
+
+def test_a_learner_that_takes_no_attribute_is_trained():
+    learn = make_learn(numbered_loader)
+    fixed = namedtuple("Fixed", "model opt loss_func data")(learn.model, learn.opt, learn.loss_func, learn.data)
+    fit(2, fixed)
+    fit(1, fixed, cbs=[LR_Find()])
+    assert learn.data.train_dl.sampler.told == [0, 1, 0]
 
 
 def everything(learn, run):

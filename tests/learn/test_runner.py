@@ -257,6 +257,36 @@ def test_a_cancel_of_nothing_keeps_no_other_callback_from_its_work(event, what):
     assert modes == [(True, True), (True, True), (False, False)] and run.n_iter == 2 and run.stop_reason is None
 
 
+def test_a_subclass_that_overrides_call_sees_each_event_once():
+    class Loud(Runner):
+        def __call__(self, event):
+            heard.append(event)
+            super().__call__(event)
+
+    heard, run = [], Loud([Trace(), Trace(), Raises("begin_fit", CancelBatchException())])
+    run.trace = []
+    run.fit(1, make_learn())
+    assert heard == ["begin_fit", "after_cancel_batch", *full()]
+    assert run.trace == [e for e in [*heard, "after_fit"] for _ in range(2)]
+
+
+def test_a_cancel_ends_its_batch_after_an_event_that_a_subclass_keeps_back():
+    class Quiet(Runner):
+        def __call__(self, event):
+            if event != "after_batch":
+                super().__call__(event)
+
+    class Skips(Callback):
+        def begin_batch(self):
+            if self.run.iter == 1:
+                raise CancelBatchException
+
+    run = Quiet([Trace(), Skips()])
+    run.trace = []
+    run.fit(1, make_learn(n_train=3, n_valid=0))
+    assert run.trace.count("begin_batch") == 3 and run.trace.count("after_pred") == 2
+
+
 def test_a_batch_cancelled_before_the_step_takes_no_step():
     learn = make_learn(n_train=1, n_valid=0)
     before = learn.model.weight.detach().clone()

@@ -72,7 +72,7 @@ class GradientClip(Callback):
                 p.grad = p.grad.coalesce()  # an element is the sum of its entries
                 params[i] = p.grad.values().detach()
                 params[i].grad = p.grad.values()  # the same memory
-        if self.value is not None:
+        if self.value is not None and params:  # PyTorch's function takes no empty list
             torch.nn.utils.clip_grad_value_(params, self.value)
         elif self.max_norm is not None:
             self.norm = torch.nn.utils.get_total_norm([p.grad for p in params], self.norm_type)

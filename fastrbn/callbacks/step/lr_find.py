@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -127,7 +128,8 @@ class LR_Find(Callback):
             self.run.opt.zero_grad()
             snapshot, self._snapshot = self._snapshot, None
             snapshot.restore()
-            self.run.learn.passes = self._passes
+            with contextlib.suppress(AttributeError):  # see Passes
+                self.run.learn.passes = self._passes
 
     @property
     def suggestion(self) -> float | None:

@@ -76,6 +76,20 @@ def test_clipping_by_value_equals_pytorchs_bit_for_bit():
     check_same(learn, hand)
 
 
+@pytest.mark.parametrize("kwargs", [{"max_norm": 1.0}, {"value": 1.0}], ids=str)
+def test_a_step_without_gradients_has_nothing_to_clip(kwargs):
+    class Takes(Callback):
+        _order = GradientClip._order - 1
+
+        def after_backward(self):
+            self.run.opt.zero_grad()
+
+    learn = make_learn()
+    before = learn.model[0].weight.detach().clone()
+    Runner([Takes(), GradientClip(**kwargs)]).fit(1, learn)
+    assert torch.equal(learn.model[0].weight, before)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("opt", [torch.optim.SGD, torch.optim.Rprop])
 def test_a_nan_gradient_does_not_spread_and_its_parameter_is_named(bad, opt):
