@@ -72,11 +72,12 @@ class Step:
         if self.recorded is None:
             _, loss = self.evaluate(*self.batch)
             loss.backward()
-        else:
-            _, loss = self.recorded.replay(self.batch)
-            self.recorded.put_grads()
-        if self.recorded is None or not self.recorded.update(self.opt):
             self.opt.step()
+        else:
+            _, loss = self.recorded.forward(self.batch)
+            self.recorded.backward()
+            if not self.recorded.update(self.opt):  # as for the first one
+                self.opt.step()
         self.opt.zero_grad()
         return loss.detach()
 

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from tape import Tape
+from torch import nn
 
 from fastrbn.cli import main, run_folder
 from fastrbn.cli import train as cli_train
@@ -156,3 +159,15 @@ def test_a_part_works(on_gpu, part, result, files, tmp_path, data, benchmark_scr
         assert (module.main() or 0) == result
     for file in files:
         assert (tmp_path / "out" / file).stat().st_size > 0
+
+
+def test_recorded_steps_of_cifar_reach_the_losses_of_plain_ones(benchmark_script, monkeypatch):
+    """What a rehearsal on the CPU leaves out, with `Tape` for CUDA's graphs."""
+    cifar = benchmark_script("cifar")
+    monkeypatch.setattr(cifar, "Recorder", Tape)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
+    xb, yb = torch.randn(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+    plain, recorded = (cifar.make_step(way, model, xb, yb)[0] for way in ("plain", "graph"))
+    assert len(plain.unique()) == len(plain) > 1
+    torch.testing.assert_close(recorded, plain)

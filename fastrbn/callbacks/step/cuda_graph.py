@@ -219,12 +219,7 @@ class CUDAGraph(Callback):
             pred = unpack.call_model(run.model, xb, forward)
             return pred, unpack.call_loss(run.loss_func, pred, yb, forward)
 
-        grads = [(p, p.grad) for p in watched.params]  # a callback may have kept some from a step
-        try:
-            step = RecordedStep(evaluate, (run.xb, run.yb), watched, self._recorder)
-        finally:
-            for p, grad in grads:
-                p.grad = grad
+        step = RecordedStep(evaluate, (run.xb, run.yb), watched, self._recorder)
         self._watched = watched
         return step
 

@@ -106,6 +106,7 @@ class RecordedStep:
             watched.clear_grads()
             forward()[1].backward()
 
+        grads = [(p, p.grad) for p in watched.params]  # a callback may have kept some from a step
         with Snapshot(watched.roots, parameters=False):  # the passes here are none of the training's
             try:
                 before, versions = _host_random(), [t._version for t in self._inputs]
@@ -122,10 +123,12 @@ class RecordedStep:
                 (pred, loss), self._forward = recorder.record(forward)
                 kind(pred)
                 _, self._backward = recorder.record(loss.backward)
+                self._grads = [(p, p.grad) for p in watched.params if p.grad is not None]
             finally:
                 watched.put_back()
+                for p, grad in grads:
+                    p.grad = grad
         self._outputs = apply_to((pred, loss), Tensor, Tensor.detach)
-        self._grads = [(p, p.grad) for p in watched.params if p.grad is not None]
         self._lent = [grad.detach() for _, grad in self._grads]  # callbacks may set their .data
         self._update: RecordedUpdate | None = None
         self._ready = False  # for the recording of the optimiser's step
